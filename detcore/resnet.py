@@ -1,0 +1,148 @@
+"""torchvision's residual networks, cut for feature pyramids: three feature maps, freezable, weights from a file."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision.models as zoo
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
+
+from detcore import UserError
+
+
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """norm(conv(x)); a frozen norm is folded into the convolution, which saves two passes over the feature map."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _BasicBlock(resnet.BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True)
+        out = _conv_norm(out, self.conv2, self.bn2)
+        out += x if self.downsample is None else _conv_norm(x, *self.downsample)
+        return F.relu(out, inplace=True)
+
+
+class _Bottleneck(resnet.Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True)
+        out = F.relu(_conv_norm(out, self.conv2, self.bn2), inplace=True)
+        out = _conv_norm(out, self.conv3, self.bn3)
+        out += x if self.downsample is None else _conv_norm(x, *self.downsample)
+        return F.relu(out, inplace=True)
+
+
+_NETWORKS = {
+    "resnet18": (_BasicBlock, (2, 2, 2, 2), 1, 64, zoo.ResNet18_Weights),
+    "resnet34": (_BasicBlock, (3, 4, 6, 3), 1, 64, zoo.ResNet34_Weights),
+    "resnet50": (_Bottleneck, (3, 4, 6, 3), 1, 64, zoo.ResNet50_Weights),
+    "resnet101": (_Bottleneck, (3, 4, 23, 3), 1, 64, zoo.ResNet101_Weights),
+    "resnext50_32x4d": (_Bottleneck, (3, 4, 6, 3), 32, 4, zoo.ResNeXt50_32X4D_Weights),
+    "resnext101_32x8d": (_Bottleneck, (3, 4, 23, 3), 32, 8, zoo.ResNeXt101_32X8D_Weights),
+}
+BACKBONES = tuple(_NETWORKS)
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+
+
+class ResNet(resnet.ResNet):
+    """A residual network without its classifier.
+
+    forward: float [N, 3, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with s = 8, 16, 32.
+
+    name: one of `BACKBONES`. norm: "frozen" (FrozenBatchNorm2d: fixed statistics and affine values, no
+    parameters) or "batch" (BatchNorm2d). trainable_layers: how many of layer4, layer3, layer2, layer1 and
+    conv1 learn, counted from the output; at 5 the first normalisation learns too, where it can. With "batch",
+    a frozen layer keeps its weights but its running statistics still follow the data, as in torchvision.
+
+    Raises UserError for an unknown name or norm and a number outside 0..5. Weights are torchvision's random
+    initialisation until `load_backbone` is called.
+    """
+
+    def __init__(self, name: str, norm: str = "frozen", trainable_layers: int = 3):
+        if name not in _NETWORKS:
+            raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join(BACKBONES)}")
+        if norm not in NORMS:
+            raise UserError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if not 0 <= trainable_layers <= 5:
+            raise UserError(f"trainable_layers is {trainable_layers}; it must lie in 0..5")
+        block, depths, groups, width, _ = _NETWORKS[name]
+        super().__init__(block, list(depths), groups=groups, width_per_group=width, norm_layer=NORMS[norm])
+        del self.avgpool, self.fc
+        self.channels = tuple(c * block.expansion for c in (128, 256, 512))
+        learns = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable_layers]
+        for parameter_name, parameter in self.named_parameters():
+            parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.maxpool(F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True))
+        c3 = self.layer2(self.layer1(x))
+        c4 = self.layer3(c3)
+        return c3, c4, self.layer4(c4)
+
+
+def weights_file_name(name: str) -> str:
+    """Name of torchvision's first ImageNet weights of a backbone, such as resnext50_32x4d-7cdf4587.pth."""
+    return _NETWORKS[name][4].IMAGENET1K_V1.url.rsplit("/", 1)[1]
+
+
+def load_backbone(model: ResNet, name: str, weights: str | Path | None = None) -> Path:
+    """Fill the network with ImageNet weights from a file in torchvision's format and return the file's path.
+
+    weights: the file; without it, `weights_file_name` under hub/checkpoints of torch's cache (TORCH_HOME).
+    Nothing is downloaded. Where the file name ends in a hash, as torchvision's do, the file must begin with it
+    (sha256). Raises UserError when the file is missing, damaged or of another network.
+    """
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / weights_file_name(name)
+    if not path.is_file():
+        raise UserError(
+            f"no weights for {name}: looked at {path}; fetch them with `public-scripts/download_backbone.sh`, point "
+            "TORCH_HOME to the folder that holds hub/checkpoints, or ask for random initialisation"
+        )
+    expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
+    if expected:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(expected[1]):
+            raise UserError(f"{path} is damaged: its sha256 begins with {found[:8]}, its name promises {expected[1]}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, and each means the same to the user
+        raise UserError(f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); fetch it again")
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of weights")
+    load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith("fc.")}, str(path))
+    return path
+
+
+def load_exactly(model: nn.Module, state: Mapping, source: str) -> None:
+    """Load a state dictionary whose names and shapes must be the model's own; UserError lists what differs.
+
+    The counters num_batches_tracked are optional on both sides: frozen norms have none. `source` names the
+    file in the message.
+    """
+    own = model.state_dict()
+
+    def counts(key: object) -> bool:
+        return not str(key).endswith("num_batches_tracked")
+
+    problems = [f"missing {key}" for key in own if counts(key) and key not in state]
+    problems += [f"unexpected {key}" for key in state if counts(key) and key not in own]
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            problems.append(f"{key} is {type(value).__name__}, not a tensor")
+        elif key in own and own[key].shape != value.shape:
+            problems.append(f"{key} is {list(value.shape)}, needs {list(own[key].shape)}")
+    if problems:
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise UserError(f"{source} does not fit this model: {'; '.join(problems[:12])}{more}")
+    model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own}})

@@ -1,0 +1,142 @@
+"""RetinaNet: a residual network, a feature pyramid P3..P7 and two heads shared by its levels.
+
+Parameters carry the names of the MLCommons reference (torchvision's of that time).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detcore import UserError
+from detcore.resnet import ResNet, load_exactly
+from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+PRIOR = 0.01
+"""Probability that a fresh classification head gives to every class of every anchor."""
+
+
+class FeaturePyramid(nn.Module):
+    """(C3, C4, C5) -> [P3, ..., P7], each [N, channels, rows, columns]. P6 is made from P5, P7 from ReLU(P6)."""
+
+    def __init__(self, in_channels: Sequence[int], channels: int):
+        super().__init__()
+        self.inner_blocks = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.layer_blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.extra_blocks = nn.ModuleDict({k: nn.Conv2d(channels, channels, 3, 2, 1) for k in ("p6", "p7")})
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        inner = [block(x) for block, x in zip(self.inner_blocks, features, strict=True)]
+        for level in range(len(inner) - 2, -1, -1):
+            inner[level] = inner[level] + F.interpolate(inner[level + 1], size=inner[level].shape[-2:], mode="nearest")
+        pyramid = [block(x) for block, x in zip(self.layer_blocks, inner, strict=True)]
+        p6 = self.extra_blocks["p6"](pyramid[-1])
+        return [*pyramid, p6, self.extra_blocks["p7"](F.relu(p6))]
+
+
+class Head(nn.Module):
+    """A tower of 3x3 convolutions and one to `values` numbers per anchor: [P3, ...] -> [N, A, values].
+
+    The last layer's attribute is called `output_name`, so that parameters have the reference's names.
+    """
+
+    def __init__(self, channels: int, convs: int, per_cell: int, values: int, output_name: str, bias: float = 0.0):
+        super().__init__()
+        tower = [m for _ in range(convs) for m in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True))]
+        self.conv = nn.Sequential(*tower)
+        self.output_name, self.values = output_name, values
+        self.add_module(output_name, nn.Conv2d(channels, per_cell * values, 3, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.get_submodule(output_name).bias, bias)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        output = self.get_submodule(self.output_name)
+        maps = [output(self.conv(x)) for x in pyramid]
+        # Channels are anchor-major, so with the channels moved last a cell's anchors follow each other.
+        return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, self.values) for m in maps], 1)
+
+
+class RetinaNet(nn.Module):
+    """forward: uint8 RGB [N, 3, H, W] -> (class logits [N, A, K], box deltas [N, A, 4] as `detcore.boxes.encode`).
+
+    The images must have `image_size` (height, width); values are normalised here, on the device. The order of
+    the anchors is that of the buffer `anchors`, float32 [A, 4], which follows `image_size` and `anchor_sizes`
+    and is not part of the state dictionary. backbone, norm and trainable_layers: see `detcore.resnet.ResNet`.
+    Call `model.to(memory_format=torch.channels_last)` and the images follow the weights' layout.
+
+    Raises UserError for values that do not fit together and for images of another size.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnext50_32x4d",
+        num_classes: int = 264,
+        image_size: tuple[int, int] = (800, 800),
+        norm: str = "frozen",
+        trainable_layers: int = 3,
+        fpn_channels: int = 256,
+        head_convs: int = 4,
+        anchor_sizes: Sequence[float] = SIZES,
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
+        if len(anchor_sizes) != len(SIZES) or min(anchor_sizes) < 1:
+            raise UserError(f"anchor_sizes is {tuple(anchor_sizes)}; give {len(SIZES)} sizes in pixels, one a level")
+        if min(image_size) < 1:
+            raise UserError(f"image_size is {tuple(image_size)}; height and width must be positive")
+        self.num_classes, self.image_size = num_classes, (int(image_size[0]), int(image_size[1]))
+        body = ResNet(backbone, norm, trainable_layers)
+        self.backbone = nn.ModuleDict({"body": body, "fpn": FeaturePyramid(body.channels, fpn_channels)})
+        per_cell = len(OCTAVE_STEPS) * len(RATIOS)
+        prior_bias = -math.log((1 - PRIOR) / PRIOR)
+        self.head = nn.ModuleDict(
+            {
+                "classification_head": Head(fpn_channels, head_convs, per_cell, num_classes, "cls_logits", prior_bias),
+                "regression_head": Head(fpn_channels, head_convs, per_cell, 4, "bbox_reg"),
+            }
+        )
+        self.register_buffer("anchors", anchors(self.image_size, grids(self.image_size), anchor_sizes), False)
+        std = torch.tensor(STD).view(3, 1, 1)
+        self.register_buffer("pixel_scale", 1 / (255 * std), False)
+        self.register_buffer("pixel_shift", -torch.tensor(MEAN).view(3, 1, 1) / std, False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise UserError(f"images are {tuple(images.shape[-2:])}, but the model was built for {self.image_size}")
+        if self.backbone["body"].conv1.weight.is_contiguous(memory_format=torch.channels_last):
+            images = images.contiguous(memory_format=torch.channels_last)
+        x = torch.addcmul(self.pixel_shift, images.to(self.pixel_scale.dtype), self.pixel_scale)
+        pyramid = self.backbone["fpn"](self.backbone["body"](x))
+        return self.head["classification_head"](pyramid), self.head["regression_head"](pyramid)
+
+
+def load_reference_state(model: RetinaNet, state: Mapping, source: str = "the checkpoint") -> None:
+    """Load the weights of an MLCommons reference or torchvision RetinaNet.
+
+    state: a state dictionary, or a checkpoint that holds one under "model"; names may begin with "module."
+    and may be torchvision's newer ones (`inner_blocks.0.0.weight`, `conv.0.0.weight`). `source` names the
+    file in errors. Raises UserError that lists missing, unexpected and misshapen entries.
+    """
+    state = state.get("model", state)
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source} holds {type(state).__name__} under 'model', not a dictionary of weights")
+
+    def own_name(key: str) -> str:
+        key = key.removeprefix("module.")
+        key = re.sub(r"(inner_blocks|layer_blocks)\.(\d+)\.0\.", r"\1.\2.", key)
+        return re.sub(r"(_head\.conv)\.(\d+)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", key)
+
+    load_exactly(model, {own_name(str(key)): value for key, value in state.items()}, source)
