@@ -1,0 +1,100 @@
+"""How a program of this repository ends: its exit codes, and what the person at the terminal reads.
+
+| code | name               | meaning                                                                 |
+|------|--------------------|-------------------------------------------------------------------------|
+| 0    | OK                 | done; in training: the target was reached                               |
+| 1    | CRASH              | an unexpected error; the traceback stands on stderr                     |
+| 2    | BAD_INPUT          | a mistake in options, variables, files or data: one line on stderr      |
+| 3    | TARGET_NOT_REACHED | training ended after its last epoch below the target                    |
+| 4    | STOPPED            | stopped by a signal; a checkpoint was saved, the run can be resumed     |
+| 5    | NOT_FINITE         | the loss became NaN or infinite                                         |
+| 6    | WATCHDOG           | a process died or hung; `detcore.distributed.Watchdog` ended the others |
+| 130  | INTERRUPTED        | Ctrl-C                                                                  |
+| 141  | PIPE_CLOSED        | the reader of stdout went away (`... | head`)                           |
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from detcore import UserError
+
+OK = 0
+CRASH = 1
+BAD_INPUT = 2
+TARGET_NOT_REACHED = 3
+STOPPED = 4
+NOT_FINITE = 5
+WATCHDOG = 6
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+_HINTS = (
+    (
+        r"out of memory|can't allocate memory|not enough memory|MemoryError",
+        "the memory did not suffice: try a smaller --batch-size or --image-size, or fewer --workers.",
+    ),
+    (
+        r"DataLoader worker .*(killed|exited)|bus error|shared memory|/dev/shm",
+        "a loader process was killed: usually main or shared memory ran out. Use fewer --workers, or give the "
+        "container more shared memory (docker run --shm-size=...).",
+    ),
+)
+_DEFAULT_HINT = (
+    "this is an error of the program, not of your input. The lines above say where; "
+    "please report them with the command and the printed configuration."
+)
+
+
+def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Call `main` with the command line's words and return the exit code: `sys.exit(run_main(main))`.
+
+    `UserError` becomes one line on stderr, everything unexpected a traceback and a line on what to do. `argv`
+    defaults to `sys.argv[1:]`.
+    """
+    try:
+        code = main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _say(f"error: {_own_words(error)}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError as error:
+        return PIPE_CLOSED if _stdout_is_closed() else _crash(error)
+    except Exception as error:
+        return _crash(error)
+
+
+def _crash(error: Exception) -> int:
+    text = "".join(traceback.format_exception(error))
+    summary = f"{type(error).__name__}: {error}"
+    hint = next((words for pattern, words in _HINTS if re.search(pattern, summary, re.IGNORECASE)), _DEFAULT_HINT)
+    _say(f"{text}hint: {hint}")
+    return CRASH
+
+
+def _say(text: str) -> None:
+    """One write, so that the lines of several processes do not mix."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _own_words(error: UserError) -> str:
+    """The message alone, also where a DataLoader worker raised it: torch then puts the worker's traceback into it."""
+    return str(error).rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1].strip()
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more (a broken pipe to a helper process is another matter: a crash)."""
+    try:
+        sys.stdout.flush()  # what could not be written is still in its buffer
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more as it ends and would complain about the same pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
