@@ -1,0 +1,265 @@
+"""Scoring off the training thread: one process beside the training one, ground truth loaded once.
+
+The process is a plain `python -m detcore.evaluation.background`, not a multiprocessing child: that would import the
+training program again, and torch with it. Arrays go over as open files without a name (memory where the system
+offers it), sent through a socket: nothing is pickled, nothing stays behind on a disk whatever dies, and a small
+/dev/shm does not matter. Results come back as lines of JSON on the same socket.
+
+The process is nice (lowest CPU priority), offers itself to the kernel first when memory runs out, ignores SIGINT
+and SIGTERM, which reach a whole job although only the training process can tell whether a score is still wanted,
+and ends when its parent closes the socket or is gone.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detcore import UserError
+from detcore.evaluation.coco import GroundTruth, Scorer
+
+REQUEST = struct.Struct("<qq?")  # number of the submission, rows, per_class; a file travels with each
+SECONDS_TO_LEAVE = 5.0
+
+
+class BackgroundEvaluator:
+    """Scores submissions in their order, one at a time, in a process of its own.
+
+    Starting blocks only for writing the ground truth; loading it happens over there. Usable as a context manager.
+    Not thread-safe: one thread submits, polls and closes.
+    """
+
+    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto") -> None:
+        self._results: dict[int, dict] = {}
+        self._received = bytearray()
+        self._submitted = 0
+        self._failure: str | None = None
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        with theirs, _nameless_file() as file:
+            np.savez(file, **ground_truth._asdict())
+            file.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, backend, str(os.getpid()), str(theirs.fileno()), str(file.fileno())],
+                pass_fds=(theirs.fileno(), file.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def submit(self, detections: np.ndarray, per_class: bool = False) -> "Pending":
+        """Copy the detections over and return at once; the array may be changed afterwards.
+
+        detections: float64 [D, 7] as `detcore.evaluation.coco.evaluate` takes them. Raises ValueError for another
+        shape and RuntimeError if the process has died or was closed; what is wrong with the numbers themselves
+        is found over there and raised by the returned `Pending`.
+        """
+        detections = np.ascontiguousarray(detections, dtype=np.float64)
+        if detections.ndim != 2 or detections.shape[1] != 7:
+            raise ValueError(f"detections have shape {detections.shape}; [D, 7] is wanted, also for D = 0")
+        self._receive(0.0)
+        self._raise_failure()
+        number = self._submitted
+        with _nameless_file() as file:
+            _write(file.fileno(), detections)
+            try:
+                socket.send_fds(self._socket, [REQUEST.pack(number, len(detections), per_class)], [file.fileno()])
+            except OSError:
+                self._note_death()
+                self._raise_failure()
+        self._submitted += 1
+        return Pending(self, number)
+
+    def close(self) -> None:
+        """End the process, whatever it is at; unfinished submissions then raise. May be called again."""
+        if self._failure is None:
+            self._receive(0.0)  # what has arrived can still be asked for
+            self._failure = self._failure or "the evaluator was closed before this submission was scored"
+        # Forked workers may hold a copy of the socket, so that closing alone would not reach the other end.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> "BackgroundEvaluator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self, timeout: float | None) -> None:
+        """Read what has arrived, waiting for it at most so many seconds (None: without end)."""
+        if self._failure is not None or not select.select([self._socket], [], [], timeout)[0]:
+            return
+        try:
+            data = self._socket.recv(1 << 20)
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._note_death()
+            return
+        *lines, rest = (self._received + data).split(b"\n")
+        self._received = rest
+        for line in lines:
+            answer = json.loads(line)
+            self._results[answer["number"]] = answer
+
+    def _note_death(self) -> None:
+        try:
+            code = self._process.wait(SECONDS_TO_LEAVE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if code == -signal.SIGKILL:
+            why = "killed by SIGKILL, as the kernel does when memory runs out (see dmesg, or the job's memory limit)"
+        elif code < 0:
+            why = f"killed by {signal.Signals(-code).name}"
+        else:
+            why = "see what it wrote to the standard error"
+        self._failure = f"the evaluator process {self.pid} died with exit code {code}: {why}"
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+
+class Pending:
+    """One submission's result, now or later. It may be asked for any number of times."""
+
+    def __init__(self, evaluator: BackgroundEvaluator, number: int) -> None:
+        self._evaluator = evaluator
+        self._number = number
+        self._answer: dict | None = None
+
+    def poll(self) -> dict[str, Any] | None:
+        """The result of `detcore.evaluation.coco.evaluate`, or None while there is none; never waits.
+
+        Raises UserError for detections or a ground truth that cannot be scored, RuntimeError if the process died,
+        with its exit code, or was closed before it got here.
+        """
+        return self._take(0.0)
+
+    def wait(self, timeout: float | None = None) -> dict[str, Any]:
+        """The result as from `poll`, waiting for it. Raises TimeoutError after `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            result = self._take(left)
+            if result is not None:
+                return result
+            if left == 0.0:
+                raise TimeoutError(f"no evaluation result after {timeout:g} s")
+
+    def _take(self, timeout: float | None) -> dict[str, Any] | None:
+        evaluator = self._evaluator
+        if self._answer is None and self._number not in evaluator._results:
+            evaluator._receive(timeout)
+        if self._answer is None:
+            self._answer = evaluator._results.pop(self._number, None)
+        if self._answer is None:
+            evaluator._raise_failure()
+            return None
+        if "user_error" in self._answer:
+            raise UserError(self._answer["user_error"])
+        if "error" in self._answer:
+            raise RuntimeError(f"the evaluator process failed:\n{self._answer['error']}")
+        result = dict(self._answer["result"])
+        if "per_class" in result:
+            result["per_class"] = {int(category_id): ap for category_id, ap in result["per_class"].items()}
+        return result
+
+
+def _nameless_file():
+    """A file that is gone when its last user is: in memory, or where there is no memfd in the temporary folder."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("detections"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _write(descriptor: int, values: np.ndarray) -> None:
+    view = memoryview(values.reshape(-1).view(np.uint8))
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def _serve(backend: str, parent: int, ours: socket.socket, truth_file: int) -> None:
+    """The other process. A thread takes the submissions in, so that it also sees the end while one is scored."""
+    submissions: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(ours, parent, submissions), daemon=True).start()
+    scorer, failure = None, {}
+    try:
+        with os.fdopen(truth_file, "rb") as file:
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as columns:
+                scorer = Scorer(GroundTruth(**columns), backend=backend)
+    except Exception as error:
+        failure = _describe(error)
+    while True:
+        number, count, per_class, descriptor = submissions.get()
+        answer = failure or _score(scorer, descriptor, count, per_class)
+        ours.sendall(json.dumps({"number": number, **answer}).encode() + b"\n")
+
+
+def _score(scorer: Scorer, descriptor: int, count: int, per_class: bool) -> dict[str, Any]:
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            rows = np.memmap(file, np.float64, "r", shape=(count, 7)) if count else np.zeros((0, 7))
+            return {"result": scorer(rows, per_class=per_class)}
+        except Exception as error:
+            return _describe(error)
+
+
+def _describe(error: Exception) -> dict[str, str]:
+    if isinstance(error, UserError):
+        return {"user_error": str(error)}
+    return {"error": "".join(traceback.format_exception(error))}
+
+
+def _listen(ours: socket.socket, parent: int, submissions: queue.SimpleQueue) -> None:
+    """Queue the submissions until the parent hangs up. Other children of a killed parent may keep the socket open:
+    hence the look at the parent's id, once a second."""
+    while os.getppid() == parent:
+        if not select.select([ours], [], [], 1.0)[0]:
+            continue
+        try:
+            data, descriptors, _, _ = socket.recv_fds(ours, REQUEST.size, 1)
+        except ConnectionError:
+            break
+        if not data:
+            break
+        submissions.put((*REQUEST.unpack(data), descriptors[0]))
+    os._exit(0)
+
+
+def _main(backend: str, parent: str, ours: str, truth_file: str) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(19)
+    with contextlib.suppress(OSError):  # not on every system
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    _serve(backend, int(parent), socket.socket(fileno=int(ours)), int(truth_file))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
