@@ -1,0 +1,374 @@
+"""A COCO annotation file as arrays: read once, kept in a cache beside it, memory-mapped by every later start.
+
+Treatments, each with its count in `CocoIndex.counts`:
+
+* image listed twice with the same name and size: the first stays ("duplicate images"); with another name or size:
+  error. Two images with one file name: both stay ("duplicate file names").
+* annotation id used twice: both stay, for ids of annotations are used for nothing ("duplicate annotation ids").
+* annotation of an image or category that is not listed, box or area that is not a finite number: error.
+* box without area (zero, negative or wholly outside the image): left out of training ("boxes dropped").
+* box that reaches out of the image by more than 0.01 pixel: clipped for training ("boxes clipped").
+* crowd box: kept, with its flag ("crowd boxes"). Area missing or null: width * height. `iscrowd` missing: 0.
+* image listed but not in the folder ("missing images"): the folder is read once, when the cache is built, and again
+  at each start while images are missing; the loaders refuse to start. All of them missing: error at once.
+* image in the folder but not listed: not used ("unlisted files").
+
+Evaluation sees every box as it stands in the file (`CocoIndex.ground_truth`).
+
+The cache is trusted when the annotation file's path, size and modification time, the image folder and the length and
+checksums of the cache agree. Columns up to 1 MiB are checked whole, larger ones in 64 evenly spread places, so that a
+start takes the same time for any file. Anything else is rebuilt. The SHA-256 of the annotation file stands in it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from detcore import UserError
+from detcore.data import coco_json
+
+_MAGIC = b"detcore index 1\n"
+_PREFIX = struct.Struct("<16sQI")  # magic, length of the header, its CRC-32
+_ALIGN = 4096
+_WHOLE = 1 << 20
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class CocoIndex:
+    """The images, categories and boxes of one COCO file. Open it with `CocoIndex.open`.
+
+    image_ids: int64 [I], the file's ids in the file's order; heights, widths: int32 [I], pixels.
+    category_ids: int64 [K], the file's ids, ascending; the class index 0..K-1 is the position. category_names: K names.
+    counts: what was found and how it was treated. missing: int64, positions of images that are not in the folder.
+    content_hash: SHA-256 of the annotation file, in hexadecimal.
+    """
+
+    def __init__(self, cache_file: Path, key: dict, header: dict, columns: dict[str, np.ndarray]) -> None:
+        self.annotation_file, self.image_dir = Path(key["annotation_file"]), Path(key["image_dir"])
+        self.image_ids, self.heights, self.widths = columns["image_ids"], columns["heights"], columns["widths"]
+        self.category_ids, self.category_names = columns["category_ids"], header["category_names"]
+        self.counts: dict[str, int] = dict(header["counts"])
+        self.content_hash: str = header["content_hash"]
+        self.missing = np.empty(0, np.int64)
+        self._cache_file, self._key, self._columns = cache_file, key, columns
+
+    @classmethod
+    def open(
+        cls,
+        annotation_file: str | Path,
+        image_dir: str | Path,
+        *,
+        cache_dir: str | Path | None = None,
+        expected_classes: int | None = None,
+    ) -> "CocoIndex":
+        """Open the cache of an annotation file, building it first if it is absent, stale or damaged.
+
+        The cache lies in cache_dir; without one next to the annotation file or, where that cannot be written, in
+        $XDG_CACHE_HOME/detcore (~/.cache/detcore). Processes that start together wait for the one that builds.
+        expected_classes: refuse category ids other than 0..n-1 or 1..n. Raises UserError for files that are not
+        what they should be, naming the file and the place.
+        """
+        file, images = Path(annotation_file).absolute(), Path(image_dir).absolute()
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: cannot read the annotation file ({error.strerror}); check the path.") from error
+        if not images.is_dir():
+            raise UserError(f"{images}: the image folder of {file.name} is not a directory; check the path.")
+        key = {
+            "annotation_file": str(file),
+            "image_dir": str(images),
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
+        places = [Path(cache_dir).absolute()] if cache_dir is not None else [file.parent, _user_cache()]
+        name = f".{file.name}.{hashlib.sha256(f'{file}|{images}'.encode()).hexdigest()[:12]}.index"
+        index = next(filter(None, (_load(place / name, key) for place in places)), None)
+        if index is None:
+            index = _build(places, name, key)
+        if index.counts["missing images"]:
+            index._look_again()
+        if expected_classes is not None:
+            index._check_classes(expected_classes)
+        return index
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (self._cache_file, self._key)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.category_ids)
+
+    def file_name(self, i: int) -> str:
+        """The image's name as the annotation file has it."""
+        ends = self._columns["name_ends"]
+        return self._columns["names"][ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
+
+    def path(self, i: int) -> Path:
+        return self.image_dir / self.file_name(i)
+
+    def box_count(self) -> np.ndarray:
+        """int64 [I]: the number of annotations of each image as the file lists them, before any treatment."""
+        return np.diff(self._columns["starts"])
+
+    def boxes(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes of image i for training, clipped to the image, those without area left out, in the file's order.
+
+        Returns float32 [n, 4] x1, y1, x2, y2 in pixels of the original image; int64 [n] class index; bool [n] crowd.
+        """
+        starts = self._columns["starts"]
+        rows = self._columns["order"][starts[i] : starts[i + 1]]
+        boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[i], self.widths[i])
+        rows = rows[keep]
+        return boxes[keep], self._columns["ann_class"][rows].astype(np.int64), self._columns["iscrowd"][rows] != 0
+
+    def ground_truth(self):
+        """All annotations as they stand in the file: a `detcore.evaluation.coco.GroundTruth`, in the file's order."""
+        from detcore.evaluation.coco import GroundTruth
+
+        column = self._columns
+        return GroundTruth(
+            image_ids=self.image_ids,
+            category_ids=self.category_ids,
+            ann_image_id=self.image_ids[column["ann_image"]],
+            ann_category_id=self.category_ids[column["ann_class"]],
+            bbox=column["bbox"],
+            area=column["area"],
+            iscrowd=column["iscrowd"],
+        )
+
+    def summary(self) -> str:
+        """A few lines for the start-up log: what the file holds and how it was treated."""
+        main = ("images", "annotations", "categories")
+        rest = [f"{name} {count:,}" for name, count in self.counts.items() if count and name not in main]
+        lines = [
+            f"{self.annotation_file.name}: " + ", ".join(f"{self.counts[name]:,} {name}" for name in main),
+            f"  sha256 {self.content_hash[:16]}, category ids {self.category_ids[0]} to {self.category_ids[-1]}",
+        ]
+        return "\n".join(lines + ([f"  {', '.join(rest)}"] if rest else []))
+
+    def check_images(self) -> None:
+        """Raise UserError if images are missing, naming the first three."""
+        if len(self.missing):
+            names = ", ".join(self.file_name(i) for i in self.missing[:3])
+            raise UserError(
+                f"{self.image_dir}: {len(self.missing):,} of the {len(self):,} images that {self.annotation_file.name} "
+                f"lists are not there ({names}...); fetch them, or remove them from the annotation file."
+            )
+
+    def _look_again(self) -> None:
+        names = [self.file_name(i) for i in range(len(self))]
+        self.missing, self.counts["unlisted files"] = _scan(names, self.image_dir)
+        self.counts["missing images"] = len(self.missing)
+        if len(self.missing) == len(self):
+            raise UserError(
+                f"{self.image_dir}: holds none of the {len(self):,} images that {self.annotation_file.name} lists, "
+                f"such as {names[0]}; is it the right folder?"
+            )
+
+    def _check_classes(self, expected: int) -> None:
+        ids = self.category_ids
+        if any(np.array_equal(ids, np.arange(first, first + expected)) for first in (0, 1)):
+            return
+        raise UserError(
+            f"{self.annotation_file}: {len(ids)} categories with ids {ids[0]} to {ids[-1]}, but this benchmark wants "
+            f"exactly {expected}, numbered 0 to {expected - 1} or 1 to {expected}; convert the data set again, or "
+            "choose the data set layout that fits it."
+        )
+
+
+def training_boxes(
+    bbox: np.ndarray, height: int | np.ndarray, width: int | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The training treatment of float64 [n, 4] x, y, w, h boxes in images of height and width pixels (scalars or [n]).
+
+    Returns float32 [n, 4] x1, y1, x2, y2 clipped to the image, bool [n] whether an area is left, and bool [n] whether
+    clipping moved an edge by more than 0.01 pixel.
+    """
+    corners = bbox.copy()
+    corners[:, 2:] += bbox[:, :2]
+    clipped = np.empty((len(bbox), 4), np.float32)
+    for axis, side in ((0, width), (1, height)):
+        clipped[:, axis::2] = np.clip(corners[:, axis::2], 0, np.reshape(side, (-1, 1)))
+    keep = (clipped[:, 2:] > clipped[:, :2]).all(1) & (bbox[:, 2:] > 0).all(1)
+    return clipped, keep, (np.abs(corners - clipped) > 0.01).any(1)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "detcore"
+
+
+def _reopen(cache_file: Path, key: dict) -> CocoIndex:
+    index = _load(cache_file, key)
+    if index is None:
+        raise UserError(f"{cache_file}: the cache of the annotation file changed while it was in use; start again.")
+    return index
+
+
+def _build(places: list[Path], name: str, key: dict) -> CocoIndex:
+    """Build the cache in the first place that takes it."""
+    refusals = []
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            if not os.access(place, os.W_OK):
+                raise PermissionError(f"{place}: not writable")
+            with _only_one_builder(place):
+                index = _load(place / name, key)
+                if index is None:
+                    _write(place / name, *_collect(key))
+                    index = _load(place / name, key)
+        except OSError as error:
+            refusals.append(str(error))
+            continue
+        if index is None:
+            raise UserError(f"{place / name}: the cache cannot be read back after writing; check the disk.")
+        return index
+    raise UserError(f"no place for the cache of {key['annotation_file']}: {'; '.join(refusals)}. Set XDG_CACHE_HOME.")
+
+
+@contextlib.contextmanager
+def _only_one_builder(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, so that ranks starting together parse a large file once.
+
+    Where the file system has no locks each builds its own and the last rename wins, which is harmless.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and columns of the cache, from the annotation file and the image folder."""
+    file = Path(key["annotation_file"])
+    parsed = coco_json.parse(file)
+    columns, counts = parsed.columns, parsed.counts
+    order = np.argsort(columns["ann_image"], kind="stable")
+    per_image = np.bincount(columns["ann_image"], minlength=len(columns["image_ids"]))
+    columns["order"] = order.astype(np.int32 if len(order) < 2**31 else np.int64)
+    columns["starts"] = np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64)
+    del order
+    dropped = clipped = 0
+    for first in range(0, len(columns["bbox"]), 1 << 20):
+        rows = slice(first, first + (1 << 20))
+        at = columns["ann_image"][rows]
+        _, keep, moved = training_boxes(columns["bbox"][rows], columns["heights"][at], columns["widths"][at])
+        dropped += int((~keep).sum())
+        clipped += int((moved & keep).sum())
+    missing, unlisted = _scan(parsed.file_names, Path(key["image_dir"]))
+    counts |= {
+        "images without annotations": int((per_image == 0).sum()),
+        "boxes dropped": dropped,
+        "boxes clipped": clipped,
+        "missing images": len(missing),
+        "unlisted files": unlisted,
+    }
+    encoded = [name.encode() for name in parsed.file_names]
+    columns["names"] = np.frombuffer(b"".join(encoded), np.uint8)
+    columns["name_ends"] = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    header = {"category_names": parsed.category_names, "counts": counts, "content_hash": parsed.content_hash}
+    return {"key": key, **header}, columns
+
+
+def _scan(names: list[str], image_dir: Path) -> tuple[np.ndarray, int]:
+    """Read each folder once: int64 positions of the names that are not there, and the number of images not named."""
+    folders: dict[str, set[str]] = {}
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for i, name in enumerate(names):
+        folder, base = os.path.split(name)
+        if folder not in folders:
+            try:
+                folders[folder] = set(os.listdir(image_dir / folder))
+            except (OSError, ValueError):  # no such folder, or a name that no file can have
+                folders[folder] = set()
+            listed[folder] = set()
+        listed[folder].add(base)
+        if base not in folders[folder]:
+            missing.append(i)
+    unlisted = sum(
+        name.lower().endswith(_IMAGE_SUFFIXES) for folder in folders for name in folders[folder] - listed[folder]
+    )
+    return np.array(missing, np.int64), unlisted
+
+
+def _checksum(column: np.ndarray) -> int:
+    data = memoryview(np.ascontiguousarray(column)).cast("B") if column.size else memoryview(b"")
+    if len(data) <= _WHOLE:
+        return zlib.crc32(data)
+    crc = 0
+    for at in np.linspace(0, len(data) - _ALIGN, 64).astype(int):
+        crc = zlib.crc32(data[at : at + _ALIGN], crc)
+    return crc
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN
+
+
+def _write(path: Path, header: dict, columns: dict[str, np.ndarray]) -> None:
+    """Write the cache under another name and rename it, so that nobody ever reads half of one."""
+    table, end = {}, 0
+    for name, column in columns.items():
+        start = _aligned(end)
+        table[name] = [column.dtype.str, list(column.shape), start, _checksum(column)]
+        end = start + column.nbytes
+    text = json.dumps({**header, "columns": table, "length": end}).encode()
+    base = _aligned(_PREFIX.size + len(text))
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as out:
+            out.write(_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
+            for name, column in columns.items():
+                out.seek(base + table[name][2])
+                column.tofile(out)
+            out.truncate(base + end)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path, key: dict) -> CocoIndex | None:
+    """The cache at path, or None if there is none for this key or it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            magic, length, crc = _PREFIX.unpack(file.read(_PREFIX.size))
+            size = os.fstat(file.fileno()).st_size
+            if magic != _MAGIC or _PREFIX.size + length > size:
+                return None
+            text = file.read(length)
+            if zlib.crc32(text) != crc:
+                return None
+            header = json.loads(text)
+            base = _aligned(_PREFIX.size + length)
+            if header["key"] != key or size != base + header["length"]:
+                return None
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+    columns = {}
+    for name, (dtype, shape, start, check) in header["columns"].items():
+        column = np.frombuffer(mapped, dtype, count=int(np.prod(shape)), offset=base + start).reshape(shape)
+        if _checksum(column) != check:
+            return None
+        columns[name] = column
+    return CocoIndex(path, key, header, columns)

@@ -1,0 +1,293 @@
+"""Batches from image files, decoded in worker processes: an endless stream to train on, one pass to evaluate.
+
+What a batch holds follows from (seed, epoch, step, rank, world size) and nothing else. The order of an epoch is the
+permutation drawn from (seed, epoch); whether an image is mirrored is a hash of (seed, epoch, position in the file).
+Each worker makes whole micro-batches, so any number of workers, and a start at any step, give the same batches.
+
+Micro-batch s of rank r takes positions (s * world + r) * batch_size onwards of the permutation: the ranks share an
+epoch without overlap. `drop_last` leaves out the images that do not fill a micro-batch on every rank, others each
+epoch; without it the last micro-batches are filled from the beginning of the same permutation.
+
+Workers come from a fork server: a plain fork would copy a process with device contexts and communication threads,
+whose locks may be held at that moment, and its signal handlers. They ignore SIGINT, SIGTERM and SIGUSR1, which are sent to
+whole process groups: the training process decides when to end, and its workers end with it.
+"""
+
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from detcore import UserError
+from detcore.data import Batch, transforms
+from detcore.data.coco import CocoIndex
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def steps_per_epoch(n_images: int, batch_size: int, world_size: int, drop_last: bool) -> int:
+    """Micro-batches that each rank yields an epoch. UserError where drop_last leaves none."""
+    together = batch_size * world_size
+    steps = n_images // together if drop_last else -(-n_images // together)
+    if not steps:
+        raise UserError(
+            f"{n_images} images do not fill one batch of {batch_size} on each of {world_size} processes; lower "
+            "--batch-size or the number of processes."
+        )
+    return steps
+
+
+def eval_steps(n_images: int, batch_size: int, world_size: int) -> int:
+    """Batches that each rank yields in one evaluation, the last ones padded."""
+    return -(-n_images // (batch_size * world_size))
+
+
+def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [n_images]: the permutation of one epoch."""
+    return np.random.default_rng([seed % 2**64, epoch]).permutation(n_images)
+
+
+def uniform(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """float64 [n] in [0, 1), one for each image position: SplitMix64 over seed, epoch and position in turn."""
+    state = np.full(len(images), seed % 2**64, np.uint64)
+    for value in (np.full(len(images), epoch, np.uint64), images.astype(np.uint64)):
+        state = (state ^ value) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+class TrainPlan:
+    """Which images a training micro-batch takes, which are mirrored, and what their boxes become.
+
+    The torch and the DALI loader both read it, so that they agree on everything but the pixels.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        image_size: tuple[int, int],
+        batch_size: int,
+        max_boxes: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
+        hflip: float,
+        crowd: str,
+        min_box: float,
+    ) -> None:
+        if crowd not in ("keep", "drop"):
+            raise ValueError(f"crowd is {crowd!r}, neither keep nor drop")
+        self.index, self.image_size, self.batch_size, self.max_boxes = index, image_size, batch_size, max_boxes
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.hflip, self.crowd, self.min_box = hflip, crowd, min_box
+        self.steps = steps_per_epoch(len(index), batch_size, world_size, drop_last)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        index.check_images()
+        for i in np.flatnonzero(index.box_count() > max_boxes):
+            self._kept_boxes(int(i), flip=False)
+
+    def choose(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [N] positions of the images in the file, bool [N] whether each is mirrored."""
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.index), self.seed, epoch))
+        first = (step * self.world_size + self.rank) * self.batch_size
+        images = self._order[1][np.arange(first, first + self.batch_size) % len(self.index)]
+        return images, uniform(self.seed, epoch, images) < self.hflip
+
+    def targets(self, images: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+        """The fields of `Batch` other than the images."""
+        boxes = np.zeros((len(images), self.max_boxes, 4), np.float32)
+        labels = np.full((len(images), self.max_boxes), -1, np.int64)
+        for row, (i, flip) in enumerate(zip(images.tolist(), flips.tolist())):
+            kept, classes = self._kept_boxes(i, flip)
+            boxes[row, : len(kept)], labels[row, : len(kept)] = kept, classes
+        return {
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(labels),
+            "image_id": torch.from_numpy(self.index.image_ids[images]),
+            "size": torch.from_numpy(np.stack([self.index.heights[images], self.index.widths[images]], 1).astype(int)),
+        }
+
+    def _kept_boxes(self, i: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+        boxes, labels, crowd = self.index.boxes(i)
+        size = (int(self.index.heights[i]), int(self.index.widths[i]))
+        boxes, keep = transforms.resize_boxes(boxes, size, self.image_size, flip=flip, min_box=self.min_box)
+        if self.crowd == "drop":
+            keep &= ~crowd
+        if keep.sum() > self.max_boxes:
+            raise UserError(
+                f"{self.index.path(i)}: image {self.index.image_ids[i]} has {keep.sum()} boxes, more than "
+                f"{self.max_boxes}; raise --max-boxes to at least that."
+            )
+        return boxes[keep], labels[keep]
+
+    def keys(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        """(epoch, step) from there on without end; steps beyond an epoch's count go on into the next."""
+        epoch, step = epoch + step // self.steps, step % self.steps
+        while True:
+            yield from ((epoch, s) for s in range(step, self.steps))
+            epoch, step = epoch + 1, 0
+
+
+class EvalPlan:
+    """Which images an evaluation batch takes: each once over all ranks, in the file's order, none mirrored."""
+
+    def __init__(self, index: CocoIndex, batch_size: int, rank: int, world_size: int) -> None:
+        self.index, self.batch_size, self.rank, self.world_size = index, batch_size, rank, world_size
+        self.steps = eval_steps(len(index), batch_size, world_size)
+        index.check_images()
+
+    def choose(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `TrainPlan.choose`, but fewer images, or none, where the file ends."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        images = np.arange(first, max(first, min(first + self.batch_size, len(self.index))))
+        return images, np.zeros(len(images), bool)
+
+    def targets(self, images: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+        """The fields of `Batch` other than the images, padded to the batch size; one empty box an image."""
+        image_id = np.full(self.batch_size, -1, np.int64)
+        image_id[: len(images)] = self.index.image_ids[images]
+        size = np.ones((self.batch_size, 2), np.int64)
+        size[: len(images), 0], size[: len(images), 1] = self.index.heights[images], self.index.widths[images]
+        return {
+            "boxes": torch.zeros(self.batch_size, 1, 4),
+            "labels": torch.full((self.batch_size, 1), -1),
+            "image_id": torch.from_numpy(image_id),
+            "size": torch.from_numpy(size),
+        }
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        return ((0, step) for step in range(self.steps))
+
+
+def train_batches(
+    index: CocoIndex,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    max_boxes: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    epoch: int,
+    step: int,
+    drop_last: bool = True,
+    hflip: float = 0.5,
+    antialias: bool = False,
+    crowd: str = "keep",
+    min_box: float = 0.0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """An endless stream of this rank's micro-batches, from micro-batch `step` of `epoch` on (both from 0).
+
+    image_size: (height, width) of every image. hflip: the probability of mirroring. crowd: "keep" crowd boxes as
+    ordinary ones or "drop" them. Boxes not wider and higher than min_box pixels of the resized image are left out.
+    workers: processes that decode; 0 decodes in this one. Images come in channels_last memory, pinned if asked.
+
+    Raises UserError, before the first batch, for missing images, more boxes than max_boxes and too few images for a
+    batch; later for files that do not decode and for a worker that was killed.
+    """
+    plan = TrainPlan(index, image_size, batch_size, max_boxes, seed, rank, world_size, drop_last, hflip, crowd, min_box)
+    return _stream(_Batches(plan, image_size, antialias), plan.keys(epoch, step), workers, pin_memory)
+
+
+def eval_batches(
+    index: CocoIndex,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    antialias: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """`eval_steps` batches, the same number on every rank: each image of the file exactly once over all ranks.
+
+    The rest of the last batches is padding (image_id -1, black, size 1x1). Boxes are one empty row an image, labels
+    -1: the truth stays in `CocoIndex.ground_truth`. Arguments and errors as for `train_batches`.
+    """
+    plan = EvalPlan(index, batch_size, rank, world_size)
+    return _stream(_Batches(plan, image_size, antialias), plan.keys(), workers, pin_memory)
+
+
+class _Batches(Dataset):
+    """Makes the batch of a key (epoch, step). Mistakes in the data come back as values, not as nested tracebacks."""
+
+    def __init__(self, plan: TrainPlan | EvalPlan, image_size: tuple[int, int], antialias: bool) -> None:
+        self.plan, self.image_size, self.antialias = plan, image_size, antialias
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor] | str:
+        images, flips = self.plan.choose(*key)
+        try:
+            pixels = [self._image(i, flip) for i, flip in zip(images.tolist(), flips.tolist())]
+            targets = self.plan.targets(images, flips)
+        except UserError as error:
+            return str(error)
+        blank = torch.zeros(*self.image_size, 3, dtype=torch.uint8)
+        pixels += [blank] * (self.plan.batch_size - len(pixels))
+        # default_collate stacks straight into shared memory when it runs in a worker.
+        return {"images": default_collate(pixels), **targets}
+
+    def _image(self, i: int, flip: bool) -> torch.Tensor:
+        index = self.plan.index
+        path, image_id = index.path(i), int(index.image_ids[i])
+        data = transforms.read_bytes(path, image_id)
+        height, width = int(index.heights[i]), int(index.widths[i])
+        image = transforms.decode(data, path=path, image_id=image_id, height=height, width=width)
+        return transforms.resize(image, self.image_size, flip=flip, antialias=self.antialias)
+
+
+def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pin_memory: bool) -> Iterator[Batch]:
+    generator = torch.Generator()  # the default one would be advanced, and training with it
+    more: dict[str, Any] = {}
+    if workers:
+        more = {"multiprocessing_context": _fork_server(), "worker_init_fn": _begin_worker, "prefetch_factor": 2}
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=keys, num_workers=workers, pin_memory=pin_memory, generator=generator, **more
+    )
+    try:
+        for item in loader:
+            if isinstance(item, str):
+                raise UserError(item)
+            yield Batch(**{**item, "images": item["images"].permute(0, 3, 1, 2)})
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            f"a loader worker was killed ({error}). Most often memory ran out: lower --workers or --batch-size, or "
+            "give the container more shared memory (docker run --ipc=host)."
+        ) from None
+
+
+def _fork_server() -> Any:
+    """The fork server's context, the server started with torch loaded and the signals ignored."""
+    context = multiprocessing.get_context("forkserver")
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    context.set_forkserver_preload([__name__] + ([program.name] if program else []))
+    if threading.current_thread() is not threading.main_thread():
+        return context
+    # What is ignored stays so through fork and exec; a handler would not, and the default would end the server.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    return context
+
+
+def _begin_worker(number: int) -> None:
+    torch.set_num_threads(1)
+    for ignored in _SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)

@@ -1,0 +1,92 @@
+"""From an image file and its boxes to fixed-shape arrays: decode, flip, resize, all in uint8.
+
+The order is that of the reference recipe: flip, then bilinear resize to exactly (height, width) without keeping the
+aspect ratio. Normalisation comes later, on the device: a quarter of the bytes to move and of the work here.
+EXIF orientation is never applied; a file whose pixels do not have the size that the annotation file gives is an error.
+Damage that the decoder cannot see (changed bits that still decode) stays unseen, as with every JPEG decoder.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional
+
+from detcore import UserError
+
+
+def read_bytes(path: Path, image_id: int) -> np.ndarray:
+    """The file as uint8 [n]. UserError, naming file and image, if it cannot be read or is empty."""
+    try:
+        data = np.fromfile(path, np.uint8)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot read image {image_id} ({reason}); restore the file.") from error
+    if not len(data):
+        raise UserError(f"{path}: the file of image {image_id} is empty; download it again.")
+    return data
+
+
+def decode(data: np.ndarray, *, path: Path, image_id: int, height: int, width: int) -> Tensor:
+    """Decode JPEG, PNG, WebP or GIF bytes to uint8 RGB [3, height, width], memory laid out as height, width, 3.
+
+    Grey, palette and CMYK images come out as RGB; transparency is ignored. Raises UserError, naming file and image,
+    for files that do not decode whole (truncated ones too), have more than 8 bits a channel or several frames, or
+    are not of the given size.
+    """
+    try:
+        image = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0].rsplit(".cpp:", 1)[-1].split(",", 1)[-1].strip()
+        raise UserError(
+            f"{path}: image {image_id} does not decode ({reason}); replace the file or remove it from the "
+            "annotation file."
+        ) from error
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        kind = "several frames" if image.ndim != 3 else "more than 8 bits a channel"
+        raise UserError(f"{path}: image {image_id} has {kind}; save it as an 8-bit JPEG or PNG.")
+    check_size(image.shape[1], image.shape[2], path=path, image_id=image_id, height=height, width=width)
+    return image
+
+
+def check_size(found_height: int, found_width: int, *, path: Path, image_id: int, height: int, width: int) -> None:
+    """UserError unless the decoded size is the annotation file's."""
+    if (found_height, found_width) == (height, width):
+        return
+    rotated = (
+        " The sides are exchanged: the annotation file seems to have been made from the image rotated by its EXIF "
+        "orientation, which is not applied here."
+        if (found_height, found_width) == (width, height)
+        else ""
+    )
+    raise UserError(
+        f"{path}: image {image_id} is {found_width}x{found_height} pixels, but the annotation file says "
+        f"{width}x{height}; correct one of them.{rotated}"
+    )
+
+
+def resize(image: Tensor, image_size: tuple[int, int], *, flip: bool, antialias: bool) -> Tensor:
+    """uint8 [3, h, w] -> uint8 [H, W, 3]: mirrored left to right if asked, then bilinear, pixel centres at .5."""
+    if flip:
+        image = image.flip(-1)
+    resized = functional.resize(image, list(image_size), antialias=antialias)
+    return resized.permute(1, 2, 0).contiguous()
+
+
+def resize_boxes(
+    boxes: np.ndarray, size: tuple[int, int], image_size: tuple[int, int], *, flip: bool, min_box: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take boxes through the same flip and resize, and find those too small to keep.
+
+    boxes: float32 [n, 4] x1, y1, x2, y2 in pixels of the original image of size (height, width).
+    Returns float32 [n, 4] in pixels of the resized image of image_size (height, width), and bool [n]: whether width
+    and height both exceed min_box pixels of the resized image.
+    """
+    height, width = size
+    if flip:
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    across, down = image_size[1] / width, image_size[0] / height
+    boxes = boxes * np.array([across, down, across, down], np.float32)
+    return boxes, (boxes[:, 2:] - boxes[:, :2] > min_box).all(1)
