@@ -15,6 +15,7 @@
 
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -91,10 +92,10 @@ def _own_words(error: UserError) -> str:
 
 def _stdout_is_closed() -> bool:
     """Whether nobody reads stdout any more (a broken pipe to a helper process is another matter: a crash)."""
-    try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more as it ends and would complain about the same pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poller = select.poll()
+    poller.register(1, 0)
+    if not any(event & select.POLLERR for _, event in poller.poll(0)):
+        return False
+    # The interpreter flushes stdout once more as it ends and would complain about the same pipe.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
