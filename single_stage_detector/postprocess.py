@@ -7,28 +7,42 @@ from detcore.boxes import areas, clip, decode
 from single_stage_detector.anchors import grids
 
 
-def _level_candidates(cls_logits: Tensor, image_size: tuple[int, int], topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The topk (anchor, class) pairs of every level: logits, anchor indices and classes, each [N, P].
+def _needed(alive: Tensor) -> int:
+    """How many of the first places of a sorted dimension (the last) are worth keeping.
+
+    All of them, so that shapes stay fixed; but on a CPU, where reading a value costs nothing, the fullest row's count.
+    """
+    return max(1, int(alive.sum(-1).max())) if alive.device.type == "cpu" else alive.shape[-1]
+
+
+def _level_candidates(
+    cls_logits: Tensor, image_size: tuple[int, int], score_thresh: float, topk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The topk (anchor, class) pairs of every level: scores (-1 up to the threshold), anchors and classes, each [N, P].
 
     Only the topk anchors of a level by their best class can hold a pair of its topk, so that the wide tensor
-    is read once. Where a level has fewer pairs, logits are -inf.
+    is read once.
     """
     n, total, k = cls_logits.shape
-    device = cls_logits.device
-    cells = torch.tensor([rows * columns for rows, columns in grids(image_size)], device=device)
-    lengths = cells * (total // int(sum(rows * columns for rows, columns in grids(image_size))))
-    starts = lengths.cumsum(0) - lengths
-    longest = total // sum(r * c for r, c in grids(image_size)) * max(r * c for r, c in grids(image_size))
-    place = torch.arange(longest, device=device)
-    inside = place < lengths[:, None]  # [L, longest]
-    index = torch.where(inside, starts[:, None] + place, 0)
-    best = torch.where(inside, cls_logits.amax(2)[:, index], -torch.inf)
-    best, at = best.topk(min(topk, longest), 2)  # [N, L, T]
+    cells = [rows * columns for rows, columns in grids(image_size)]
+    per_cell = total // sum(cells)
+    lengths = torch.tensor(cells, device=cls_logits.device)[:, None] * per_cell
+    place = torch.arange(max(cells) * per_cell, device=cls_logits.device)
+    inside = place < lengths  # levels side by side, padded to the longest: [L, longest]
+    index = torch.where(inside, lengths.cumsum(0) - lengths + place, 0)
+    best = cls_logits.amax(2).index_select(1, index.flatten()).reshape(n, *index.shape)
+    best, at = best.float().masked_fill_(~inside, -torch.inf).topk(min(topk, index.shape[1]), 2)
+    width = _needed(torch.sigmoid(best) > score_thresh)
+    best, at = best[..., :width], at[..., :width]
     anchor = index.expand(n, -1, -1).gather(2, at)
-    logits = cls_logits.gather(1, anchor.reshape(n, -1, 1).expand(-1, -1, k)).reshape(*anchor.shape, k)
-    logits = logits.masked_fill(best.isneginf()[..., None], -torch.inf).flatten(2)
-    logits, pair = logits.topk(min(topk, logits.shape[2]), 2)
-    return logits.flatten(1), anchor.gather(2, pair // k).flatten(1), (pair % k).flatten(1)
+    logits = cls_logits.gather(1, anchor.reshape(n, -1, 1).expand(-1, -1, k)).float().reshape(*anchor.shape, k)
+    logits, pair = logits.masked_fill_(best.isneginf()[..., None], -torch.inf).flatten(2).topk(min(topk, width * k), 2)
+    anchor, label = anchor.gather(2, pair // k).flatten(1), pair.flatten(1) % k
+    scores = torch.sigmoid(logits.flatten(1))
+    scores = torch.where(scores > score_thresh, scores, -1)
+    scores, order = scores.sort(stable=True, dim=1, descending=True)
+    order = order[:, : _needed(scores >= 0)]
+    return scores[:, : order.shape[1]], anchor.gather(1, order), label.gather(1, order)
 
 
 def _greedy_nms(boxes: Tensor, live: Tensor, labels: Tensor, nms_thresh: float, detections: int) -> Tensor:
@@ -77,12 +91,10 @@ def postprocess(
     all levels, a box is dropped if it overlaps a better one of its class by more than nms_thresh. Equal to
     torchvision's RetinaNet.postprocess_detections, except for the order among equal scores.
     """
-    logits, anchor, labels = _level_candidates(cls_logits, image_size, topk)
-    scores = torch.sigmoid(logits.to(anchors.dtype))
+    scores, anchor, labels = _level_candidates(cls_logits, image_size, score_thresh, topk)
     deltas = box_deltas.to(anchors.dtype).gather(1, anchor[..., None].expand(-1, -1, 4))
     boxes = clip(decode(deltas, anchors[anchor]), image_size)
-    live = torch.where(scores > score_thresh, scores, -1)
-    kept = _greedy_nms(boxes, live, labels, nms_thresh, detections)
+    kept = _greedy_nms(boxes, scores.clone(), labels, nms_thresh, detections)
     empty, at = kept < 0, kept.clamp(min=0)
     boxes = boxes.gather(1, at[..., None].expand(-1, -1, 4)).masked_fill(empty[..., None], 0)
     return boxes, scores.gather(1, at).masked_fill(empty, 0), labels.gather(1, at).masked_fill(empty, -1)

@@ -102,7 +102,9 @@ def main() -> None:
         rows.append(row | {"speedup": row["torchvision"] / row["ours"]})
     shape = f"{options.images} images, {options.image_size} pixels, {options.classes} classes"
     print(f"{shape}; median of {options.rounds}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'case':6} {'pairs > .05':>11} {'kept':>6} {'ours ms':>9} {'torchvision ms':>15} {'speed-up':>9} {'diff':>8}")
+    print(
+        f"{'case':6} {'pairs > .05':>11} {'kept':>6} {'ours ms':>9} {'torchvision ms':>15} {'speed-up':>9} {'diff':>8}"
+    )
     for row in rows:
         ours, theirs = 1000 * row["ours"], 1000 * row["torchvision"]
         print(
