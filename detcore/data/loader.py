@@ -9,7 +9,7 @@ epoch without overlap. `drop_last` leaves out the images that do not fill a micr
 epoch; without it the last micro-batches are filled from the beginning of the same permutation.
 
 Workers come from a fork server: a plain fork would copy a process with device contexts and communication threads,
-whose locks may be held at that moment, and its signal handlers. They ignore SIGINT, SIGTERM and SIGUSR1, which are sent to
+whose locks may be held at that moment, and its signal handlers. They ignore SIGINT, SIGTERM and SIGUSR1, sent to
 whole process groups: the training process decides when to end, and its workers end with it.
 """
 

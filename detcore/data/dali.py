@@ -1,0 +1,169 @@
+"""The loader's batches through NVIDIA DALI (extra `dali`): DALI decodes, mirrors and resizes, on the CPU or the GPU.
+
+Order, mirroring, boxes and labels come from the same `TrainPlan` and `EvalPlan` as those of `detcore.data.loader` and
+are equal to the bit. The pixels differ by at most one grey level with the CPU decoder, which is the same library: only
+the resize rounds differently. The GPU decoder's inverse transform and colour upsampling differ by a few levels more.
+Files are read by a few threads and handed to DALI as bytes; DALI's own shuffling is not used.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.io import encode_png
+
+from detcore import UserError
+from detcore.data import Batch, transforms
+from detcore.data.coco import CocoIndex
+from detcore.data.loader import EvalPlan, TrainPlan
+
+
+def train_batches(
+    index: CocoIndex,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    max_boxes: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    epoch: int,
+    step: int,
+    drop_last: bool = True,
+    hflip: float = 0.5,
+    antialias: bool = False,
+    crowd: str = "keep",
+    min_box: float = 0.0,
+    device_id: int | None = None,
+) -> Iterator[Batch]:
+    """As `detcore.data.loader.train_batches`. workers: DALI's CPU threads. device_id: the GPU that decodes and holds
+    the images (the other fields stay in host memory); None does all on the CPU. UserError where DALI is missing."""
+    plan = TrainPlan(index, image_size, batch_size, max_boxes, seed, rank, world_size, drop_last, hflip, crowd, min_box)
+    return _stream(plan, plan.keys(epoch, step), image_size, workers, antialias, device_id)
+
+
+def eval_batches(
+    index: CocoIndex,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    antialias: bool = False,
+    device_id: int | None = None,
+) -> Iterator[Batch]:
+    """As `detcore.data.loader.eval_batches`; workers and device_id as for `train_batches`."""
+    plan = EvalPlan(index, batch_size, rank, world_size)
+    return _stream(plan, plan.keys(), image_size, workers, antialias, device_id)
+
+
+class _Source:
+    """Feeds DALI the encoded files and mirror flags of one batch after the other, and remembers what it fed."""
+
+    def __init__(self, plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], threads: int) -> None:
+        self.plan, self.keys = plan, keys
+        self.fed: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        self.pool = ThreadPoolExecutor(threads)
+        self.blank = encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)).numpy()
+
+    def __call__(self) -> tuple[list[np.ndarray], np.ndarray]:
+        images, flips = self.plan.choose(*next(self.keys))
+        files = list(self.pool.map(self._read, images.tolist()))
+        padding = self.plan.batch_size - len(files)
+        self.fed.append((images, flips))
+        return files + [self.blank] * padding, np.pad(flips.astype(np.int32), (0, padding))
+
+    def check(self, images: np.ndarray, shapes: np.ndarray) -> None:
+        """UserError if an image has not the size that the annotation file gives. shapes: int [N, 3]."""
+        for i, (height, width, _) in zip(images.tolist(), shapes.tolist()):
+            transforms.check_size(height, width, **self._facts(i))
+
+    def blame(self, error: Exception) -> UserError:
+        """Find the file that made DALI fail: DALI gives its place among those in flight, not its name."""
+        for images, _ in self.fed:
+            for i in images.tolist():
+                try:
+                    transforms.decode(self._read(i), **self._facts(i))
+                except UserError as reason:
+                    return reason
+        return UserError(f"DALI failed, though every file of the batch decodes without it: {error}")
+
+    def _read(self, i: int) -> np.ndarray:
+        return transforms.read_bytes(self.plan.index.path(i), int(self.plan.index.image_ids[i]))
+
+    def _facts(self, i: int) -> dict[str, Any]:
+        index = self.plan.index
+        size = {"height": int(index.heights[i]), "width": int(index.widths[i])}
+        return {"path": index.path(i), "image_id": int(index.image_ids[i]), **size}
+
+
+def _stream(
+    plan: TrainPlan | EvalPlan,
+    keys: Iterator[tuple[int, int]],
+    image_size: tuple[int, int],
+    workers: int,
+    antialias: bool,
+    device_id: int | None,
+) -> Iterator[Batch]:
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the DALI loader wants NVIDIA DALI ({error}): pip install .[dali], or take --loader torch."
+        ) from error
+    return _batches(_Source(plan, keys, max(workers, 1)), image_size, max(workers, 1), antialias, device_id)
+
+
+def _batches(
+    source: _Source, image_size: tuple[int, int], threads: int, antialias: bool, device_id: int | None
+) -> Iterator[Batch]:
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    device = "cpu" if device_id is None else f"cuda:{device_id}"
+    batch_size = source.plan.batch_size
+    try:
+        pipeline = _pipeline(source, image_size, threads, antialias, device_id)
+        while True:
+            try:
+                pixels, shapes = pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise source.blame(error) from error
+            images, flips = source.fed.popleft()
+            source.check(images, np.asarray(shapes.as_tensor()))
+            # DALI reuses its buffers, so the values are copied out.
+            out = torch.empty(batch_size, *image_size, 3, dtype=torch.uint8, device=device)
+            feed_ndarray(pixels.as_tensor(), out)
+            yield Batch(images=out.permute(0, 3, 1, 2), **source.plan.targets(images, flips))
+    finally:
+        source.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pipeline(
+    source: _Source, image_size: tuple[int, int], threads: int, antialias: bool, device_id: int | None
+) -> Any:
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(batch_size=source.plan.batch_size, num_threads=threads, device_id=device_id)
+    with pipeline:
+        encoded, flips = fn.external_source(source=source, num_outputs=2, batch=True)
+        decoder = "cpu" if device_id is None else "mixed"
+        image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
+        shape = image.shape(device="cpu")
+        image = fn.flip(image, horizontal=flips)
+        image = fn.resize(
+            image,
+            resize_y=image_size[0],
+            resize_x=image_size[1],
+            interp_type=types.INTERP_LINEAR,
+            antialias=antialias,
+        )
+        pipeline.set_outputs(image, shape)
+    pipeline.build()
+    return pipeline
