@@ -26,7 +26,13 @@ from detcore import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 BACKENDS = ("auto", "hotcoco", "pycocotools")
+COLUMNS = ("image_id", "x", "y", "width", "height", "score", "category_id")  # of a row of detections
 LARGEST_ID = 2**53
+
+# What COCOeval works with when nothing is changed; both libraries return their arrays in this order.
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+AREAS = ("all", "s", "m", "l")
+MAX_DETECTIONS = (1, 10, 100)
 
 
 class GroundTruth(NamedTuple):
@@ -62,67 +68,76 @@ def evaluate(
 
 
 class Scorer:
-    """One ground truth, checked and indexed once, and the library that scores against it.
+    """One ground truth, checked once, and the library that scores against it.
 
-    Arguments, result and errors as for `evaluate`.
+    Arguments, result and errors as for `evaluate`. `rows_at_once` bounds the memory: with more detections than that
+    the categories, which COCOeval treats one by one, are scored in groups of about so many detections each.
     """
 
-    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto") -> None:
+    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto", rows_at_once: int = 1_000_000) -> None:
         check_ground_truth(ground_truth)
         self.backend = _choose(backend)
+        self._rows_at_once = rows_at_once
+        self._truth = ground_truth
         self._image_ids = np.unique(ground_truth.image_ids)
         self._category_ids = np.unique(ground_truth.category_ids)
-        index = _hotcoco_index if self.backend == "hotcoco" else _pycocotools_index
-        self._truth, self._coco_eval = index(self._image_ids, self._category_ids, ground_truth)
 
     def __call__(self, detections: np.ndarray, *, per_class: bool = False) -> dict[str, Any]:
-        detections = _as_rows(detections)
-        self._check_detections(detections)
-        if self.backend == "hotcoco":
-            run = self._coco_eval(self._truth, self._truth.load_res(detections), "bbox")
-            run.evaluate()
-            run.accumulate()
-            run.summary_lines()
-        else:
-            # pycocotools reports its progress on the standard output, which belongs to the program's own log.
-            with contextlib.redirect_stdout(io.StringIO()):
-                run = self._coco_eval(self._truth, _pycocotools_results(self._truth, detections), "bbox")
-                run.evaluate()
-                run.accumulate()
-                run.summarize()
-        result: dict[str, Any] = {name: float(value) for name, value in zip(METRICS, run.stats, strict=True)}
+        detections = np.asarray(detections, dtype=np.float64)
+        if detections.ndim != 2 or detections.shape[1] != 7:
+            raise ValueError(f"detections have shape {detections.shape}; [D, 7] is wanted, also for D = 0")
+        self._check_numbers(detections)
+        self._positions(detections, "image_id", self._image_ids)
+        position = self._positions(detections, "category_id", self._category_ids)
+
+        run = _run_hotcoco if self.backend == "hotcoco" else _run_pycocotools
+        precision = np.full((len(THRESHOLDS), 101, len(self._category_ids), len(AREAS), len(MAX_DETECTIONS)), -1.0)
+        recall = np.full((len(THRESHOLDS), *precision.shape[2:]), -1.0)
+        group = np.bincount(position, minlength=len(self._category_ids)).cumsum() // self._rows_at_once
+        for number in np.unique(group):
+            members = np.flatnonzero(group == number)
+            whole = len(members) == len(group)
+            rows = detections if whole else detections[group[position] == number]
+            precision[:, :, members], recall[:, members] = run(self._part(members), rows)
+        result: dict[str, Any] = _summarize(precision, recall)
         if per_class:
-            result["per_class"] = self._per_class(np.asarray(run.eval["precision"]))
+            averages = (_mean(precision[:, :, k, 0, -1]) for k in range(len(self._category_ids)))
+            result["per_class"] = dict(zip(self._category_ids.tolist(), averages, strict=True))
         return result
 
-    def _per_class(self, precision: np.ndarray) -> dict[int, float]:
-        """precision: float64 [T, R, K, A, M], -1 where a category has no ground truth; area "all", 100 boxes."""
-        columns = precision[:, :, :, 0, -1]
-        averages = {}
-        for k, category_id in enumerate(self._category_ids.tolist()):
-            values = columns[:, :, k]
-            values = values[values > -1]
-            averages[category_id] = float(values.mean()) if values.size else -1.0
-        return averages
+    def _part(self, members: np.ndarray) -> GroundTruth:
+        """The ground truth of some of the categories, with all the images."""
+        category_ids = self._category_ids[members]
+        kept = np.isin(self._truth.ann_category_id, category_ids)
+        return GroundTruth(self._image_ids, category_ids, *(column[kept] for column in self._truth[2:]))
 
-    def _check_detections(self, detections: np.ndarray) -> None:
-        columns = ("image_id", "x", "y", "width", "height", "score", "category_id")
-        for column, name in enumerate(columns):
-            values = detections[:, column]
-            known = {"image_id": self._image_ids, "category_id": self._category_ids}.get(name)
-            bad = ~np.isfinite(values) if known is None else ~_is_in(values, known)
-            if not bad.any():
-                continue
-            row = int(bad.argmax())
-            where = (
-                f"detection row {row} has {name} {values[row]:.17g}; {int(bad.sum())} of {len(values)} rows are such"
-            )
-            if known is None:
-                raise UserError(f"{where}. Only finite numbers can be scored: the model has diverged or is damaged.")
+    @staticmethod
+    def _check_numbers(detections: np.ndarray) -> None:
+        bad = ~np.isfinite(detections[:, 1:6])
+        if bad.any():
+            row = int(bad.any(axis=1).argmax())
+            column = int(bad[row].argmax())
             raise UserError(
-                f"{where}. The annotation file lists {len(known)} {name}s and not this one: "
-                "score against the file that the detections were made for."
+                f"detection row {row} (image {detections[row, 0]:.17g}) has {COLUMNS[column + 1]} "
+                f"{detections[row, column + 1]}; {int(bad.any(axis=1).sum())} of {len(bad)} rows are such. "
+                "Only finite numbers can be scored: the model has diverged or its weights are damaged."
             )
+
+    @staticmethod
+    def _positions(detections: np.ndarray, name: str, ids: np.ndarray) -> np.ndarray:
+        """Where each row's id stands among the ids (ascending). UserError for one that is not there."""
+        values = detections[:, COLUMNS.index(name)]
+        exact = ids.astype(np.float64)
+        position = np.searchsorted(exact, values).clip(max=max(len(ids) - 1, 0))
+        bad = exact[position] != values if len(ids) else np.ones(len(values), dtype=bool)
+        if bad.any():
+            row = int(bad.argmax())
+            raise UserError(
+                f"detection row {row} has {name} {values[row]:.17g}, one of {int(bad.sum())} such rows of {len(bad)}. "
+                f"The annotation file lists {len(ids)} {name}s and not this one: score against the file that the "
+                "detections were made for."
+            )
+        return position
 
 
 def check_ground_truth(ground_truth: GroundTruth) -> None:
@@ -148,21 +163,6 @@ def check_ground_truth(ground_truth: GroundTruth) -> None:
             )
 
 
-def _as_rows(detections: np.ndarray) -> np.ndarray:
-    detections = np.asarray(detections, dtype=np.float64)
-    if detections.ndim != 2 or detections.shape[1] != 7:
-        raise ValueError(f"detections have shape {detections.shape}; [D, 7] is wanted, also for D = 0")
-    return detections
-
-
-def _is_in(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Which of the float64 values are one of the ids (int64, ascending). np.isin would sort millions of values."""
-    if not len(ids):
-        return np.zeros(len(values), dtype=bool)
-    ids = ids.astype(np.float64)
-    return ids[np.searchsorted(ids, values).clip(max=len(ids) - 1)] == values
-
-
 def _choose(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"evaluation backend {backend!r} is none of {', '.join(BACKENDS)}")
@@ -182,41 +182,63 @@ def _choose(backend: str) -> str:
     return "hotcoco"
 
 
-def _listed(image_ids: np.ndarray, category_ids: np.ndarray) -> tuple[list[dict], list[dict]]:
-    categories = [{"id": category_id, "name": str(category_id)} for category_id in category_ids.tolist()]
-    return [{"id": image_id} for image_id in image_ids.tolist()], categories
+def _mean(values: np.ndarray) -> float:
+    """-1 marks what has no ground truth, here as in COCOeval."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
 
 
-def _hotcoco_index(image_ids: np.ndarray, category_ids: np.ndarray, truth: GroundTruth) -> tuple[Any, type]:
+def _summarize(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+    """precision [T, R, K, A, M] and recall [T, K, A, M] over thresholds, recall points, categories, areas, maxima."""
+    threshold = {"AP50": [THRESHOLDS.index(0.5)], "AP75": [THRESHOLDS.index(0.75)]}
+    area = {name: AREAS.index(name[-1]) for name in METRICS if name[-1] in AREAS}
+    most = {f"AR{count}": m for m, count in enumerate(MAX_DETECTIONS)}
+    result = {}
+    for name in METRICS:
+        values = precision if name.startswith("AP") else recall
+        values = values[threshold.get(name, slice(None))]
+        result[name] = _mean(values[..., area.get(name, 0), most.get(name, -1)])
+    return result
+
+
+def _listed(truth: GroundTruth) -> tuple[list[dict], list[dict]]:
+    categories = [{"id": category_id, "name": str(category_id)} for category_id in truth.category_ids.tolist()]
+    return [{"id": image_id} for image_id in truth.image_ids.tolist()], categories
+
+
+def _run_hotcoco(truth: GroundTruth, detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from hotcoco import COCO, COCOeval
 
-    images, categories = _listed(image_ids, category_ids)
     columns = (truth.ann_image_id, truth.ann_category_id, truth.bbox)
-    return COCO.from_arrays(images, categories, *columns, area=truth.area, iscrowd=truth.iscrowd), COCOeval
+    coco = COCO.from_arrays(*_listed(truth), *columns, area=truth.area, iscrowd=truth.iscrowd)
+    run = COCOeval(coco, coco.load_res(detections), "bbox")
+    run.evaluate()
+    run.accumulate()
+    return run.eval["precision"], run.eval["recall"]
 
 
-def _pycocotools_index(image_ids: np.ndarray, category_ids: np.ndarray, truth: GroundTruth) -> tuple[Any, type]:
+def _run_pycocotools(truth: GroundTruth, detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    images, categories = _listed(image_ids, category_ids)
+    images, categories = _listed(truth)
     names = ("image_id", "category_id", "bbox", "area", "iscrowd")
     columns = (column.tolist() for column in truth[2:])
     annotations = [
         {"id": number, **dict(zip(names, values, strict=True))}
         for number, values in enumerate(zip(*columns, strict=True), start=1)
     ]
-    coco = COCO()
-    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    # It reports its progress on the standard output, which belongs to the program's own log.
     with contextlib.redirect_stdout(io.StringIO()):
+        coco, found = COCO(), COCO()
+        coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
         coco.createIndex()
-    return coco, COCOeval
-
-
-def _pycocotools_results(truth: Any, detections: np.ndarray) -> Any:
-    if len(detections):
-        return truth.loadRes(detections)
-    empty = type(truth)()  # loadRes looks at the first detection and fails when there is none
-    empty.dataset = {**truth.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
+        if len(detections):
+            found = coco.loadRes(detections)
+        else:  # loadRes looks at the first detection and fails when there is none
+            found.dataset = {**coco.dataset, "annotations": []}
+            found.createIndex()
+        run = COCOeval(coco, found, "bbox")
+        run.evaluate()
+        run.accumulate()
+    return run.eval["precision"], run.eval["recall"]
