@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     steps = programs(options)
-    first = {name: float(sum(step().values())) for name, step in steps.items()}  # warms up as well
+    first = {name: float(sum(step().values()).detach()) for name, step in steps.items()}  # warms up as well
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():

@@ -1,0 +1,185 @@
+"""Matcher and losses against golden values, torchvision and float64 derivatives."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import box_iou, sigmoid_focal_loss
+
+from single_stage_detector import loss as loss_module
+from single_stage_detector.anchors import anchors, grids
+from single_stage_detector.loss import IGNORED, UNMATCHED, focal_loss, losses, match
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
+CHECK = GOLDEN["match_and_loss_check"]
+SIZE = (160, 224)
+
+
+@pytest.fixture(scope="module")
+def at_800() -> torch.Tensor:
+    return anchors((800, 800), grids((800, 800)))
+
+
+def golden_truth() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(CHECK["gt_xyxy"])[None], torch.tensor(CHECK["class_indices_0based"])[None]
+
+
+def random_truth(seed: int, counts: list[int], padded: int, classes: int = 7, size=SIZE):
+    """Boxes on whole and half pixels, so that ties between anchors are common."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes, labels = torch.zeros(len(counts), padded, 4), torch.full((len(counts), padded), -1)
+    limit = torch.tensor([size[1], size[0]])
+    for i, count in enumerate(counts):
+        low = (torch.rand(count, 2, generator=generator) * (limit - 12) * 2).round() / 2
+        extent = (torch.rand(count, 2, generator=generator) ** 2 * limit * 1.6).round() / 2 + 2
+        boxes[i, :count] = torch.cat((low, torch.minimum(low + extent, limit)), 1)
+        labels[i, :count] = torch.randint(classes, (count,), generator=generator)
+    return boxes, labels
+
+
+def expected_match(a: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    matcher, rows = Matcher(0.5, 0.4, allow_low_quality_matches=True), []
+    for box, label in zip(boxes, labels):
+        real = box[label >= 0]
+        rows.append(matcher(box_iou(real, a)) if len(real) else torch.full((len(a),), -1))
+    return torch.stack(rows)
+
+
+def test_golden_match(at_800):
+    matched = match(at_800, *golden_truth())[0]
+    assert int((matched >= 0).sum()) == CHECK["foreground"]
+    assert int((matched == IGNORED).sum()) == CHECK["ignored"]
+    assert int((matched == UNMATCHED).sum()) == CHECK["background"]
+    assert [int((matched == i).sum()) for i in range(4)] == CHECK["foreground_per_gt"]
+    per_level = [int((part >= 0).sum()) for part in matched.split(GOLDEN["anchors"]["per_level"])]
+    assert per_level == CHECK["foreground_per_level"]
+    assert (matched == 1).nonzero().flatten().tolist() == CHECK["anchors_matched_to_gt1"]
+
+
+@pytest.mark.parametrize(
+    ("logit", "expected"),
+    [(0.0, CHECK["class_loss_zero_logits"]), (GOLDEN["class_prior_bias"], CHECK["class_loss_all_logits_at_prior_bias"])],
+)
+def test_golden_losses(at_800, logit, expected):
+    outputs = torch.full((1, len(at_800), 264), logit), torch.zeros(1, len(at_800), 4)
+    result = losses(outputs, at_800, *golden_truth())
+    assert float(result["cls"]) == pytest.approx(expected, rel=2e-6)
+    assert float(result["box"]) == pytest.approx(CHECK["box_l1_loss_zero_deltas"], rel=2e-6)
+
+
+def test_golden_focal_points():
+    for point in GOLDEN["focal"]["points"]:
+        target = 0 if point["target"] else -1
+        logits = torch.tensor([[point["logit"]]], dtype=torch.float64)
+        value = focal_loss(logits, torch.tensor([target]), torch.ones(1, dtype=torch.float64))
+        assert float(value) == pytest.approx(point["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("work", [1, 2**12, 2**18, 2**30])
+def test_match_equals_torchvision_in_any_chunking(monkeypatch, work):
+    monkeypatch.setattr(loss_module, "_work_elements", lambda device: work)
+    a = anchors(SIZE, grids(SIZE))
+    for seed in range(4):
+        boxes, labels = random_truth(seed, [9, 0, 1, 23, 4], padded=25)
+        assert torch.equal(match(a, boxes, labels), expected_match(a, boxes, labels))
+
+
+def test_low_quality_match_takes_the_anchors_own_best_box():
+    a = torch.tensor([[0.0, 0, 10, 10], [100, 100, 101, 101]])
+    boxes = torch.tensor([[[0.0, 0, 10, 9], [0, 0, 5, 9]]])
+    # Anchor 0 is the best of both boxes; it belongs to the first, which it overlaps more.
+    assert match(a, boxes, torch.tensor([[3, 4]])).tolist() == [[0, UNMATCHED]]
+
+
+def test_boxes_that_touch_no_anchor_are_never_matched():
+    a = anchors(SIZE, grids(SIZE))
+    nowhere = torch.tensor([[[5000.0, 5000, 5010, 5010], [20, 20, 20, 40]]])
+    assert (match(a, nowhere, torch.tensor([[0, 0]])) == UNMATCHED).all()
+
+
+def test_padding_content_does_not_matter():
+    a = anchors(SIZE, grids(SIZE))
+    boxes, labels = random_truth(5, [3, 0], padded=6)
+    other = torch.where(labels[..., None] < 0, torch.tensor([10.0, 10, 90, 90]), boxes)
+    assert torch.equal(match(a, boxes, labels), match(a, other, labels))
+
+
+@pytest.mark.parametrize("counts", [[6, 0, 1], [0, 0, 0]])
+def test_losses_and_gradients_equal_torchvision(counts):
+    a = anchors(SIZE, grids(SIZE))
+    boxes, labels = random_truth(11, counts, padded=8)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, len(a), 7, generator=generator, dtype=torch.float64).mul_(2).sub_(2)
+    deltas = torch.randn(3, len(a), 4, generator=generator, dtype=torch.float64)
+    ours = [logits.clone().requires_grad_(), deltas.clone().requires_grad_()]
+    theirs = [logits.clone().requires_grad_(), deltas.clone().requires_grad_()]
+    result = losses((ours[0], ours[1]), a.double(), boxes, labels)
+
+    targets = [{"boxes": b[k >= 0].double(), "labels": k[k >= 0]} for b, k in zip(boxes, labels)]
+    head = RetinaNetHead(8, 9, 7)
+    outputs = {"cls_logits": theirs[0], "bbox_regression": theirs[1]}
+    matched = list(expected_match(a.double(), boxes.double(), labels))
+    expected = head.compute_loss(targets, outputs, [a.double()] * 3, matched)
+
+    torch.testing.assert_close(result["cls"], expected["classification"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(result["box"], expected["bbox_regression"], rtol=1e-12, atol=0)
+    (2 * result["cls"] + 3 * result["box"]).backward()
+    (2 * expected["classification"] + 3 * expected["bbox_regression"]).backward()
+    for own, other in zip(ours, theirs):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-15)
+
+
+def test_no_ground_truth_columns_at_all():
+    a = anchors((64, 64), grids((64, 64)))
+    logits, deltas = torch.zeros(2, len(a), 3, requires_grad=True), torch.ones(2, len(a), 4, requires_grad=True)
+    result = losses((logits, deltas), a, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+    sum(result.values()).backward()
+    expected = sigmoid_focal_loss(torch.zeros(len(a), 3), torch.zeros(len(a), 3), reduction="sum")
+    torch.testing.assert_close(result["cls"], expected)
+    assert result["box"].item() == 0
+    assert float(deltas.grad.abs().sum()) == 0
+
+
+def focal_case(rows: int = 40, classes: int = 5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * 4
+    target = torch.randint(-1, classes, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator, dtype=torch.float64)
+    weights[::7] = 0
+    return logits.to(dtype).requires_grad_(), target, weights.to(torch.promote_types(dtype, torch.float32))
+
+
+@pytest.mark.parametrize("work", [1, 64, 2**18])
+def test_focal_gradcheck(monkeypatch, work):
+    monkeypatch.setattr(loss_module, "_work_elements", lambda device: work)
+    logits, target, weights = focal_case(rows=12)
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, target, weights), (logits,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_focal_equals_torchvision(dtype):
+    logits, target, weights = focal_case(dtype=dtype)
+    one_hot = torch.zeros(logits.shape, dtype=torch.float64)
+    one_hot[target >= 0, target[target >= 0]] = 1
+    exact = logits.detach().double().requires_grad_()
+    expected = (sigmoid_focal_loss(exact, one_hot) * weights.double()[:, None]).sum()
+    value = focal_loss(logits, target, weights)
+    assert value.dtype == weights.dtype
+    (value * 3).backward()
+    (expected * 3).backward()
+    tight = 1e-10 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(value.double(), expected, rtol=tight, atol=0)
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=rounding, atol=1e-7)
+
+
+def test_focal_stays_finite_for_extreme_logits():
+    logits = torch.tensor([[1e4, -1e4, 90.0, -90.0]], requires_grad=True)
+    for target in (0, 1, -1):
+        value = focal_loss(logits, torch.tensor([target]), torch.ones(1))
+        value.backward()
+        assert torch.isfinite(value)
+        assert torch.isfinite(logits.grad).all()
