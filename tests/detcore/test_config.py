@@ -181,7 +181,8 @@ def test_help_names_flag_default_variable_and_meaning_of_every_field():
     blocks = re.split(r"\n  (?=-)", text)
     for field in dataclasses.fields(Config):
         meta = field.metadata["detcore.option"]
-        (block,) = [b for b in blocks if f"--{field.name.replace('_', '-')}" in b.split("\n")[0].replace("/", " ")]
+        flag = "--" + field.name.replace("_", "-")
+        (block,) = [b for b in blocks if flag in re.split("[ ,/]+", b.split("\n")[0])]
         assert meta["help"] in block
         assert meta["env"] is None or f"variable {meta['env']}" in block
         assert all(flag.lstrip("-") in block for flag in meta["flags"])
