@@ -1,4 +1,4 @@
-"""The one file that knows devices: where tensors live, in which precision, and what the device can tell about itself."""
+"""The one file that knows devices: where tensors live, in which precision, what the device tells about itself."""
 
 import platform
 import resource
@@ -47,7 +47,7 @@ class Backend:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Moves a model to the device, on a GPU with 4-D weights in channels_last (tensor-core convolutions want it)."""
+        """Moves a model to the device, on a GPU with 4-D weights in channels_last (tensor cores want it)."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.is_gpu else model
 
@@ -66,6 +66,12 @@ class Backend:
             broadcast_buffers=learns_statistics,
             gradient_as_bucket_view=True,
         )
+
+    def sync_batch_norm(self, model: nn.Module) -> nn.Module:
+        """Batch statistics over all processes instead of each one's own. Raises UserError where torch has none."""
+        if not self.is_gpu:
+            raise UserError("--sync-bn wants GPUs: torch synchronises batch statistics only there; leave it out")
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def to_device(self, batch: Batch) -> Batch:
         """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory)."""
@@ -89,18 +95,19 @@ class Backend:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-    def rng_state(self) -> dict[str, Tensor]:
-        """The state of the random generators that training draws from."""
-        state = {"cpu": torch.get_rng_state()}
+    def rng_state(self) -> Tensor:
+        """The state of the random generators that training draws from, as uint8 [n] on the CPU."""
+        states = [torch.get_rng_state()]
         if self.is_gpu:
-            state["device"] = torch.cuda.get_rng_state(self.device)
-        return state
+            states.append(torch.cuda.get_rng_state(self.device))
+        return torch.cat(states)
 
-    def set_rng_state(self, state: dict[str, Tensor]) -> None:
-        """Restores what `rng_state` returned."""
-        torch.set_rng_state(state["cpu"].cpu())
-        if self.is_gpu and "device" in state:
-            torch.cuda.set_rng_state(state["device"].cpu(), self.device)
+    def set_rng_state(self, state: Tensor) -> None:
+        """Restores what `rng_state` returned on the same kind of device."""
+        size = torch.get_rng_state().numel()
+        torch.set_rng_state(state[:size].clone())
+        if self.is_gpu:
+            torch.cuda.set_rng_state(state[size:].clone(), self.device)
 
     def describe(self) -> dict[str, str]:
         """The machine in words, for reports: python, torch, device, processor."""

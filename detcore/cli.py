@@ -16,6 +16,7 @@
 import os
 import re
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,6 +70,26 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         return PIPE_CLOSED if _stdout_is_closed() else _crash(error)
     except Exception as error:
         return _crash(error)
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly end; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> "StopRequest":
+        self._old = {n: signal.signal(n, self._on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on(self, number: int, _frame: object) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 def _crash(error: Exception) -> int:

@@ -15,9 +15,8 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from detcore import UserError
+from detcore.config import RunConfig
 
-STATUSES = ("onprem", "cloud", "preview", "research")
-DIVISIONS = ("closed", "open")
 SUCCESS, ABORTED = constants.SUCCESS, constants.ABORTED
 _ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -61,13 +60,13 @@ class MLPerfLog:
         """The end of an interval."""
         self._mllogger.end(key, value, metadata or None)
 
-    def submission(self, *, benchmark: str, org: str, division: str, status: str, platform: str) -> None:
+    def submission(self, benchmark: str, config: RunConfig) -> None:
         """The lines that say whose run this is; every run logs them before init_start."""
         self.event(constants.SUBMISSION_BENCHMARK, benchmark)
-        self.event(constants.SUBMISSION_ORG, org)
-        self.event(constants.SUBMISSION_DIVISION, division)
-        self.event(constants.SUBMISSION_STATUS, status)
-        self.event(constants.SUBMISSION_PLATFORM, platform)
+        self.event(constants.SUBMISSION_ORG, config.mlperf_org)
+        self.event(constants.SUBMISSION_DIVISION, config.mlperf_division)
+        self.event(constants.SUBMISSION_STATUS, config.mlperf_status)
+        self.event(constants.SUBMISSION_PLATFORM, config.mlperf_platform)
 
     def run_start(self) -> None:
         """The clock starts; no training data may have been read before."""

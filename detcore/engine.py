@@ -1,0 +1,424 @@
+"""The only training loop.
+
+`train` reads top to bottom: INIT, RUN_START (no training data is touched above that line), epochs of steps, an
+evaluation whose result arrives while the next epoch runs, target, RUN_STOP with success or aborted. The order of the
+lines is the product; a benchmark brings values and functions in a `Task`.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from mlperf_logging.mllog import constants as keys
+from torch import Tensor, nn
+
+from detcore import UserError, backend, checkpoint, cli, distributed, optim
+from detcore.config import RunConfig, to_dict
+from detcore.data import Batch
+from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
+from detcore.progress import Progress, duration
+from detcore.state import State, claim_folder
+
+Beat = Callable[[str, int], None]
+
+
+class Pending(Protocol):
+    """Metrics that are being computed elsewhere; poll returns None until they are there."""
+
+    def poll(self) -> dict[str, Any] | None: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened data set as the loop needs it.
+
+    train_batches(epoch, micro_batch): an endless stream from that position on (both from 0).
+    evaluate(model, beat): runs the model over this rank's evaluation images; returns a Pending on rank 0, None
+    elsewhere. Its result holds the metrics by name. beat(phase, count) tells the watchdog of progress.
+    classes: (the file's category id, name) of each class index; kept in checkpoints, for prediction.
+    """
+
+    train_samples: int
+    eval_samples: int
+    steps_per_epoch: int
+    train_batches: Callable[[int, int], Iterator[Batch]]
+    evaluate: Callable[[nn.Module, Beat], Pending | None]
+    close: Callable[[], None]
+    summary: str = ""
+    classes: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark, as values and functions.
+
+    model: on its device. lr(step, steps_per_epoch): learning rate of a global step. loss(model, batch): named scalar
+    terms, each a mean over the batch, whose sum is minimised. open_data: called after RUN_START. target: the run ends
+    with success when `metric` reaches it; None trains all epochs. eval_epochs(completed): whether to evaluate then.
+    hyperparameters: MLPerf event names and values, logged before INIT_STOP.
+    """
+
+    benchmark: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr: Callable[[int, int], float]
+    loss: Callable[[nn.Module, Batch], dict[str, Tensor]]
+    open_data: Callable[[], Data]
+    metric: str
+    target: float | None
+    eval_epochs: Callable[[int], bool]
+    hyperparameters: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and who this process is; handed to the function that builds the Task."""
+
+    backend: backend.Backend
+    world: distributed.World
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; best and best_epoch (epochs completed) are None before the first result."""
+
+    code: int
+    step: int
+    best: float | None
+    best_epoch: int | None
+    seconds: float
+
+
+class NotFinite(Exception):
+    """A loss became NaN or infinite."""
+
+
+def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfig, device: backend.Backend) -> Callable:
+    """The step: forward and backward of each micro-batch, clip, optimizer, moving average.
+
+    Returns step(batches) -> {term: float32 scalar on the device}, the means over the micro-batches. Ranks exchange
+    gradients once, with the last micro-batch.
+    """
+    trained = [p for group in task.optimizer.param_groups for p in group["params"]]
+
+    def train_step(batches: Sequence[Batch]) -> dict[str, Tensor]:
+        task.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            exchange = i == len(batches) - 1 or model is task.model
+            with nullcontext() if exchange else model.no_sync():
+                with device.autocast():
+                    terms = task.loss(model, batch)
+                state.scaler.scale(sum(terms.values()) / len(batches)).backward()
+            for name, value in terms.items():
+                share = value.detach().float() / len(batches)
+                sums[name] = sums[name] + share if name in sums else share
+        if config.clip_norm:
+            state.scaler.unscale_(task.optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
+        state.scaler.step(task.optimizer)
+        state.scaler.update()
+        if state.ema:
+            state.ema.update(state.model)
+        return sums
+
+    return device.compile_step(train_step)
+
+
+class _Run:
+    """The parts of the loop that `train` puts in order, and what they share."""
+
+    def __init__(
+        self, task: Task, data: Data, state: State, context: Context, config: RunConfig, log: MLPerfLog,
+        progress: Progress, watchdog: distributed.Watchdog, stop: cli.StopRequest,
+    ):  # fmt: skip
+        self.task, self.data, self.state, self.context, self.config = task, data, state, context, config
+        self.log, self.progress, self.watchdog, self.stop = log, progress, watchdog, stop
+        self.parallel = context.backend.parallel(task.model, context.world.size)
+        self.train_step = make_train_step(task, state, self.parallel, config, context.backend)
+        self.images_per_step = config.batch_size * config.accumulate * context.world.size
+        self.window: list[tuple[int, dict[str, Tensor], list[Tensor]]] = []  # step, terms, image ids since last report
+        self.pending: tuple[int, Pending | None] | None = None  # epochs completed; the result, on rank 0
+        self.code: int | None = None  # set once the run is to end
+        epoch, step = divmod(state.step, data.steps_per_epoch)
+        self.stream = data.train_batches(epoch, step * config.accumulate)
+
+    def train_epoch(self, epoch: int) -> None:
+        """Steps to the end of the epoch (from 0), or until something sets self.code."""
+        state, config, progress = self.state, self.config, self.progress
+        end = (epoch + 1) * self.data.steps_per_epoch
+        first, began = state.step, progress.elapsed()
+        self.log.start(keys.EPOCH_START, epoch + 1, epoch_num=epoch + 1)
+        self.parallel.train()
+        while state.step < end and self.code is None:
+            self.watchdog.beat("waiting for data", state.step)
+            with progress.clock("data"):
+                batches = [next(self.stream) for _ in range(config.accumulate)]
+            self.watchdog.beat("training step", state.step)
+            with progress.clock("train"):
+                optim.set_lr(self.task.optimizer, self.task.lr(state.step, self.data.steps_per_epoch))
+                terms = self.train_step([self.context.backend.to_device(b) for b in batches])
+                state.step += 1
+                self.window.append((state.step, terms, [b.image_id for b in batches]))
+                at_interval = state.step % config.log_interval == 0 or state.step == end
+                if at_interval:
+                    self.report(epoch)
+            if at_interval or self.context.world.size == 1:
+                self.look_around(wait=False)
+            if config.checkpoint_interval and state.step % config.checkpoint_interval == 0 and state.step < end:
+                self.report(epoch)
+                self.look_around(wait=True)
+                self.save()
+        if self.code is None:
+            self.log.end(keys.EPOCH_STOP, epoch + 1, epoch_num=epoch + 1)
+            rate = (state.step - first) * self.images_per_step / max(progress.elapsed() - began, 1e-9)
+            memory = self.context.backend.peak_memory_gib()
+            stats = {"throughput": round(rate, 3), "max_memory_usage": round(memory, 3)}
+            self.log.event("tracked_stats", stats, step=epoch + 1)
+
+    def report(self, epoch: int) -> None:
+        """The one host synchronisation of a logging interval: losses to the host, NaN guard, progress line."""
+        if not self.window:
+            return
+        names = list(self.window[0][1])
+        losses = torch.stack([torch.stack(list(terms.values())) for _, terms, _ in self.window]).cpu()
+        finite = losses.isfinite().all(dim=1).tolist()
+        if distributed.agree([int(not all(finite))], self.context.backend.device)[0]:
+            raise NotFinite(self.explain(names, losses, finite, epoch))
+        self.window.clear()
+        step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
+        rate, wait = progress.interval(step=step, images_per_step=self.images_per_step)
+        means = dict(zip(names, losses.mean(0).tolist(), strict=True))
+        total = sum(means.values())
+        fields = {
+            "loss": total,
+            "terms": means,
+            "lr": self.task.optimizer.param_groups[0]["lr"],
+            "images_per_s": rate,
+            "data_wait": wait,
+        }
+        progress.write("step", step=step, epoch=epoch + 1, time_s=progress.elapsed(), **fields)
+        evaluations = sum(self.task.eval_epochs(e + 1) for e in range(epoch, self.config.epochs))
+        left = progress.seconds_left(step, self.config.epochs * steps, evaluations, len(self.state.evaluations))
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        done = step - epoch * steps
+        bar = ("#" * (done * 16 // steps)).ljust(16, ".")
+        progress.bar(
+            f"epoch {epoch + 1}/{self.config.epochs} [{bar}] {done}/{steps}  loss {total:.3f} ({parts})  "
+            f"{rate:.1f} images/s  data wait {wait:.0%}  at most {duration(left)} left"
+        )
+
+    def explain(self, names: list[str], losses: Tensor, finite: list[bool], epoch: int) -> str:
+        rank = self.context.world.rank
+        if all(finite):
+            return f"rank {rank} stops: the loss of another rank is not finite, its own message names the images"
+        step, _, ids = self.window[finite.index(False)]
+        values = ", ".join(f"{n} = {v:g}" for n, v in zip(names, losses[finite.index(False)].tolist(), strict=True))
+        return (
+            f"rank {rank}: the loss is not finite at step {step} (epoch {epoch + 1}): {values}; image ids "
+            f"{torch.cat(ids).tolist()}. The checkpoints from before are kept. Look at these images and their boxes; "
+            "else try a lower --lr, a longer --warmup-epochs, --clip-norm 10 or --precision fp32."
+        )
+
+    def look_around(self, *, wait: bool) -> None:
+        """Takes in a metric that has arrived, and signals; all ranks come to the same decision (self.code)."""
+        result = None
+        if self.pending and self.pending[1]:
+            with self.progress.clock("evaluation") if wait else nullcontext():
+                while (result := self.pending[1].poll()) is None and wait:
+                    self.watchdog.beat("waiting for the metric", self.state.step)
+                    time.sleep(0.02)
+        reached = self.take(result) if result is not None else False
+        flags = [int(result is not None), int(reached), int(self.stop.signal != 0)]
+        arrived, reached, stopped = distributed.agree(flags, self.context.backend.device)
+        if arrived:
+            self.pending = None
+        if reached:
+            self.code = cli.OK
+        elif stopped and self.code is None:
+            self.code = cli.STOPPED
+
+    def take(self, result: dict[str, Any]) -> bool:
+        """Rank 0: logs an evaluation's result and keeps its checkpoint if it is the best; True if it is the target."""
+        epoch = self.pending[0]
+        value = result[self.task.metric]
+        self.log.event(keys.EVAL_ACCURACY, value, epoch_num=epoch)
+        self.log.end(keys.EVAL_STOP, epoch, epoch_num=epoch)
+        self.state.evaluations.append((epoch, value))
+        evaluated = self.config.output_dir / "evaluated.pt"
+        if self.state.best() == (epoch, value):
+            os.replace(evaluated, self.config.output_dir / "best.pt")
+        else:
+            evaluated.unlink()
+        self.progress.write("eval", step=self.state.step, epoch=epoch, time_s=self.progress.elapsed(), metrics=result)
+        goal = f"target {self.task.target:g}" if self.task.target is not None else "no target"
+        best, passed = self.state.best()[1], duration(self.progress.elapsed())
+        self.progress.say(
+            f"evaluation after epoch {epoch}: {self.task.metric} {value:.4f} ({goal}), best {best:.4f}, after {passed}"
+        )
+        return self.task.target is not None and value >= self.task.target
+
+    def evaluate(self, completed: int) -> None:
+        """Starts the evaluation after so many epochs; its metric arrives through look_around."""
+        self.log.start(keys.EVAL_START, completed, epoch_num=completed)
+        with self.progress.clock("evaluation"), ExitStack() as stack:
+            self.watchdog.beat("evaluation", 0)
+            if self.context.world.rank == 0:
+                last = self.config.output_dir / "last.pt"
+                checkpoint.link_or_copy(last, self.config.output_dir / "evaluated.pt")
+            if self.state.ema:
+                stack.enter_context(self.state.ema.applied(self.task.model))
+            distributed.broadcast_buffers(self.task.model)  # running statistics are rank 0's, as in the checkpoint
+            self.task.model.eval()
+            self.pending = (completed, self.data.evaluate(self.task.model, self.watchdog.beat))
+            self.task.model.train()
+        self.progress.pause(self.state.step)
+
+    def save(self) -> None:
+        """Writes last.pt (rank 0) with the random generators of every rank."""
+        with self.progress.clock("checkpoint"):
+            self.watchdog.beat("checkpoint", self.state.step)
+            device = self.context.backend
+            generators = distributed.gather_rows(device.rng_state()[None].to(device.device))
+            if self.context.world.rank == 0:
+                run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
+                about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
+                contents = self.state.contents() | run | about | {"config": to_dict(self.config)}
+                checkpoint.save(self.config.output_dir / "last.pt", contents)
+        self.progress.pause(self.state.step)
+
+    def epochs(self) -> int:
+        """All epochs that are still to do; returns the exit code of the run."""
+        state, task, steps = self.state, self.task, self.data.steps_per_epoch
+        completed = state.step // steps
+        between = state.step and state.step % steps == 0 and task.eval_epochs(completed)
+        if between and completed not in [epoch for epoch, _ in state.evaluations]:
+            self.save()
+            self.evaluate(completed)  # the run that is resumed ended between an epoch and its result
+        for epoch in range(completed, self.config.epochs):
+            self.train_epoch(epoch)
+            self.look_around(wait=True)  # the result of the epoch before, before a new evaluation starts
+            if self.code is not None:
+                break
+            self.save()
+            if task.eval_epochs(epoch + 1):
+                self.evaluate(epoch + 1)
+        if self.code != cli.OK:
+            self.look_around(wait=True)
+        if self.code == cli.STOPPED and state.step % steps:
+            self.report(state.step // steps)
+            self.save()
+        if self.code is None:
+            return cli.OK if task.target is None else cli.TARGET_NOT_REACHED
+        return self.code
+
+
+def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Task]) -> Outcome:
+    """Runs one training from INIT to RUN_STOP; every process of the job calls it with the same arguments.
+
+    build_task is called between INIT_START and INIT_STOP. Raises UserError for wrong input; a signal, a loss that is
+    not finite and a target that was not reached are outcomes (`detcore.cli` lists the codes).
+    """
+    world, _ = distributed.discover(os.environ)
+    device = backend.select(config.device, config.precision, world.local_rank)
+    with ExitStack() as stack:
+        stack.callback(distributed.shutdown)
+        distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
+        saved = claim_folder(config, world.rank)
+        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.device)
+        context = Context(device, world, seed)
+        folder = config.output_dir if world.rank == 0 else None
+        log = MLPerfLog(folder and folder / f"result_{config.result_index}.txt", append=config.resume)
+        stack.callback(log.close)
+        progress = Progress(folder and folder / "progress.jsonl", append=config.resume)
+        stack.callback(progress.close)
+        stop = stack.enter_context(cli.StopRequest())
+
+        if config.drop_file_cache:
+            if world.local_rank == 0:
+                drop_file_cache(config.data_paths())
+            log.event(keys.CACHE_CLEAR, True)
+        log.submission(benchmark, config)
+        log.start(keys.INIT_START)
+        torch.manual_seed(distributed.derive_seed(seed, 0))  # the same initial weights in every process
+        task = build_task(context)
+        state = State(task.model, task.optimizer, device.scaler(), None)
+        if config.ema_decay:
+            state.ema = optim.Ema(task.model, config.ema_decay)
+        torch.manual_seed(distributed.derive_seed(seed, 1, world.rank))
+        if saved:
+            state.restore(saved, config, world, device)
+        log.event(keys.SEED, seed)
+        log.event("local_batch_size", config.batch_size)
+        log.event(keys.GLOBAL_BATCH_SIZE, config.batch_size * config.accumulate * world.size)
+        log.event(keys.GRADIENT_ACCUMULATION_STEPS, config.accumulate)
+        log.event(keys.EPOCH_COUNT, config.epochs)
+        log.event(keys.FIRST_EPOCH_NUM, 1)
+        for name, _ in task.model.named_parameters():
+            log.event(keys.WEIGHTS_INITIALIZATION, tensor=name)
+        for key, value in task.hyperparameters.items():
+            log.event(key, value)
+        about = {"environment": device.describe() | {"processes": world.size}, "notes": task.notes}
+        progress.write("start", benchmark=benchmark, config=to_dict(config) | {"seed": seed}, **about)
+        for note in task.notes:
+            progress.say(note)
+        watchdog = stack.enter_context(
+            distributed.Watchdog(world, config.hang_timeout, config.dead_timeout, config.output_dir)
+        )
+        distributed.barrier()
+        log.end(keys.INIT_STOP)
+        distributed.barrier()
+        log.run_start()
+        progress.run_started(state.step)
+        code = cli.CRASH
+        try:
+            watchdog.beat("opening the data", 0)
+            data = task.open_data()
+            stack.callback(data.close)
+            log.event(keys.TRAIN_SAMPLES, data.train_samples)
+            log.event(keys.EVAL_SAMPLES, data.eval_samples)
+            progress.say(data.summary)
+            code = _Run(task, data, state, context, config, log, progress, watchdog, stop).epochs()
+        except NotFinite as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = cli.NOT_FINITE
+        except UserError:
+            code = cli.BAD_INPUT
+            raise
+        finally:
+            distributed.barrier() if code == cli.OK else None
+            log.run_stop(SUCCESS if code == cli.OK else ABORTED)
+            seconds = progress.elapsed()
+            progress.write(
+                "end", status=SUCCESS if code == cli.OK else ABORTED, time_s=seconds, seconds=progress.seconds
+            )
+        epoch, best = state.best() or (None, None)
+        outcome = Outcome(code, state.step, best, epoch, seconds)
+        progress.say(_summary(outcome, task, config, stop.signal))
+        return outcome
+
+
+def _summary(outcome: Outcome, task: Task, config: RunConfig, number: int) -> str:
+    """The closing words of a run."""
+    where = f"after {duration(outcome.seconds)}; the log, the checkpoints and progress.jsonl lie in {config.output_dir}"
+    best = "no evaluation yet"
+    if outcome.best is not None:
+        best = f"best {task.metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
+    match outcome.code:
+        case cli.OK if task.target is not None:
+            return f"Target {task.target:g} reached: {best}, {where}"
+        case cli.OK:
+            return f"Done: {best}, {where}"
+        case cli.TARGET_NOT_REACHED:
+            return f"Target {task.target:g} NOT reached in {config.epochs} epochs: {best}, {where}"
+        case cli.STOPPED:
+            return f"Stopped by {signal.Signals(number).name}: {best}, {where}. Go on with --resume."
+    return f"Aborted at step {outcome.step}: {best}, {where}"

@@ -1,0 +1,103 @@
+"""The settings that every benchmark's run shares."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from detcore import UserError
+from detcore.backend import DEVICES, PRECISIONS
+from detcore.config import above, at_least, between, option
+
+MODES = ("train", "evaluate", "predict", "benchmark")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every benchmark's run can choose; a benchmark's Config adds its own fields to these.
+
+    All fields decide the weights and must be equal when a run is resumed, but for those in FREE_ON_RESUME.
+    """
+
+    mode: str = option("train", "what to do", choices=MODES, group="Run")
+    seed: int | None = option(
+        None, "seed of the run; none draws one from the system", env="SEED", flags=("-s",), check=between(0, 2**31 - 1),
+        group="Run",
+    )  # fmt: skip
+    device: str = option("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES, group="Run")
+    precision: str = option(
+        "auto", "arithmetic; auto is bf16 on a GPU and fp32 on the CPU", choices=PRECISIONS, group="Run"
+    )
+    output_dir: Path = option(
+        Path("results/run"), "folder of the log, the checkpoints and the pictures", env="OUTPUT_DIR", group="Run"
+    )
+    overwrite: bool = option(False, "replace an earlier run in the output folder", group="Run")
+    resume: bool = option(False, "go on from last.pt of the output folder", group="Run")
+    checkpoint: Path | None = option(None, "weights to start from, to evaluate or to predict with", group="Run")
+    checkpoint_interval: int = option(
+        0, "optimizer steps between checkpoints within an epoch; 0: only at its end", check=at_least(0), group="Run"
+    )
+    log_interval: int = option(
+        20, "optimizer steps between progress lines, NaN checks and polls", env="LOG_INTERVAL", flags=("--print-freq",),
+        check=at_least(1), group="Run",
+    )  # fmt: skip
+    hang_timeout: float = option(
+        900.0, "seconds without progress until a process counts as hung; 0: for ever", check=at_least(0), group="Run"
+    )
+    dead_timeout: float = option(
+        30.0, "seconds without a sign of life until a process counts as dead", check=above(2), group="Run"
+    )
+
+    epochs: int = option(26, "epochs at most", env="NUMEPOCHS", check=at_least(1), group="Training")
+    batch_size: int = option(
+        2, "images per process and forward pass", env="BATCHSIZE", flags=("-b",), check=at_least(1), group="Training"
+    )
+    eval_batch_size: int = option(
+        0, "images per process in evaluation; 0: as in training", env="EVALBATCHSIZE", flags=("-e",), check=at_least(0),
+        group="Training",
+    )  # fmt: skip
+    accumulate: int = option(
+        1, "forward passes per optimizer step", flags=("--gradient-accumulation-steps",), check=at_least(1),
+        group="Training",
+    )  # fmt: skip
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", check=at_least(0), group="Training")
+    ema_decay: float = option(
+        0.0, "decay of the moving average of the weights, which is then what is evaluated; 0: none",
+        check=between(0, 0.999999), group="Training",
+    )  # fmt: skip
+    max_iters_per_epoch: int = option(
+        0, "optimizer steps per epoch at most; 0: the whole data set", check=at_least(0), group="Training"
+    )
+
+    mlperf_org: str = option("unset", "submission_org of the log", env="MLPERF_SUBMISSION_ORG", group="MLPerf log")
+    mlperf_platform: str = option(
+        "unset", "submission_platform of the log", env="MLPERF_SUBMISSION_PLATFORM", group="MLPerf log"
+    )
+    mlperf_division: str = option(
+        "closed", "submission_division of the log", env="MLPERF_DIVISION", flags=("--division",),
+        choices=("closed", "open"), group="MLPerf log",
+    )  # fmt: skip
+    mlperf_status: str = option(
+        "onprem", "submission_status of the log", env="MLPERF_STATUS",
+        choices=("onprem", "cloud", "preview", "research"), group="MLPerf log",
+    )  # fmt: skip
+    result_index: int = option(
+        0, "k of the log's name result_<k>.txt", env="RESULT_INDEX", check=at_least(0), group="MLPerf log"
+    )
+    drop_file_cache: bool = option(
+        False, "before the run, drop the data set's files from the page cache (no root needed) and log cache_clear",
+        group="MLPerf log",
+    )  # fmt: skip
+
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
+        {"output_dir", "overwrite", "resume", "checkpoint", "checkpoint_interval", "log_interval", "hang_timeout"}
+        | {"dead_timeout", "epochs", "eval_batch_size", "mlperf_org", "mlperf_platform", "mlperf_division"}
+        | {"mlperf_status", "result_index", "drop_file_cache"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other: one goes on with a run, one replaces it")
+
+    def data_paths(self) -> list[Path]:
+        """Files and folders of the data set, for --drop-file-cache; a benchmark's Config says which."""
+        return []

@@ -1,0 +1,96 @@
+"""What changes while a run trains, and how it goes into a checkpoint and comes back."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from detcore import UserError, checkpoint, distributed, optim
+from detcore.backend import Backend
+from detcore.config import RunConfig, to_dict
+
+CHECKPOINTS = ("last.pt", "best.pt", "evaluated.pt")
+
+
+@dataclass
+class State:
+    """The changing things of a run; with config and random generators they are what a checkpoint holds.
+
+    evaluations: (epochs completed, metric) of each result so far.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: optim.Ema | None
+    step: int = 0
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+
+    def best(self) -> tuple[int, float] | None:
+        """Epochs completed and value of the best evaluation."""
+        return max(self.evaluations, key=lambda e: e[1], default=None)
+
+    def contents(self) -> dict[str, Any]:
+        """The state as a checkpoint holds it."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "step": self.step,
+            "evaluations": [list(e) for e in self.evaluations],
+        }
+
+    def restore(self, saved: dict[str, Any], config: RunConfig, world: distributed.World, backend: Backend) -> None:
+        """Puts a checkpoint's contents back, and the random generators of this rank.
+
+        Raises UserError if the run that wrote it had other settings that decide the weights, or another number of
+        processes, or does not fit the model.
+        """
+        now, then = to_dict(config), saved["config"]
+        decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
+        differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
+        if saved["world_size"] != world.size:
+            differ.append(f"processes were {saved['world_size']}, are {world.size}")
+        if differ:
+            raise UserError(
+                f"--resume: the run in {config.output_dir} was started with other settings ({'; '.join(differ)}). "
+                "Give the same ones to go on with it, or start a new run in another --output-dir."
+            )
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.ema:
+                self.ema.load_state_dict(saved["ema"])
+            self.step = saved["step"]
+            self.evaluations = [tuple(e) for e in saved["evaluations"]]
+            generators = saved["generators"][world.rank]
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"--resume: {config.output_dir}/last.pt does not fit this program: {error}") from error
+        backend.set_rng_state(generators)
+
+
+def claim_folder(config: RunConfig, rank: int) -> dict[str, Any] | None:
+    """Makes the output folder ready; returns the checkpoint to resume from, or None for a new run.
+
+    Raises UserError if it holds a run that nobody said to resume or to replace, or can't be written.
+    """
+    last = config.output_dir / "last.pt"
+    if config.resume:
+        return checkpoint.load(last)
+    if last.exists() and not config.overwrite:
+        raise UserError(
+            f"{config.output_dir} holds an earlier run. Add --resume to go on with it, --overwrite to replace it, or "
+            "choose another --output-dir."
+        )
+    distributed.barrier()  # every rank has looked before rank 0 writes
+    if rank == 0:
+        try:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            for name in CHECKPOINTS:
+                (config.output_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir {config.output_dir} can't be written: {error.strerror}") from error
+    return None

@@ -1,0 +1,200 @@
+"""The data sets of the single-stage detector, and the way from a model to its COCO metrics."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from detcore import UserError, distributed
+from detcore.backend import Backend
+from detcore.data import Batch, loader, synthetic
+from detcore.data.coco import CocoIndex
+from detcore.distributed import World
+from detcore.engine import Beat, Context, Data, Pending
+from detcore.evaluation.background import BackgroundEvaluator
+from single_stage_detector import config as constants
+from single_stage_detector.config import Config
+from single_stage_detector.postprocess import postprocess
+
+
+def open_index(config: Config, split: str) -> CocoIndex:
+    """The index of "train" or "val". Raises UserError if its classes are not those that the layout must have."""
+    annotations, images = config.split(split)
+    return CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=config.layout.classes)
+
+
+def class_count(config: Config) -> int:
+    """Number of classes: the layout's own, or counted in the training JSON of a custom data set.
+
+    Raises UserError if --num-classes says another number.
+    """
+    if config.synthetic:
+        return config.num_classes or config.layout.classes or 264
+    count = config.layout.classes or open_index(config, "train").num_classes
+    if config.num_classes not in (0, count):
+        raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
+    return count
+
+
+def train_stream(config: Config, index: CocoIndex, world: World, seed: int, epoch: int, step: int) -> Iterator[Batch]:
+    """The loader's endless stream of training batches from a position on."""
+    batches = loader.train_batches
+    extra = {}
+    if config.loader == "dali":
+        from detcore.data import dali
+
+        batches, extra = dali.train_batches, {"device_id": world.local_rank}
+    return batches(
+        index,
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        max_boxes=config.max_boxes,
+        seed=seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.workers,
+        epoch=epoch,
+        step=step,
+        drop_last=config.drop_last,
+        hflip=0.5 if config.data_augmentation == "hflip" else 0.0,
+        antialias=config.antialias,
+        crowd=config.layout.crowd,
+        **extra,
+    )
+
+
+def eval_stream(config: Config, index: CocoIndex, world: World) -> Iterator[Batch]:
+    """This rank's batches of one pass over an index, by the loader of the config."""
+    batches, extra = loader.eval_batches, {}
+    if config.loader == "dali":
+        from detcore.data import dali
+
+        batches, extra = dali.eval_batches, {"device_id": world.local_rank}
+    return batches(
+        index,
+        image_size=config.image_size,
+        batch_size=config.eval_batch_size or config.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.workers,
+        antialias=config.antialias,
+        **extra,
+    )
+
+
+def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
+    """Detections of a batch as float64 [N * 300, 7] on the device: image_id, x, y, w, h, score, category_id.
+
+    Boxes are in pixels of the original image, categories are the file's own ids. Unused rows, and all rows of padding
+    images, have score 0. category_ids: int64 [K] on the device.
+    """
+    with backend.autocast():
+        logits, deltas = model(batch.images)
+    boxes, scores, labels = postprocess(
+        logits.float(),
+        deltas.float(),
+        model.anchors,
+        model.image_size,
+        score_thresh=constants.SCORE_THRESHOLD,
+        topk=constants.TOPK_PER_LEVEL,
+        nms_thresh=constants.NMS_THRESHOLD,
+        detections=constants.DETECTIONS_PER_IMAGE,
+    )
+    scale = batch.size.flip(1).double() / torch.tensor(model.image_size[::-1], device=boxes.device)
+    corners = boxes.double().unflatten(2, (2, 2)) * scale[:, None, None]
+    corner, extent = corners[:, :, 0], corners[:, :, 1] - corners[:, :, 0]
+    real = (batch.image_id >= 0)[:, None] & (labels >= 0)
+    columns = [
+        batch.image_id[:, None, None].expand(-1, scores.shape[1], 1).double(),
+        corner,
+        extent,
+        torch.where(real, scores, 0).double()[..., None],
+        category_ids[labels.clamp(min=0)].double()[..., None],
+    ]
+    return torch.cat(columns, 2).flatten(0, 1)
+
+
+@torch.inference_mode()
+def detect_all(model: nn.Module, batches: Iterator[Batch], index: CocoIndex, backend: Backend, beat: Beat) -> Tensor:
+    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows."""
+    ids = torch.as_tensor(index.category_ids, device=backend.device)
+    rows = []
+    for step, batch in enumerate(batches):
+        beat("evaluation", step)
+        rows.append(detect(model, backend.to_device(batch), backend, ids))
+    found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
+    found = found.cpu()
+    return found[found[:, 5] > 0]
+
+
+def open_data(config: Config, context: Context) -> Data:
+    """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0."""
+    if config.synthetic:
+        return _synthetic(config, context)
+    world = context.world
+    train, val = open_index(config, "train"), open_index(config, "val")
+    if list(train.category_ids) != list(val.category_ids):
+        files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
+        raise UserError(f"{files} list different categories; training and validation need the same ids")
+    per_rank = loader.steps_per_epoch(len(train), config.batch_size, world.size, config.drop_last)
+    steps = per_rank // config.accumulate
+    if config.max_iters_per_epoch:
+        steps = min(steps, config.max_iters_per_epoch)
+    if not steps:
+        raise UserError(f"{len(train)} images do not fill one step of {config.accumulate} micro-batches (--accumulate)")
+    evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
+    names = dict(zip(val.category_ids.tolist(), val.category_names, strict=True))
+
+    def train_batches(epoch: int, step: int) -> Iterator[Batch]:
+        if steps * config.accumulate == per_rank:
+            yield from train_stream(config, train, world, context.seed, epoch, step)
+        while True:  # an epoch ends before the loader's: go on with the next one from its beginning
+            yield from islice(
+                train_stream(config, train, world, context.seed, epoch, step), steps * config.accumulate - step
+            )
+            epoch, step = epoch + 1, 0
+
+    def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
+        mine = detect_all(model, eval_stream(config, val, world), val, context.backend, beat)
+        everyone = distributed.gather_rows(mine.to(context.backend.device))
+        return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
+
+    return Data(
+        train_samples=len(train),
+        eval_samples=len(val),
+        steps_per_epoch=steps,
+        train_batches=train_batches,
+        evaluate=evaluate,
+        close=evaluator.close if evaluator else lambda: None,
+        classes=tuple(names.items()),
+        summary=f"training: {train.summary()}\nvalidation: {val.summary()}",
+    )
+
+
+class _Named:
+    """A pending result whose per-class values carry class names instead of the file's ids."""
+
+    def __init__(self, pending, names: dict[int, str]):
+        self.pending, self.names = pending, names
+
+    def poll(self) -> dict | None:
+        result = self.pending.poll()
+        if result is None:
+            return None
+        return {**result, "per_class": {self.names[i]: ap for i, ap in result["per_class"].items()}}
+
+
+def _synthetic(config: Config, context: Context) -> Data:
+    """Random batches of the real shapes: what a step costs without any data behind it."""
+    seed = distributed.derive_seed(context.seed, 2, context.world.rank)
+    shape = (config.image_size, config.batch_size, config.max_boxes)
+    return Data(
+        train_samples=0,
+        eval_samples=0,
+        steps_per_epoch=config.max_iters_per_epoch or 100,
+        train_batches=lambda epoch, step: synthetic.synthetic_batches(class_count(config), *shape, seed),
+        evaluate=lambda model, beat: None,
+        close=lambda: None,
+        summary="synthetic data: random images and boxes, no evaluation",
+    )

@@ -1,0 +1,132 @@
+"""RetinaNet: `python -m single_stage_detector.train`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from mlperf_logging.mllog import constants as keys
+
+from detcore import checkpoint, engine, optim
+from detcore.cli import run_main
+from detcore.config import describe, format_config, from_dict, load, to_dict
+from detcore.data import Batch
+from detcore.distributed import discover
+from detcore.resnet import load_backbone
+from detcore.schedule import warmup_then_constant
+from single_stage_detector import inference
+from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config
+from single_stage_detector.data import class_count, open_data
+from single_stage_detector.loss import losses
+from single_stage_detector.model import RetinaNet, load_reference_state
+
+PROGRAM = "python -m single_stage_detector.train"
+INTRO = (
+    "Trains RetinaNet to a target mAP and logs by MLPerf's rules; also evaluates a checkpoint, predicts on images and "
+    "measures speed (--mode). Every option can be given here; those with a variable also by the environment, as "
+    "configs/*.sh do. A data set of your own in COCO format: --dataset custom --dataset-path DIR."
+)
+
+
+def build_model(config: Config, num_classes: int) -> RetinaNet:
+    """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
+    model = RetinaNet(
+        backbone=config.backbone,
+        num_classes=num_classes,
+        image_size=config.image_size,
+        norm=config.norm,
+        trainable_layers=config.trainable_backbone_layers,
+        fpn_channels=config.fpn_channels,
+        head_convs=config.head_convs,
+        anchor_sizes=config.anchor_sizes,
+    )
+    if config.checkpoint:
+        saved = checkpoint.load(config.checkpoint, require_hash=False)
+        load_reference_state(model, saved.get("ema") or saved, str(config.checkpoint))
+    elif config.pretrained and not config.resume and not config.synthetic:
+        load_backbone(model.backbone["body"], config.backbone, config.weights)
+    return model
+
+
+def build_task(config: Config, context: engine.Context) -> engine.Task:
+    """RetinaNet as the training loop sees it."""
+    place = context.backend.place(build_model(config, class_count(config)))
+    model = context.backend.sync_batch_norm(place) if config.sync_bn else place
+
+    def loss(network, batch: Batch) -> dict:
+        outputs = network(batch.images)
+        return losses(outputs, model.anchors, batch.boxes, batch.labels)
+
+    return engine.Task(
+        model=model,
+        optimizer=optim.adam(model, config.lr, fused=context.backend.is_gpu),
+        lr=lambda step, per_epoch: warmup_then_constant(
+            step, config.lr, config.warmup_epochs * per_epoch, config.warmup_factor
+        ),
+        loss=loss,
+        open_data=lambda: open_data(config, context),
+        metric="AP",
+        target=config.target_map,
+        eval_epochs=lambda completed: not config.synthetic,
+        hyperparameters={
+            keys.OPT_NAME: "adam",
+            keys.OPT_BASE_LR: config.lr,
+            keys.OPT_WEIGHT_DECAY: 0,
+            keys.OPT_LR_WARMUP_EPOCHS: config.warmup_epochs,
+            keys.OPT_LR_WARMUP_FACTOR: config.warmup_factor,
+        },
+        notes=notes(config),
+    )
+
+
+def notes(config: Config) -> tuple[str, ...]:
+    """What a reader of this run must know: whether it can be an MLPerf result at all."""
+    departures = ", ".join(config.departures())
+    if not departures:
+        return ()
+    if config.mlperf_division == "closed":
+        return (
+            f"Warning: the log says division closed, but this run departs from the closed benchmark: {departures}. "
+            "Log it with --division open.",
+        )
+    return (f"Not the MLPerf benchmark and no MLPerf result: {departures}.",)
+
+
+def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
+    """The config with the model and the data set of its checkpoint, wherever the user said nothing else.
+
+    So `--mode evaluate --checkpoint best.pt` needs no further option. A checkpoint of another program has no config.
+    """
+    saved = checkpoint.load(config.checkpoint, require_hash=False).get("config")
+    if not saved:
+        return config
+    adopted = {name: saved[name] for name in ADOPTED if sources[name] == "default" and name in saved}
+    return from_dict(Config, to_dict(config) | adopted)
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(describe(Config, PROGRAM, INTRO))
+        return 0
+    printing = "--print-config" in argv
+    config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
+    if config.checkpoint and config.mode != "train":
+        config = adopt_checkpoint(config, sources)
+    speaks = discover(os.environ)[0].rank == 0
+    if speaks:
+        print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
+    if printing:
+        return 0
+    if config.mode == "evaluate":
+        return inference.evaluate(config, build_model)
+    if config.mode == "predict":
+        return inference.predict(config, build_model)
+    if config.mode == "benchmark":
+        return inference.benchmark(config, build_task)
+    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
+    if config.gallery and outcome.best is not None and speaks:
+        inference.gallery(config, build_model)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
