@@ -5,7 +5,7 @@ training program again, and torch with it. Arrays go over as open files without 
 offers it), sent through a socket: nothing is pickled, nothing stays behind on a disk whatever dies, and a small
 /dev/shm does not matter. Results come back as lines of JSON on the same socket.
 
-The process is nice (lowest CPU priority), offers itself to the kernel first when memory runs out, ignores SIGINT
+The process has the lowest CPU priority, offers itself to the kernel first when memory runs out, does not hear SIGINT
 and SIGTERM, which reach a whole job although only the training process can tell whether a score is still wanted,
 and ends when its parent closes the socket or is gone.
 """
@@ -34,6 +34,7 @@ from detcore.evaluation.coco import GroundTruth, Scorer
 
 REQUEST = struct.Struct("<qq?")  # number of the submission, rows, per_class; a file travels with each
 SECONDS_TO_LEAVE = 5.0
+UNHEARD = {signal.SIGINT, signal.SIGTERM}
 
 
 class BackgroundEvaluator:
@@ -54,13 +55,18 @@ class BackgroundEvaluator:
         with theirs, _nameless_file() as file:
             np.savez(file, **ground_truth._asdict())
             file.flush()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, backend, str(os.getpid()), str(theirs.fileno()), str(file.fileno())],
-                pass_fds=(theirs.fileno(), file.fileno()),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
+            # A new process inherits the mask, so that there is no moment at its start when the signals get through.
+            heard = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, backend, *map(str, (os.getpid(), theirs.fileno(), file.fileno()))],
+                    pass_fds=(theirs.fileno(), file.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     @property
     def pid(self) -> int:
@@ -134,7 +140,7 @@ class BackgroundEvaluator:
         if code == -signal.SIGKILL:
             why = "killed by SIGKILL, as the kernel does when memory runs out (see dmesg, or the job's memory limit)"
         elif code < 0:
-            why = f"killed by {signal.Signals(-code).name}"
+            why = f"killed by signal {-code}, {signal.strsignal(-code)}"
         else:
             why = "see what it wrote to the standard error"
         self._failure = f"the evaluator process {self.pid} died with exit code {code}: {why}"
@@ -218,7 +224,10 @@ def _serve(backend: str, parent: int, ours: socket.socket, truth_file: int) -> N
     while True:
         number, count, per_class, descriptor = submissions.get()
         answer = failure or _score(scorer, descriptor, count, per_class)
-        ours.sendall(json.dumps({"number": number, **answer}).encode() + b"\n")
+        try:
+            ours.sendall(json.dumps({"number": number, **answer}).encode() + b"\n")
+        except BrokenPipeError:  # the parent has hung up
+            return
 
 
 def _score(scorer: Scorer, descriptor: int, count: int, per_class: bool) -> dict[str, Any]:
@@ -253,8 +262,6 @@ def _listen(ours: socket.socket, parent: int, submissions: queue.SimpleQueue) ->
 
 
 def _main(backend: str, parent: str, ours: str, truth_file: str) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     os.nice(19)
     with contextlib.suppress(OSError):  # not on every system
         Path("/proc/self/oom_score_adj").write_text("1000")
