@@ -117,9 +117,8 @@ def load_backbone(model: ResNet, name: str, weights: str | Path | None = None) -
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here, and each means the same to the user
-        raise UserError(
-            f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); fetch it again"
-        ) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} cannot be read as PyTorch weights ({reason}); fetch it again") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of weights")
     load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith("fc.")}, str(path))

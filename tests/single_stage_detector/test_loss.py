@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
@@ -61,7 +62,10 @@ def test_golden_match(at_800):
 
 @pytest.mark.parametrize(
     ("logit", "expected"),
-    [(0.0, CHECK["class_loss_zero_logits"]), (GOLDEN["class_prior_bias"], CHECK["class_loss_all_logits_at_prior_bias"])],
+    [
+        (0.0, CHECK["class_loss_zero_logits"]),
+        (GOLDEN["class_prior_bias"], CHECK["class_loss_all_logits_at_prior_bias"]),
+    ],
 )
 def test_golden_losses(at_800, logit, expected):
     outputs = torch.full((1, len(at_800), 264), logit), torch.zeros(1, len(at_800), 4)
@@ -183,3 +187,52 @@ def test_focal_stays_finite_for_extreme_logits():
         value.backward()
         assert torch.isfinite(value)
         assert torch.isfinite(logits.grad).all()
+
+
+def test_shapes_never_depend_on_values():
+    """Tensors without values stand for a device where reading one would stop the queue."""
+    a = anchors(SIZE, grids(SIZE))
+    boxes, labels = random_truth(1, [3, 0], padded=5)
+    logits = torch.zeros(2, len(a), 7, device="meta", requires_grad=True)
+    deltas = torch.zeros(2, len(a), 4, device="meta", requires_grad=True)
+    result = losses((logits, deltas), a.to("meta"), boxes.to("meta"), labels.to("meta"))
+    sum(result.values()).backward()
+    assert logits.grad.shape == logits.shape
+
+
+def test_overlaps_of_many_boxes_are_never_held_at_once():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    a = anchors(SIZE, grids(SIZE))
+    boxes, labels = random_truth(1, [1000, 1000], padded=1000)
+    with Largest() as largest:
+        match(a, boxes, labels)
+    assert largest.elements <= 2**18
+    assert 2 * len(a) * 1000 > 10 * 2**18
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_outputs(dtype):
+    """Under autocast, and whatever the outputs' type, the arithmetic is float32 and gradients have the outputs' type."""
+    a = anchors(SIZE, grids(SIZE))
+    boxes, labels = random_truth(2, [4, 2], padded=5)
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(2, len(a), 7, generator=generator).sub_(2).to(dtype)
+    deltas = torch.randn(2, len(a), 4, generator=generator).to(dtype)
+    low = logits.clone().requires_grad_(), deltas.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = losses(low, a, boxes, labels)
+    sum(result.values()).backward()
+    exact = losses((logits.double(), deltas.double()), a.double(), boxes, labels)
+    for name, value in result.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(exact[name].item(), rel=1e-5)
+    assert low[0].grad.dtype == dtype
+    assert low[1].grad.dtype == dtype

@@ -1,0 +1,157 @@
+"""The cut residual networks against torchvision's, and the loading of their weights."""
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+from detcore import UserError
+from detcore.resnet import BACKBONES, NORMS, ResNet, load_backbone, load_exactly, weights_file_name
+
+
+def randomise_norms(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+
+
+def twin(name: str, norm: str, trainable_layers: int = 5) -> tuple[ResNet, nn.Module]:
+    """Ours and torchvision's network with equal weights, in training mode; the latter's C3, C4, C5 as a dictionary."""
+    torch.manual_seed(0)
+    theirs = get_model(name, weights=None, norm_layer=NORMS[norm])
+    randomise_norms(theirs)
+    ours = ResNet(name, norm, trainable_layers)
+    load_exactly(ours, {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}, "torchvision")
+    return ours.train(), IntermediateLayerGetter(theirs.train(), {"layer2": "c3", "layer3": "c4", "layer4": "c5"})
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("resnet18", "frozen"), ("resnet18", "batch"), ("resnet50", "frozen"), ("resnext50_32x4d", "frozen")],
+)
+def test_features_and_gradients_equal_torchvisions(name, norm):
+    ours, theirs = twin(name, norm)
+    ours, theirs = ours.double(), theirs.double()
+    x = torch.randn(2, 3, 72, 56, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    features, expected = ours(x), list(theirs(x).values())
+    assert tuple(f.shape[1] for f in features) == ours.channels
+    for own, other in zip(features, expected):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
+    sum(f.mean() for f in features).backward()
+    sum(f.mean() for f in expected).backward()
+    gradients = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_parameter_names_and_shapes_are_torchvisions(name):
+    with torch.device("meta"):
+        ours, theirs = ResNet(name, "batch"), get_model(name, weights=None)
+    expected = {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == expected
+    assert theirs.fc.in_features == ours.channels[-1]
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_frozen_layers():
+    order = ["layer4", "layer3", "layer2", "layer1", "conv1"]
+    for count in range(6):
+        assert trainable(ResNet("resnet18", "frozen", count)) == set(order[:count])
+    assert trainable(ResNet("resnet18", "batch", 3)) == {"layer4", "layer3", "layer2"}
+    assert all(p.requires_grad for p in ResNet("resnet18", "batch", 5).parameters())
+
+
+def test_frozen_norm_has_no_parameters_and_keeps_its_statistics():
+    model = ResNet("resnet18").train()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    model(torch.randn(2, 3, 64, 64))
+    assert not any("bn" in name for name, _ in model.named_parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "bad", [("resnet19",), ("resnet18", "group"), ("resnet18", "frozen", 6), ("resnet18", "batch", -1)]
+)
+def test_wrong_choices(bad):
+    with pytest.raises(UserError):
+        ResNet(*bad)
+
+
+def write_weights(folder, name="resnet18", seed=3):
+    """A file like torchvision's, named by its own hash, and its weights."""
+    torch.manual_seed(seed)
+    state = get_model(name, weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, folder / "new.pth")
+    digest = hashlib.sha256((folder / "new.pth").read_bytes()).hexdigest()
+    return (folder / "new.pth").rename(folder / f"{name}-{digest[:8]}.pth"), state
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_load_from_a_path(tmp_path, norm):
+    path, state = write_weights(tmp_path)
+    model = ResNet("resnet18", norm)
+    assert load_backbone(model, "resnet18", path) == path
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_load_from_torch_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    model = ResNet("resnet18")
+    with pytest.raises(UserError) as error:
+        load_backbone(model, "resnet18")
+    assert str(folder / weights_file_name("resnet18")) in str(error.value)
+    assert "public-scripts/download_backbone.sh" in str(error.value)
+    path, _ = write_weights(folder)
+    monkeypatch.setattr("detcore.resnet.weights_file_name", lambda name: path.name)
+    assert load_backbone(model, "resnet18") == path
+
+
+def test_file_names_are_the_published_ones():
+    assert weights_file_name("resnext50_32x4d") == "resnext50_32x4d-7cdf4587.pth"
+    assert weights_file_name("resnet50") == "resnet50-0676ba61.pth"
+
+
+def test_damaged_and_wrong_files(tmp_path):
+    path, _ = write_weights(tmp_path)
+    model = ResNet("resnet18")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    content = path.read_bytes()
+    path.write_bytes(content[:-1000])
+    with pytest.raises(UserError, match="damaged"):
+        load_backbone(model, "resnet18", path)
+    renamed = tmp_path / "weights.pth"
+    for wrong in (content[:-1000], b"", b"<html>not found</html>"):
+        renamed.write_bytes(wrong)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_backbone(model, "resnet18", renamed)
+    torch.save([1, 2], renamed)
+    with pytest.raises(UserError, match="list"):
+        load_backbone(model, "resnet18", renamed)
+    other, _ = write_weights(tmp_path, "resnet34")
+    with pytest.raises(UserError, match=r"unexpected layer1\.2\.conv1\.weight"):
+        load_backbone(model, "resnet18", other)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_load_exactly_lists_every_kind_of_difference():
+    model = nn.Linear(2, 3)
+    with pytest.raises(UserError) as error:
+        load_exactly(model, {"weight": torch.zeros(3, 5), "extra": torch.zeros(1), "text": "x"}, "file.pth")
+    message = str(error.value)
+    assert all(part in message for part in ("file.pth", "missing bias", "unexpected extra", "[3, 5]", "[3, 2]", "str"))
