@@ -24,12 +24,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -309,14 +310,20 @@ def _scan(names: list[str], image_dir: Path) -> tuple[np.ndarray, int]:
     return np.array(missing, np.int64), unlisted
 
 
-def _checksum(column: np.ndarray) -> int:
-    data = memoryview(np.ascontiguousarray(column)).cast("B") if column.size else memoryview(b"")
-    if len(data) <= _WHOLE:
-        return zlib.crc32(data)
+def _checksum(length: int, read: Callable[[int, int], bytes | memoryview]) -> int:
+    """CRC-32 of a column of `length` bytes; read(at, n) gives n bytes of it."""
+    places = (
+        [(0, length)] if length <= _WHOLE else [(at, _ALIGN) for at in np.linspace(0, length - _ALIGN, 64, dtype=int)]
+    )
     crc = 0
-    for at in np.linspace(0, len(data) - _ALIGN, 64).astype(int):
-        crc = zlib.crc32(data[at : at + _ALIGN], crc)
+    for at, n in places:
+        crc = zlib.crc32(read(at, n), crc)
     return crc
+
+
+def _checksum_of(column: np.ndarray) -> int:
+    data = column.reshape(-1).view(np.uint8).data
+    return _checksum(len(data), lambda at, n: data[at : at + n])
 
 
 def _aligned(offset: int) -> int:
@@ -328,7 +335,7 @@ def _write(path: Path, header: dict, columns: dict[str, np.ndarray]) -> None:
     table, end = {}, 0
     for name, column in columns.items():
         start = _aligned(end)
-        table[name] = [column.dtype.str, list(column.shape), start, _checksum(column)]
+        table[name] = [column.dtype.str, list(column.shape), start, column.nbytes, _checksum_of(column)]
         end = start + column.nbytes
     text = json.dumps({**header, "columns": table, "length": end}).encode()
     base = _aligned(_PREFIX.size + len(text))
@@ -362,13 +369,15 @@ def _load(path: Path, key: dict) -> CocoIndex | None:
             base = _aligned(_PREFIX.size + length)
             if header["key"] != key or size != base + header["length"]:
                 return None
+            # Read, not mapped: a mapped page brings its whole neighbourhood into this process's memory.
+            for _, _, start, nbytes, check in header["columns"].values():
+                if _checksum(nbytes, lambda at, n, begin=base + start: os.pread(file.fileno(), n, begin + at)) != check:
+                    return None
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError, KeyError, struct.error):
         return None
-    columns = {}
-    for name, (dtype, shape, start, check) in header["columns"].items():
-        column = np.frombuffer(mapped, dtype, count=int(np.prod(shape)), offset=base + start).reshape(shape)
-        if _checksum(column) != check:
-            return None
-        columns[name] = column
+    columns = {
+        name: np.frombuffer(mapped, dtype, count=math.prod(shape), offset=base + start).reshape(shape)
+        for name, (dtype, shape, start, _, _) in header["columns"].items()
+    }
     return CocoIndex(path, key, header, columns)

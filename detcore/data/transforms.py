@@ -6,12 +6,15 @@ EXIF orientation is never applied; a file whose pixels do not have the size that
 Damage that the decoder cannot see (changed bits that still decode) stays unseen, as with every JPEG decoder.
 """
 
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from detcore import UserError
@@ -30,25 +33,38 @@ def read_bytes(path: Path, image_id: int) -> np.ndarray:
 
 
 def decode(data: np.ndarray, *, path: Path, image_id: int, height: int, width: int) -> Tensor:
-    """Decode JPEG, PNG, WebP or GIF bytes to uint8 RGB [3, height, width], memory laid out as height, width, 3.
+    """Decode an image file's bytes to uint8 RGB [3, height, width], memory laid out as height, width, 3.
 
     Grey, palette and CMYK images come out as RGB; transparency is ignored. Raises UserError, naming file and image,
     for files that do not decode whole (truncated ones too), have more than 8 bits a channel or several frames, or
     are not of the given size.
     """
     try:
-        image = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB)
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0].rsplit(".cpp:", 1)[-1].split(",", 1)[-1].strip()
+        if data[:2].tobytes() == b"\xff\xd8":
+            image = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
+        else:
+            image = _decode_other(data)
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason.rsplit(".cpp:", 1)[-1].split(",", 1)[-1].strip()
         raise UserError(
             f"{path}: image {image_id} does not decode ({reason}); replace the file or remove it from the "
             "annotation file."
         ) from error
-    if image.dtype != torch.uint8 or image.ndim != 3:
-        kind = "several frames" if image.ndim != 3 else "more than 8 bits a channel"
-        raise UserError(f"{path}: image {image_id} has {kind}; save it as an 8-bit JPEG or PNG.")
     check_size(image.shape[1], image.shape[2], path=path, image_id=image_id, height=height, width=width)
     return image
+
+
+def _decode_other(data: np.ndarray) -> Tensor:
+    """PNG and what else Pillow reads. torchvision's PNG decoder crashes the process on a damaged file."""
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        warnings.simplefilter("ignore")
+        if getattr(image, "n_frames", 1) != 1:
+            raise ValueError("it has several frames; save one of them")
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+            raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); save it with 8")
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_size(found_height: int, found_width: int, *, path: Path, image_id: int, height: int, width: int) -> None:

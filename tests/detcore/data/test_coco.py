@@ -353,8 +353,8 @@ def test_a_cache_damaged_anywhere_is_rebuilt(coco, builds):
     base = coco_module._aligned(coco_module._PREFIX.size + header)
     table = json.loads(data[coco_module._PREFIX.size :][:header])["columns"]
     used = [*range(0, coco_module._PREFIX.size + header, 11)]
-    for _, shape, start, _ in table.values():
-        used += [base + start] * bool(np.prod(shape))
+    for _, _, start, length, _ in table.values():
+        used += [base + start, base + start + length - 1] * bool(length)
     assert same(good, open_index(coco)) and len(builds) == 1
     for at in used:
         builds.clear()
@@ -372,11 +372,11 @@ def test_a_truncated_or_grown_cache_is_rebuilt(coco, builds, length):
 
 def test_large_columns_are_sampled_at_both_ends():
     column = np.arange(1 << 20, dtype=np.float64)
-    whole = coco_module._checksum(column)
+    whole = coco_module._checksum_of(column)
     for at in (0, -1):
         changed = column.copy()
         changed[at] += 1
-        assert coco_module._checksum(changed) != whole
+        assert coco_module._checksum_of(changed) != whole
 
 
 def test_a_folder_that_cannot_be_written(coco, builds, monkeypatch, tmp_path):

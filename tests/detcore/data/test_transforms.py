@@ -1,0 +1,196 @@
+"""Decoding, mirroring and resizing against Pillow, numpy and float64 interpolation."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detcore import UserError
+from detcore.data import transforms
+
+WIDTH, HEIGHT = 61, 47
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    return Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def decode(data: bytes, height=HEIGHT, width=WIDTH) -> torch.Tensor:
+    array = np.frombuffer(bytearray(data), np.uint8)
+    return transforms.decode(array, path="some/picture.jpg", image_id=42, height=height, width=width)
+
+
+def refusal(data: bytes, **size) -> str:
+    with pytest.raises(UserError) as caught:
+        decode(data, **size)
+    assert "some/picture.jpg" in str(caught.value) and "image 42" in str(caught.value)
+    assert ".cpp" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "tolerance"),
+    [
+        ("RGB", "JPEG", 1),
+        ("L", "JPEG", 1),
+        ("CMYK", "JPEG", 1),
+        ("RGB", "PNG", 0),
+        ("L", "PNG", 0),
+        ("LA", "PNG", 0),
+        ("P", "PNG", 0),
+        ("1", "PNG", 0),
+        ("RGBA", "PNG", 0),
+        ("RGB", "BMP", 0),
+        ("RGB", "WEBP", 0),
+        ("CMYK", "TIFF", 0),
+    ],
+)
+def test_modes_decode_as_pillow_does(picture, mode, form, tolerance):
+    data = encoded(picture.convert(mode), form)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1).astype(int)
+    got = decode(data)
+    assert got.dtype == torch.uint8 and got.shape == (3, HEIGHT, WIDTH)
+    assert np.abs(got.numpy() - expected).max() <= tolerance
+    assert expected.std() > 20
+
+
+def test_progressive_jpeg(picture):
+    plain, progressive = encoded(picture, "JPEG"), encoded(picture, "JPEG", progressive=True)
+    assert torch.equal(decode(plain), decode(progressive))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_never_rotates(picture, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    assert torch.equal(decode(encoded(picture, "JPEG", exif=exif)), decode(encoded(picture, "JPEG")))
+
+
+def test_size_made_from_the_rotated_image_is_explained(picture):
+    data = encoded(picture, "JPEG")
+    assert "EXIF" in refusal(data, height=WIDTH, width=HEIGHT)
+    other = refusal(data, height=HEIGHT, width=WIDTH + 1)
+    assert "is 61x47 pixels, but the annotation file says 62x47" in other and "EXIF" not in other
+
+
+@pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})])
+def test_every_truncation_is_an_error(picture, form, options):
+    data = encoded(picture, form, **options)
+    # A PNG's pixels are complete before its last chunk (12 bytes) and the checksums in front of it (8 bytes).
+    end = len(data) - (0 if form == "JPEG" else 20)
+    for cut in [*range(1, end, 29), end - 1]:
+        refusal(data[:cut])
+
+
+def test_other_files_are_refused(picture):
+    assert "does not decode" in refusal(b"<html>404 not found</html>")
+    assert "does not decode" in refusal(bytes(1000))
+    deep = Image.fromarray(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH))
+    assert "more than 8 bits" in refusal(encoded(deep, "PNG"))
+    frames = [picture.rotate(90 * k) for k in range(3)]
+    assert "several frames" in refusal(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+
+
+def test_random_corruption_is_an_error_or_an_image(picture):
+    rng = np.random.default_rng(1)
+    refused = 0
+    for form in ("JPEG", "PNG"):
+        data = encoded(picture, form)
+        for _ in range(300):
+            damaged = bytearray(data)
+            for at in rng.integers(0, len(data), rng.integers(1, 10)):
+                damaged[at] = rng.integers(256)
+            try:
+                assert decode(bytes(damaged)).shape == (3, HEIGHT, WIDTH)
+            except UserError:
+                refused += 1
+    assert refused > 200
+
+
+def test_read_bytes(tmp_path):
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"abc")
+    assert transforms.read_bytes(file, 1).tobytes() == b"abc"
+    file.write_bytes(b"")
+    for path, words in (
+        (file, "a.jpg: the file of image 7 is empty"),
+        (tmp_path / "none.jpg", "none.jpg: cannot read image 7 .No such file"),
+        (tmp_path, "cannot read image 7"),
+        (tmp_path / "a\0b", "cannot read image 7"),
+    ):
+        with pytest.raises(UserError, match=words):
+            transforms.read_bytes(path, 7)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("target", [(30, 100), (HEIGHT, WIDTH), (94, 122), (13, 17)])
+def test_resize_is_within_one_level_of_float64(picture, antialias, flip, target):
+    image = decode(encoded(picture, "PNG"))
+    got = transforms.resize(image, target, flip=flip, antialias=antialias)
+    assert got.shape == (*target, 3) and got.dtype == torch.uint8 and got.is_contiguous()
+    exact = image.double()[None]
+    if flip:
+        exact = torch.from_numpy(exact.numpy()[..., ::-1].copy())
+    exact = torch.nn.functional.interpolate(
+        exact, size=target, mode="bilinear", align_corners=False, antialias=antialias
+    )
+    assert (got.permute(2, 0, 1) - exact[0]).abs().max() <= 1
+    assert (got.permute(2, 0, 1) - exact[0]).abs().mean() < 0.5
+
+
+def test_antialias_makes_a_difference_when_shrinking(picture):
+    image = decode(encoded(picture, "PNG"))
+    plain, smooth = (transforms.resize(image, (10, 12), flip=False, antialias=a).int() for a in (False, True))
+    assert (plain - smooth).abs().max() > 5
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_follow_the_pixels(flip):
+    """Paint each box into an image, take both through the same steps, and look where the paint is."""
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        height, width = rng.integers(40, 90, 2)
+        x1, y1 = rng.integers(0, width - 12), rng.integers(0, height - 12)
+        x2, y2 = rng.integers(x1 + 10, width), rng.integers(y1 + 10, height)
+        image = torch.zeros(3, int(height), int(width), dtype=torch.uint8)
+        image[:, y1:y2, x1:x2] = 255
+        target = (int(height) * 4, int(width) * 3)
+        painted = transforms.resize(image, target, flip=flip, antialias=False)[..., 0].numpy() > 127
+        rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
+        boxes = np.array([[x1, y1, x2, y2]], np.float32)
+        got, keep = transforms.resize_boxes(boxes, (int(height), int(width)), target, flip=flip, min_box=0)
+        assert keep.all() and got.dtype == np.float32
+        found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        np.testing.assert_allclose(got[0], found, atol=1)
+
+
+def test_box_arithmetic_in_float64():
+    rng = np.random.default_rng(3)
+    corners = np.sort(rng.uniform(0, 1, (500, 2, 2)), 1).reshape(500, 4) * [640, 480, 640, 480]
+    boxes = corners.astype(np.float32)
+    for flip in (False, True):
+        exact = boxes.astype(np.float64) * [800 / 640, 800 / 480, 800 / 640, 800 / 480]
+        if flip:
+            exact[:, [0, 2]] = 800 - exact[:, [2, 0]]
+        got, keep = transforms.resize_boxes(boxes, (480, 640), (800, 800), flip=flip, min_box=10)
+        np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-3)
+        sides = exact[:, 2:] - exact[:, :2]
+        clear = (np.abs(sides - 10) > 1e-3).all(1)
+        assert 0 < keep.sum() < 500
+        np.testing.assert_array_equal(keep[clear], (sides > 10).all(1)[clear])
+
+
+def test_no_boxes():
+    got, keep = transforms.resize_boxes(np.empty((0, 4), np.float32), (5, 6), (7, 8), flip=True, min_box=0)
+    assert got.shape == (0, 4) and keep.shape == (0,)
