@@ -220,7 +220,7 @@ def test_overlaps_of_many_boxes_are_never_held_at_once():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reduced_precision_outputs(dtype):
-    """Under autocast, and whatever the outputs' type, the arithmetic is float32 and gradients have the outputs' type."""
+    """The arithmetic is float32 whatever the type of the outputs, also under autocast; gradients keep that type."""
     a = anchors(SIZE, grids(SIZE))
     boxes, labels = random_truth(2, [4, 2], padded=5)
     generator = torch.Generator().manual_seed(6)
