@@ -1,0 +1,371 @@
+"""Who this process is among the others, what they tell each other, and what happens when one of them dies or hangs.
+
+With one process there is no process group, and every function here works without one.
+"""
+
+import faulthandler
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from detcore import UserError
+from detcore.cli import WATCHDOG
+from detcore.launcher import World, discover
+
+_MASK = 2**64 - 1
+
+
+def init(backend: str, timeout_s: float, environ: Mapping[str, str] = os.environ) -> World:
+    """Join the other processes that the launcher started; with one process, do nothing.
+
+    `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. Raises
+    `UserError` for missing or contradictory variables and when the processes do not find each other in time.
+    """
+    world, port = discover(environ)
+    if world.size == 1:
+        return world
+    # torchrun's agent itself opens the port, which only env:// knows about; otherwise rank 0 opens it.
+    method = "env://" if "TORCHELASTIC_RUN_ID" in environ else f"tcp://{world.master}:{port}"
+    try:
+        dist.init_process_group(
+            backend, init_method=method, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} could not join the others at {world.master}:{port} "
+            f"({str(error).strip().splitlines()[0][:200]}). Check that all {world.size} processes were started, that "
+            "MASTER_ADDR is rank 0's host, and that MASTER_PORT is free there"
+        ) from error
+    return world
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Give every rank the buffers of rank 0's model, such as the running statistics of its normalisation."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def choose_seed(seed: int | None, device: torch.device | str = "cpu") -> int:
+    """The seed of the run, equal on all ranks: rank 0's `seed`, or, where that is None, 31 bits from the system."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} is not valid, expected a whole number from 0 to 2**63 - 1")
+    chosen = torch.tensor([secrets.randbits(31) if seed is None else seed], dtype=torch.int64, device=device)
+    if dist.is_initialized():
+        dist.broadcast(chosen, src=0)
+    return int(chosen)
+
+
+def derive_seed(seed: int, *stream: int) -> int:
+    """A seed of 63 bits for one purpose, such as (epoch, rank): the same on every machine, unlike for other numbers.
+
+    Folds the numbers (0 to 2**63 - 1) into the state of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    state = _splitmix64(seed)
+    for number in stream:
+        state = _splitmix64(state ^ number)
+    return state >> 1
+
+
+def agree(values: list[int], device: torch.device | str = "cpu") -> list[int]:
+    """The largest of each value over all ranks, known to all, from one all-reduce on `device`."""
+    if not dist.is_initialized():
+        return list(values)
+    together = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return together.tolist()
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor | None:
+    """Rows [n, C] of all ranks one below the other in rank order, on rank 0; None on the others.
+
+    n may differ from rank to rank and be 0; C and dtype must not. The tensors travel from the device they are on.
+    """
+    if not dist.is_initialized():
+        return rows
+    rank, size = dist.get_rank(), dist.get_world_size()
+    counts = torch.empty(size, dtype=torch.int64, device=rows.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], dtype=torch.int64, device=rows.device))
+    counts = counts.tolist()
+    if max(counts) == 0:
+        return rows if rank == 0 else None
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(size)] if rank == 0 else None
+    dist.gather(padded, parts, dst=0)
+    return None if parts is None else torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+class _Beat(NamedTuple):
+    """Where the training thread is; (round, step, place) is its order in time, the same on every rank.
+
+    `round` counts how often the step went back (an evaluation counts its own), `place` the beats within the step, and
+    `count` all beats.
+    """
+
+    round: int = 0
+    step: int = 0
+    place: int = 0
+    phase: str = "start"
+    count: int = 0
+
+
+def _record(rank: int, host: str, pid: int, state: str, words: str, alive: int, beat: _Beat) -> dict:
+    """What a rank publishes: `alive` counts its exchanges with the store; `words` explain the state."""
+    about = {"rank": rank, "host": host, "pid": pid, "state": state, "words": words, "alive": alive}
+    return about | beat._asdict()
+
+
+class _Seen:
+    """What is known of one rank: its last record, and for how long its two counters have stood still, in seconds."""
+
+    def __init__(self, rank: int):
+        self.record = _record(rank, "?", 0, "running", "", -1, _Beat(count=-1))
+        self.silent = self.still = 0.0
+
+    def update(self, record: dict, elapsed: float) -> None:
+        self.silent = 0.0 if record["alive"] != self.record["alive"] else self.silent + elapsed
+        self.still = 0.0 if record["count"] != self.record["count"] else self.still + elapsed
+        self.record = record
+
+    @property
+    def time(self) -> tuple[int, int, int]:
+        return self.record["round"], self.record["step"], self.record["place"]
+
+    def __str__(self) -> str:
+        r = self.record
+        return f"rank {r['rank']} (host {r['host']}, pid {r['pid']}, step {r['step']}, phase {r['phase']})"
+
+
+class Watchdog:
+    """Ends this process, naming the culprit, when a rank dies or hangs: `with Watchdog(...) as dog`.
+
+    Every rank enters it (a collective call), and its training thread calls `beat` at each change of phase or step.
+    About once a second a thread publishes this rank's counters in a store on rank 0's host and reads the others'. A
+    second thread, which no network call can block, ends the process with exit code `cli.WATCHDOG` when
+
+    * a rank gave no sign of life, or the store did not answer, for `dead_timeout_s` (killed, stopped, host gone), or a
+      rank left with an exception and this one has not ended by then;
+    * the training thread of a rank that has not finished did not beat for `hang_timeout_s` (0: no limit). Where several
+      stand still, those at the earliest step and phase are named: the others wait for them.
+
+    Python's stacks of this process go to `folder`/stacks_rank<k>.txt first. Time in which this process was itself
+    stopped does not count. A call into C code that holds the interpreter's lock for `dead_timeout_s` looks like death.
+    A rank that leaves the `with` normally is not missed; rank 0, which holds the store, waits there for the others. An
+    exception of a collective leaves only after `dead_timeout_s`, so that the rank that caused it can be named.
+    `device`: where the process group wants its tensors.
+    """
+
+    def __init__(self, world: World, hang_timeout_s, dead_timeout_s=30.0, folder=Path("."), device="cpu"):
+        self._world, self._device = world, device
+        self._hang_s, self._dead_s = hang_timeout_s or float("inf"), dead_timeout_s
+        self._folder = Path(folder)
+        self._interval = min(1.0, self._hang_s / 5, self._dead_s / 5)
+        self._beat, self._state, self._words, self._exchanges = _Beat(), "running", "", 0
+        self._host = socket.gethostname()
+        self._seen = [_Seen(rank) for rank in range(world.size)]
+        self._latest: list[dict] = []
+        self._store, self._store_error = None, "no answer"
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._judge, name="watchdog judge", daemon=True)]
+
+    def beat(self, phase: str, step: int) -> None:
+        """Say where the training thread is. Costs about a microsecond."""
+        last = self._beat
+        place = last.place + 1 if step == last.step else 0
+        self._beat = _Beat(last.round + (step < last.step), step, place, phase, last.count + 1)
+
+    def __enter__(self) -> "Watchdog":
+        if self._world.size > 1:
+            self._open_store()
+            self._threads.append(threading.Thread(target=self._exchange, name="watchdog exchange", daemon=True))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._world.size > 1:
+            if error is not None and _is_from_a_collective(error):
+                self._say(f"a collective failed ({_first_line(error)}); waiting up to {self._dead_s:g} s for the cause")
+                self._state = "lost its peers"
+                self._sleep_until(lambda: False, self._dead_s + 5 * self._interval)
+            self._state = "done" if error is None else "failed"
+            self._words = "" if error is None else _first_line(error)
+            self._publish_now()
+            if self._world.rank == 0 and error is None:
+                self._sleep_until(lambda: all(r["state"] in ("done", "failed") for r in self._latest), float("inf"))
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(5 * self._interval)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _open_store(self) -> None:
+        rank, timeout = self._world.rank, timedelta(seconds=self._dead_s)
+        port = 0
+        if rank == 0:
+            self._store = dist.TCPStore(self._world.master, 0, None, True, timeout, wait_for_workers=False)
+            port = self._store.port
+        (port,) = agree([port], self._device)
+        try:
+            if rank != 0:
+                self._store = dist.TCPStore(self._world.master, port, None, False, timeout, wait_for_workers=False)
+            self._store.set(str(rank), json.dumps(self._own_record()))
+        except RuntimeError as error:
+            where = f"{self._world.master}:{port}"
+            raise UserError(
+                f"rank {rank} cannot reach the watchdog's store at {where}: {_first_line(error)}"
+            ) from error
+        agree([0], self._device)  # from here on every rank's record can be read
+
+    def _own_record(self) -> dict:
+        return _record(self._world.rank, self._host, os.getpid(), self._state, self._words, self._exchanges, self._beat)
+
+    def _exchange(self) -> None:
+        """Publish and read; may be blocked for ever by a store that stopped answering, which `_judge` notices."""
+        keys = [str(rank) for rank in range(self._world.size)]
+        while not self._stop.wait(self._interval):
+            try:
+                self._store.set(keys[self._world.rank], json.dumps(self._own_record()))
+                self._latest = [json.loads(text) for text in self._store.multi_get(keys)]
+                self._exchanges += 1
+            except RuntimeError as error:
+                self._store_error = _first_line(error)
+
+    def _judge(self) -> None:
+        before, unheard, heard = time.monotonic(), 0.0, 0
+        own = self._seen[self._world.rank]
+        while not self._stop.wait(self._interval):
+            now = time.monotonic()
+            elapsed, before = min(now - before, 2 * self._interval), now
+            own.update(self._own_record(), elapsed)
+            unheard += elapsed
+            if self._exchanges != heard:
+                for seen, record in zip(self._seen, self._latest):
+                    if seen is not own:
+                        seen.update(record, unheard)
+                unheard, heard = 0.0, self._exchanges
+            if self._world.size > 1:
+                # The last resort where this very thread is kept from running: C code that hangs and holds the GIL.
+                faulthandler.dump_traceback_later(2 * self._dead_s + 5, exit=True, file=2)
+            verdict = self._verdict(unheard)
+            if verdict:
+                self._end(verdict)
+
+    def _verdict(self, unheard: float) -> str | None:
+        others = [seen for seen in self._seen if seen.record["rank"] != self._world.rank]
+        for seen in others:
+            record = seen.record
+            if record["state"] == "ending":
+                return record["words"]
+            if record["state"] == "failed" and (seen.silent >= self._dead_s or self._state == "lost its peers"):
+                return f"{seen} ended with an error: {record['words']}. Its own output says more"
+            if record["state"] != "done" and seen.silent >= self._dead_s:
+                return (
+                    f"{seen} gave no sign of life for {self._dead_s:g} s: it was killed (out of memory? see dmesg on "
+                    f"{record['host']}), stopped, or its host is gone"
+                )
+        if self._world.size > 1 and unheard >= self._dead_s:
+            first = self._seen[0]
+            cause = (
+                first.record["words"] if first.record["state"] == "failed" else "killed, stopped, or its host is gone"
+            )
+            return f"{first} holds the watchdog's store, which gave no answer for {self._dead_s:g} s: {cause}"
+        return self._hang_verdict()
+
+    def _hang_verdict(self) -> str | None:
+        running = [seen for seen in self._seen if seen.record["state"] == "running"]
+        if not any(seen.still >= self._hang_s for seen in running):
+            return None
+        standing = [seen for seen in running if seen.still >= self._hang_s / 2]
+        earliest = min(seen.time for seen in standing)
+        behind = [seen for seen in standing if seen.time == earliest]
+        names = "; ".join(map(str, behind[:8])) + (" and more" if len(behind) > 8 else "")
+        several = "no single rank is behind the others; " if len(behind) == len(standing) > 1 else ""
+        return (
+            f"{names} stood still for {self._hang_s:g} s ({several}the stacks in {self._folder}/stacks_rank"
+            f"{behind[0].record['rank']}.txt show where). A slow disk, a stuck loader or a network fault are usual"
+        )
+
+    def _end(self, verdict: str) -> None:
+        """Say it, leave the stacks, let the others read the verdict, and end the process."""
+        path = self._folder / f"stacks_rank{self._world.rank}.txt"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            dumped = f"stacks of this rank: {path}"
+        except OSError as error:
+            dumped = f"the stacks could not be written: {error}"
+        living = [s.record["rank"] for s in self._seen if s.silent < self._dead_s / 2 and s.record["state"] != "done"]
+        table = self._table() if self._world.rank == min([*living, self._world.rank]) else ""
+        self._say(f"{verdict}.\n{table}  {dumped}; exit code {WATCHDOG}")
+        self._state, self._words = "ending", verdict
+        if self._world.size > 1:
+            self._publish_now()
+        os._exit(WATCHDOG)
+
+    def _table(self) -> str:
+        lines = ["  rank  host              pid       step      phase         still for  state\n"]
+        for seen in self._seen:
+            r = seen.record
+            lines.append(
+                f"  {r['rank']:<5} {r['host']:<17} {r['pid']:<9} {r['step']:<9} {r['phase']:<13} "
+                f"{seen.still:>6.0f} s  {'no sign of life' if seen.silent >= self._dead_s / 2 else r['state']}\n"
+            )
+        return "".join(lines)
+
+    def _say(self, text: str) -> None:
+        """Straight to the descriptor: the training thread may hang while it holds the lock of sys.stderr."""
+        os.write(2, f"watchdog on rank {self._world.rank}: {text}\n".encode())
+
+    def _publish_now(self) -> None:
+        """Wait until the present state is in the store, and for long enough that every rank that reads has read it."""
+        target = self._exchanges + 4
+        self._sleep_until(lambda: self._exchanges >= target, min(self._dead_s, 10 * self._interval))
+
+    def _sleep_until(self, condition, seconds: float) -> None:
+        while not condition() and seconds > 0:
+            time.sleep(self._interval / 4)
+            seconds -= self._interval / 4
+
+
+def _is_from_a_collective(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    words = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out waiting|socket timeout"
+    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
