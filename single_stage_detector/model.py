@@ -63,9 +63,9 @@ class Head(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         output = self.get_submodule(self.output_name)
-        maps = [output(self.conv(x)) for x in pyramid]
-        # Channels are anchor-major, so with the channels moved last a cell's anchors follow each other.
-        return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, self.values) for m in maps], 1)
+        # Channels are anchor-major: moved last, a cell's anchors follow each other, and only `cat` copies.
+        cells = [output(self.conv(x)).permute(0, 2, 3, 1).flatten(1, 2) for x in pyramid]
+        return torch.cat(cells, 1).reshape(cells[0].shape[0], -1, self.values)
 
 
 class RetinaNet(nn.Module):
