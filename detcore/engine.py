@@ -19,10 +19,11 @@ from mlperf_logging.mllog import constants as keys
 from torch import Tensor, nn
 
 from detcore import UserError, backend, checkpoint, cli, distributed, optim
-from detcore.config import RunConfig, to_dict
+from detcore.config import to_dict
 from detcore.data import Batch
 from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
 from detcore.progress import Progress, duration
+from detcore.run_config import RunConfig
 from detcore.state import State, claim_folder
 
 Beat = Callable[[str, int], None]
@@ -64,7 +65,6 @@ class Task:
     hyperparameters: MLPerf event names and values, logged before INIT_STOP.
     """
 
-    benchmark: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr: Callable[[int, int], float]

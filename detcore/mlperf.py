@@ -15,7 +15,7 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from detcore import UserError
-from detcore.config import RunConfig
+from detcore.run_config import RunConfig
 
 SUCCESS, ABORTED = constants.SUCCESS, constants.ABORTED
 _ROOT = str(Path(__file__).resolve().parents[1])

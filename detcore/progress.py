@@ -76,7 +76,7 @@ class Progress:
         else:
             self.say(text)
 
-    def interval(self, *, step: int, epoch: int, images_per_step: int) -> tuple[float, float]:
+    def interval(self, *, step: int, images_per_step: int) -> tuple[float, float]:
         """Closes a logging interval: global images per second and the fraction of time spent waiting for data."""
         now, data = self.elapsed(), self.seconds["data"]
         last_step, last_time, last_data = self._mark

@@ -8,7 +8,8 @@ from torch import nn
 
 from detcore import UserError, checkpoint, distributed, optim
 from detcore.backend import Backend
-from detcore.config import RunConfig, to_dict
+from detcore.config import to_dict
+from detcore.run_config import RunConfig
 
 CHECKPOINTS = ("last.pt", "best.pt", "evaluated.pt")
 

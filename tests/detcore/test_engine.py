@@ -1,0 +1,300 @@
+"""The loop on a task small enough to check by hand: one weight, a quadratic loss."""
+
+import json
+import os
+import signal
+from itertools import count, islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from detcore import UserError, backend, cli, engine, optim
+from detcore.data import Batch
+from detcore.run_config import RunConfig
+
+STEPS = 4  # an epoch
+
+
+class Line(nn.Module):
+    """One weight; loss (weight - target)^2, the target being the first pixel of each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def forward(self, images):
+        return self.weight - images[:, 0, 0, 0].double()
+
+
+def batch(value: int, image_id: int = 0) -> Batch:
+    images = torch.full((1, 3, 1, 1), value, dtype=torch.uint8)
+    return Batch(
+        images, torch.zeros(1, 1, 4), torch.full((1, 1), -1), torch.tensor([image_id]), torch.ones(1, 2, dtype=int)
+    )
+
+
+class Later:
+    """A metric that arrives at the n-th poll."""
+
+    def __init__(self, value: float, polls: int):
+        self.value, self.polls = value, polls
+
+    def poll(self):
+        self.polls -= 1
+        return {"AP": self.value} if self.polls <= 0 else None
+
+
+def make_task(
+    *, metrics=(0.1, 0.2, 0.3), target=0.2, polls=1, loss=None, values=None, events=None, lr=0.1, per_epoch=STEPS
+):
+    """A task whose evaluation results are given; `events` collects what the loop calls."""
+    events = [] if events is None else events
+    results = iter(metrics)
+    model = Line()
+
+    def open_data():
+        events.append("open")
+
+        def stream(epoch, step):
+            events.append(("stream", epoch, step))
+            start = epoch * per_epoch + step
+            return (batch((values or (lambda i: i % 3))(i), i) for i in count(start))
+
+        def evaluate(network, beat):
+            events.append(("evaluate", network.training, float(network.weight.detach())))
+            return Later(next(results), polls)
+
+        return engine.Data(
+            7, 5, per_epoch, stream, evaluate, lambda: events.append("close"), "seven images", ((1, "a"),)
+        )
+
+    return engine.Task(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr),
+        lr=lambda step, per_epoch: lr,
+        loss=loss or (lambda network, b: {"square": (network(b.images) ** 2).mean()}),
+        open_data=open_data,
+        metric="AP",
+        target=target,
+        eval_epochs=lambda completed: True,
+        hyperparameters={"opt_name": "sgd"},
+    )
+
+
+def run(tmp_path, task, **options):
+    options = {"epochs": 3, "log_interval": 2, "device": "cpu", "seed": 5, "output_dir": tmp_path / "out"} | options
+    outcome = engine.train(RunConfig(**options), "retinanet", lambda context: task)
+    return outcome, mllog(options["output_dir"])
+
+
+def mllog(folder: Path) -> list[dict]:
+    lines = (folder / "result_0.txt").read_text().splitlines()
+    return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+
+
+def by_hand(values, lr=0.1):
+    """The weight after plain gradient descent on those targets."""
+    weight = 1.0
+    for value in values:
+        weight -= lr * 2 * (weight - value)
+    return weight
+
+
+def test_events_come_in_the_order_of_the_rules(tmp_path):
+    events = []
+    outcome, log = run(tmp_path, make_task(events=events))
+    assert outcome.code == cli.OK and outcome.best == 0.2 and outcome.best_epoch == 2
+    keys = [
+        entry["key"] for entry in log if entry["key"] not in ("weights_initialization", "opt_name", "tracked_stats")
+    ]
+    head = ["submission_benchmark", "submission_org", "submission_division", "submission_status", "submission_platform"]
+    head += [
+        "init_start",
+        "seed",
+        "local_batch_size",
+        "global_batch_size",
+        "gradient_accumulation_steps",
+        "epoch_count",
+    ]
+    head += ["first_epoch_num", "init_stop", "run_start", "train_samples", "eval_samples"]
+    assert keys[: len(head)] == head
+    rest = [(entry["key"], entry["metadata"].get("epoch_num")) for entry in log[len(head) :]]
+    rest = [
+        item for item in rest if item[0].startswith(("epoch_st", "eval_", "run_stop")) and item[0] != "eval_samples"
+    ]
+    # the metric of an epoch arrives in the next one, after its first step
+    assert rest == [
+        ("epoch_start", 1), ("epoch_stop", 1), ("eval_start", 1),
+        ("epoch_start", 2), ("eval_accuracy", 1), ("eval_stop", 1), ("epoch_stop", 2), ("eval_start", 2),
+        ("epoch_start", 3), ("eval_accuracy", 2), ("eval_stop", 2), ("run_stop", None),
+    ]  # fmt: skip
+    assert log[-2]["metadata"]["status"] == "success" and log[-1]["value"] == "success"
+    samples = {entry["key"]: entry["value"] for entry in log if entry["key"].endswith("_samples")}
+    assert samples == {"train_samples": 7, "eval_samples": 5}
+    assert events[0] == "open" and events[-1] == "close"
+
+
+def test_weights_are_those_of_gradient_descent(tmp_path):
+    outcome, _ = run(tmp_path, make_task(target=None))
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert outcome.code == cli.OK and outcome.step == 3 * STEPS
+    assert float(saved["model"]["weight"]) == pytest.approx(by_hand([i % 3 for i in range(12)]), abs=1e-12)
+
+
+def test_accumulation_is_the_mean_over_micro_batches(tmp_path):
+    run(tmp_path, make_task(target=None, per_epoch=2, values=lambda i: i), accumulate=2, epochs=1)
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert float(saved["model"]["weight"]) == pytest.approx(by_hand([0.5, 2.5]), abs=1e-12)
+
+
+def test_clipping_limits_the_gradient(tmp_path):
+    run(tmp_path, make_task(target=None, values=lambda i: 200), epochs=1, clip_norm=1.0)
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert float(saved["model"]["weight"]) == pytest.approx(1 + STEPS * 0.1, abs=1e-5)
+
+
+def test_the_moving_average_is_what_is_evaluated(tmp_path):
+    events = []
+    run(tmp_path, make_task(target=None, events=events, metrics=(0.1,)), epochs=1, ema_decay=0.5)
+    weights = [by_hand([i % 3 for i in range(n)]) for n in range(1, STEPS + 1)]
+    average = 1.0
+    for weight in weights:
+        average = 0.5 * average + 0.5 * weight
+    evaluated = next(e for e in events if e[0] == "evaluate")
+    assert evaluated == ("evaluate", False, pytest.approx(average, abs=1e-12))
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert float(saved["model"]["weight"]) == pytest.approx(weights[-1], abs=1e-12)
+
+
+def test_best_is_the_checkpoint_of_the_best_evaluation(tmp_path):
+    outcome, _ = run(tmp_path, make_task(metrics=(0.1, 0.3, 0.2), target=0.9))
+    assert outcome.code == cli.TARGET_NOT_REACHED and outcome.best == 0.3
+    best = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    assert best["step"] == 2 * STEPS and best["classes"] == [[1, "a"]]
+    assert not (tmp_path / "out/evaluated.pt").exists()
+
+
+def test_a_late_metric_is_awaited_before_the_next_evaluation(tmp_path):
+    outcome, log = run(tmp_path, make_task(polls=50, target=0.9))
+    order = [(e["key"], e["metadata"]["epoch_num"]) for e in log if e["key"] in ("eval_start", "eval_accuracy")]
+    expected = [(key, n) for n in (1, 2, 3) for key in ("eval_start", "eval_accuracy")]
+    assert order == expected and outcome.code == cli.TARGET_NOT_REACHED
+
+
+def test_target_not_reached_ends_aborted(tmp_path):
+    outcome, log = run(tmp_path, make_task(target=0.9))
+    assert outcome.code == cli.TARGET_NOT_REACHED
+    assert [e["metadata"]["status"] for e in log if e["key"] == "run_stop"] == ["aborted"]
+
+
+def test_a_loss_that_is_not_finite_names_step_terms_and_images(tmp_path, capsys):
+    def loss(network, b):
+        value = (network(b.images) ** 2).mean()
+        return {"fine": value, "broken": value * (float("nan") if int(b.image_id) == 5 else 1.0)}
+
+    outcome, log = run(tmp_path, make_task(loss=loss))
+    said = capsys.readouterr().err
+    assert outcome.code == cli.NOT_FINITE
+    assert "step 6 (epoch 2)" in said and "broken = nan" in said and "image ids [5]" in said
+    assert log[-2]["metadata"]["status"] == "aborted"
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == STEPS  # from before the NaN
+
+
+def test_an_exception_still_ends_the_log(tmp_path):
+    def loss(network, b):
+        raise UserError("image 3 is broken")
+
+    with pytest.raises(UserError, match="image 3"):
+        run(tmp_path, make_task(loss=loss))
+    log = mllog(tmp_path / "out")
+    assert [e["metadata"]["status"] for e in log if e["key"] == "run_stop"] == ["aborted"]
+    assert json.loads((tmp_path / "out/progress.jsonl").read_text().splitlines()[-1])["status"] == "aborted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_resume_gives_the_same_weights(tmp_path, number):
+    def loss(network, b):
+        if int(b.image_id) == 5 and not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), number)
+        return {"square": (network(b.images) ** 2).mean()}
+
+    outcome, log = run(tmp_path, make_task(loss=loss, target=0.9))
+    assert outcome.code == cli.STOPPED and outcome.step == 6
+    assert log[-2]["metadata"]["status"] == "aborted"
+    events = []
+    outcome, _ = run(tmp_path, make_task(loss=loss, metrics=(0.2, 0.3), target=0.9, events=events), resume=True)
+    assert ("stream", 1, 2) in events and outcome.step == 3 * STEPS
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert float(saved["model"]["weight"]) == pytest.approx(by_hand([i % 3 for i in range(12)]), abs=1e-12)
+    assert [epoch for epoch, _ in saved["evaluations"]] == [1, 2]  # the third arrived after the last checkpoint
+
+
+def test_resume_at_an_epochs_end_makes_up_for_the_missing_evaluation(tmp_path):
+    run(tmp_path, make_task(target=0.9), epochs=1)
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert saved["evaluations"] == []  # last.pt is written before the evaluation
+    events = []
+    outcome, log = run(tmp_path, make_task(target=0.9, metrics=(0.5, 0.6), events=events), epochs=2, resume=True)
+    assert [e for e in events if e[0] == "evaluate"][0][2] == float(saved["model"]["weight"])
+    assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [1, 1, 2]
+
+
+def test_resume_with_other_settings_is_refused(tmp_path):
+    run(tmp_path, make_task(target=0.9), epochs=1)
+    with pytest.raises(UserError, match="accumulate was 1, is 2"):
+        run(tmp_path, make_task(), epochs=2, resume=True, accumulate=2)
+
+
+def test_an_earlier_run_is_not_lost(tmp_path):
+    run(tmp_path, make_task(target=None), epochs=1)
+    with pytest.raises(UserError, match="--resume.*--overwrite"):
+        run(tmp_path, make_task(target=None), epochs=1)
+    outcome, _ = run(tmp_path, make_task(target=None), epochs=1, overwrite=True)
+    assert outcome.code == cli.OK
+
+
+def test_checkpoints_within_an_epoch(tmp_path):
+    seen = []
+
+    def loss(network, b):
+        path = tmp_path / "out/last.pt"
+        seen.append(torch.load(path, weights_only=True)["step"] if path.exists() else 0)
+        return {"square": (network(b.images) ** 2).mean()}
+
+    run(tmp_path, make_task(loss=loss, target=None), epochs=2, checkpoint_interval=3)
+    assert seen == [0, 0, 0, 3, 4, 4, 6, 6]
+
+
+def test_progress_file_tells_steps_metrics_and_where_time_went(tmp_path):
+    run(tmp_path, make_task(target=0.9), epochs=2)
+    lines = [json.loads(line) for line in (tmp_path / "out/progress.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["start", "step", "step", "step", "eval", "step", "eval", "end"] or [
+        line["kind"] for line in lines
+    ] == ["start", "step", "step", "eval", "step", "step", "eval", "end"]
+    assert lines[0]["config"]["seed"] == 5 and lines[-1]["status"] == "aborted"
+    assert set(lines[-1]["seconds"]) == {"start_up", "data", "train", "evaluation", "checkpoint"}
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_scaler_and_precision_follow_the_config():
+    assert not backend.select("cpu", "auto").scaler().is_enabled()
+    with pytest.raises(UserError, match="fp16"):
+        backend.select("cpu", "fp16")
+    with backend.select("cpu", "bf16").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_ema_restores_the_trained_values_after_an_error():
+    model = Line()
+    ema = optim.Ema(model, 0.9)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    with pytest.raises(RuntimeError), ema.applied(model):
+        assert float(model.weight) == 1.0
+        raise RuntimeError
+    assert float(model.weight) == 3.0
+    assert len(list(islice(ema.state_dict(), 5))) == 1
