@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from detcore import UserError
-from detcore.evaluation.coco import GroundTruth, Scorer
+from detcore.evaluation.coco import GroundTruth, Scorer, check_ground_truth
 
 REQUEST = struct.Struct("<qq?")  # number of the submission, rows, per_class; a file travels with each
 SECONDS_TO_LEAVE = 5.0
@@ -40,11 +40,13 @@ UNHEARD = {signal.SIGINT, signal.SIGTERM}
 class BackgroundEvaluator:
     """Scores submissions in their order, one at a time, in a process of its own.
 
-    Starting blocks only for writing the ground truth; loading it happens over there. Usable as a context manager.
-    Not thread-safe: one thread submits, polls and closes.
+    Starting blocks only for checking and writing the ground truth; loading happens over there. Raises UserError at
+    once for a ground truth that cannot be scored (`check_ground_truth`). Usable as a context manager. Not
+    thread-safe: one thread submits, polls and closes.
     """
 
     def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto") -> None:
+        check_ground_truth(ground_truth)  # here and not after the first epoch
         self._results: dict[int, dict] = {}
         self._received = bytearray()
         self._submitted = 0
@@ -161,7 +163,7 @@ class Pending:
     def poll(self) -> dict[str, Any] | None:
         """The result of `detcore.evaluation.coco.evaluate`, or None while there is none; never waits.
 
-        Raises UserError for detections or a ground truth that cannot be scored, RuntimeError if the process died,
+        Raises UserError for detections that cannot be scored, RuntimeError if the process died,
         with its exit code, or was closed before it got here.
         """
         return self._take(0.0)
