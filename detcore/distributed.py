@@ -24,6 +24,7 @@ from detcore.cli import WATCHDOG
 from detcore.launcher import World, discover
 
 _MASK = 2**64 - 1
+_LAST_WORDS = ("done", "failed", "ending")
 
 
 def init(backend: str, timeout_s: float, environ: Mapping[str, str] = os.environ) -> World:
@@ -150,7 +151,7 @@ class _Seen:
     """What is known of one rank: its last record, and for how long its two counters have stood still, in seconds."""
 
     def __init__(self, rank: int):
-        self.record = _record(rank, "?", 0, "running", "", -1, _Beat(count=-1))
+        self.record = _record(rank, "", 0, "running", "", -1, _Beat(count=-1))
         self.silent = self.still = 0.0
 
     def update(self, record: dict, elapsed: float) -> None:
@@ -209,13 +210,14 @@ class Watchdog:
         if self._world.size > 1:
             self._open_store()
             self._threads.append(threading.Thread(target=self._exchange, name="watchdog exchange", daemon=True))
+        self._arm_last_resort()
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if self._world.size > 1:
-            if error is not None and _is_from_a_collective(error):
+            if error is not None and _is_from_a_collective(error) and self._state == "running":
                 self._say(f"a collective failed ({_first_line(error)}); waiting up to {self._dead_s:g} s for the cause")
                 self._state = "lost its peers"
                 self._sleep_until(lambda: False, self._dead_s + 5 * self._interval)
@@ -223,14 +225,13 @@ class Watchdog:
             self._words = "" if error is None else _first_line(error)
             self._publish_now()
             if self._world.rank == 0 and error is None:
-                self._sleep_until(lambda: all(r["state"] in ("done", "failed") for r in self._latest), float("inf"))
+                self._sleep_until(lambda: all(r["state"] in _LAST_WORDS for r in self._latest), float("inf"))
         self._stop.set()
-        for thread in self._threads:
-            thread.join(5 * self._interval)
+        self._threads[0].join()  # it ends at once, or is about to end this process
         faulthandler.cancel_dump_traceback_later()
 
     def _open_store(self) -> None:
-        rank, timeout = self._world.rank, timedelta(seconds=self._dead_s)
+        rank, timeout = self._world.rank, timedelta(seconds=max(60.0, self._dead_s))
         port = 0
         if rank == 0:
             self._store = dist.TCPStore(self._world.master, 0, None, True, timeout, wait_for_workers=False)
@@ -246,20 +247,27 @@ class Watchdog:
                 f"rank {rank} cannot reach the watchdog's store at {where}: {_first_line(error)}"
             ) from error
         agree([0], self._device)  # from here on every rank's record can be read
+        for seen, record in zip(self._seen, self._read_all()):
+            seen.record = record
 
     def _own_record(self) -> dict:
         return _record(self._world.rank, self._host, os.getpid(), self._state, self._words, self._exchanges, self._beat)
 
+    def _read_all(self) -> list[dict]:
+        return [json.loads(text) for text in self._store.multi_get([str(rank) for rank in range(self._world.size)])]
+
     def _exchange(self) -> None:
         """Publish and read; may be blocked for ever by a store that stopped answering, which `_judge` notices."""
-        keys = [str(rank) for rank in range(self._world.size)]
-        while not self._stop.wait(self._interval):
-            try:
-                self._store.set(keys[self._world.rank], json.dumps(self._own_record()))
-                self._latest = [json.loads(text) for text in self._store.multi_get(keys)]
+        try:
+            while not self._stop.wait(self._interval):
+                record = self._own_record()
+                self._store.set(str(self._world.rank), json.dumps(record))
+                if record["state"] in _LAST_WORDS and self._world.rank != 0:
+                    return  # rank 0 may be gone, and the store with it, as soon as it has read this
+                self._latest = self._read_all()
                 self._exchanges += 1
-            except RuntimeError as error:
-                self._store_error = _first_line(error)
+        except RuntimeError as error:  # a broken connection stays broken; trying again only fills the log
+            self._store_error = _first_line(error)
 
     def _judge(self) -> None:
         before, unheard, heard = time.monotonic(), 0.0, 0
@@ -268,18 +276,22 @@ class Watchdog:
             now = time.monotonic()
             elapsed, before = min(now - before, 2 * self._interval), now
             own.update(self._own_record(), elapsed)
+            own.silent = 0.0
             unheard += elapsed
             if self._exchanges != heard:
                 for seen, record in zip(self._seen, self._latest):
                     if seen is not own:
                         seen.update(record, unheard)
                 unheard, heard = 0.0, self._exchanges
-            if self._world.size > 1:
-                # The last resort where this very thread is kept from running: C code that hangs and holds the GIL.
-                faulthandler.dump_traceback_later(2 * self._dead_s + 5, exit=True, file=2)
+            self._arm_last_resort()
             verdict = self._verdict(unheard)
             if verdict:
                 self._end(verdict)
+
+    def _arm_last_resort(self) -> None:
+        """End the process without Python's help if C code holds its lock for so long that the others have left."""
+        if self._world.size > 1:
+            faulthandler.dump_traceback_later(2 * self._dead_s + 5, exit=True, file=2)
 
     def _verdict(self, unheard: float) -> str | None:
         others = [seen for seen in self._seen if seen.record["rank"] != self._world.rank]
@@ -296,10 +308,12 @@ class Watchdog:
                 )
         if self._world.size > 1 and unheard >= self._dead_s:
             first = self._seen[0]
-            cause = (
-                first.record["words"] if first.record["state"] == "failed" else "killed, stopped, or its host is gone"
-            )
-            return f"{first} holds the watchdog's store, which gave no answer for {self._dead_s:g} s: {cause}"
+            first.silent = unheard
+            cause = "it was killed (out of memory?) or stopped, or its host or the network is gone"
+            if first.record["state"] == "failed":
+                cause = f"it ended with an error: {first.record['words']}"
+            silence = f"out of reach for {self._dead_s:g} s ({self._store_error})"
+            return f"{first} holds the watchdog's store, {silence}: {cause}"
         return self._hang_verdict()
 
     def _hang_verdict(self) -> str | None:
@@ -349,9 +363,13 @@ class Watchdog:
         os.write(2, f"watchdog on rank {self._world.rank}: {text}\n".encode())
 
     def _publish_now(self) -> None:
-        """Wait until the present state is in the store, and for long enough that every rank that reads has read it."""
-        target = self._exchanges + 4
-        self._sleep_until(lambda: self._exchanges >= target, min(self._dead_s, 10 * self._interval))
+        """Wait until the present state is in the store; on rank 0 for so long that every rank has read it."""
+        enough = min(self._dead_s, 10 * self._interval)
+        if self._world.rank != 0:
+            self._threads[-1].join(enough)
+        else:
+            target = self._exchanges + 4
+            self._sleep_until(lambda: self._exchanges >= target, enough)
 
     def _sleep_until(self, condition, seconds: float) -> None:
         while not condition() and seconds > 0:

@@ -121,3 +121,19 @@ def test_who_cannot_join_says_where(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"rank 1 of 2 could not join the others at 127\.0\.0\.1:\d+ .*MASTER_PORT"):
         distributed.init("gloo", 1)
+
+
+def test_torchrun_starts_a_world(tmp_path):
+    """Its agent, not rank 0, holds the rendezvous."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom detcore import distributed\n"
+        "world = distributed.init('gloo', 60)\n"
+        "assert distributed.agree([world.rank]) == [1] and world.local_size == world.size == 2\n"
+        "with distributed.Watchdog(world, 60, 30) as dog:\n    dog.beat('x', 1)\n"
+        "print('rank', world.rank, 'ok', flush=True)\ndistributed.shutdown()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == ["rank 0 ok", "rank 1 ok"]
