@@ -12,6 +12,7 @@ and ends when its parent closes the socket or is gone.
 
 import contextlib
 import json
+import math
 import os
 import queue
 import select
@@ -118,7 +119,7 @@ class BackgroundEvaluator:
 
     def _receive(self, timeout: float | None) -> None:
         """Read what has arrived, waiting for it at most so many seconds (None: without end)."""
-        if self._failure is not None or not select.select([self._socket], [], [], timeout)[0]:
+        if self._failure is not None or not _readable(self._socket, timeout):
             return
         try:
             data = self._socket.recv(1 << 20)
@@ -205,6 +206,13 @@ def _nameless_file():
     return tempfile.TemporaryFile()
 
 
+def _readable(end: socket.socket, timeout: float | None) -> bool:
+    """Whether there is something to read (or an end to see) within so many seconds; None: wait for it."""
+    poller = select.poll()  # select() itself fails above 1024 open files
+    poller.register(end, select.POLLIN)
+    return bool(poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
+
+
 def _write(descriptor: int, values: np.ndarray) -> None:
     view = memoryview(values.reshape(-1).view(np.uint8))
     while len(view):
@@ -251,7 +259,7 @@ def _listen(ours: socket.socket, parent: int, submissions: queue.SimpleQueue) ->
     """Queue the submissions until the parent hangs up. Other children of a killed parent may keep the socket open:
     hence the look at the parent's id, once a second."""
     while os.getppid() == parent:
-        if not select.select([ours], [], [], 1.0)[0]:
+        if not _readable(ours, 1.0):
             continue
         try:
             data, descriptors, _, _ = socket.recv_fds(ours, REQUEST.size, 1)

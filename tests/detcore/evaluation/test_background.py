@@ -1,6 +1,7 @@
 """The background scorer: the same numbers, in order, and a clear end in every way that a process can end."""
 
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -227,6 +228,21 @@ def test_results_that_have_arrived_survive_close(case):
     assert select.select([evaluator._socket], [], [], PATIENCE)[0]
     evaluator.close()
     assert pending.poll() == evaluate(*case)
+
+
+def test_more_open_files_than_select_can_look_at(case):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("no more than a thousand files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
+        with BackgroundEvaluator(case[0]) as evaluator:
+            assert evaluator.submit(case[1]).wait(PATIENCE) == evaluate(*case)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 PARENT = """
