@@ -108,9 +108,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor | None:
     if not dist.is_initialized():
         return rows
     rank, size = dist.get_rank(), dist.get_world_size()
-    counts = torch.empty(size, dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], dtype=torch.int64, device=rows.device))
-    counts = counts.tolist()
+    counts = agree([len(rows) if k == rank else 0 for k in range(size)], rows.device)
     if max(counts) == 0:
         return rows if rank == 0 else None
     padded = rows.new_zeros(max(counts), rows.shape[1])
