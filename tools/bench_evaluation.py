@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,11 @@ def peak_gb(pid: int | str = "self") -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1e6 * 1.024
 
 
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system time
+
+
 def plain_pycocotools(truth: GroundTruth, detections: np.ndarray) -> dict[str, float]:
     """The baseline, as its documentation shows it and without a line of ours."""
     from pycocotools.coco import COCO
@@ -108,12 +114,13 @@ def measure(what: str, path: Path) -> dict:
         return {"seconds": seconds, "cpu": cpu, "peak_gb": peak_gb(), "result": result}
     with BackgroundEvaluator(truth) as evaluator:
         evaluator.submit(np.zeros((0, 7))).wait()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), cpu_seconds(evaluator.pid)
         pending = evaluator.submit(detections)
         blocked = time.perf_counter() - started
         result = pending.wait()
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "submit": blocked, "peak_gb": peak_gb(evaluator.pid), "result": result}
+        seconds, cpu = time.perf_counter() - started, cpu_seconds(evaluator.pid) - cpu
+        peak = peak_gb(evaluator.pid)
+        return {"seconds": seconds, "cpu": cpu, "submit": blocked, "peak_gb": peak, "result": result}
 
 
 def run_fresh(what: str, path: Path) -> dict:
@@ -151,22 +158,27 @@ def main() -> None:
             for what, done in runs.items():
                 if turn < (options.baseline_repeats if what == "pycocotools" else options.repeats):
                     done.append(run_fresh(what, data))
-                    print(f"  {what}: {done[-1]['seconds']:.2f} s, {done[-1]['peak_gb']:.2f} GB", flush=True)
+                    last = done[-1]
+                    numbers = f"{last['seconds']:.2f} s, cpu {last['cpu']:.2f} s, {last['peak_gb']:.2f} GB"
+                    print(f"  {what}: {numbers}", flush=True)
 
     print(f"\n{'':14}{'runs':>5}{'median s':>10}{'min s':>9}{'cpu s':>9}{'peak GB':>9}{'submit s':>10}")
     for what, done in runs.items():
         if done:
             seconds = [run["seconds"] for run in done]
             blocked = f"{median(run['submit'] for run in done):.3f}" if what == "background" else ""
-            cpu = "" if what == "background" else f"{median(run['cpu'] for run in done):.2f}"
+            cpu = median(run["cpu"] for run in done)
             peak = max(run["peak_gb"] for run in done)
-            print(f"{what:14}{len(done):5}{median(seconds):10.2f}{min(seconds):9.2f}{cpu:>9}{peak:9.2f}{blocked:>10}")
+            print(f"{what:14}{len(done):5}{median(seconds):10.2f}{min(seconds):9.2f}{cpu:9.2f}{peak:9.2f}{blocked:>10}")
     every = [run["result"] for done in runs.values() for run in done]
     spread = max(abs(one[name] - every[0][name]) for one in every for name in METRICS)
     print(f"AP {every[0]['AP']:.6f}; largest difference between any two runs in any of the twelve: {spread:.3g}")
     if runs["pycocotools"] and runs["hotcoco"]:
-        ratio = median(r["seconds"] for r in runs["pycocotools"]) / median(r["seconds"] for r in runs["hotcoco"])
-        print(f"pycocotools takes {ratio:.1f} times as long as hotcoco")
+        ours, theirs = (
+            [median(run[key] for run in runs[what]) for key in ("seconds", "cpu")]
+            for what in ("hotcoco", "pycocotools")
+        )
+        print(f"pycocotools / hotcoco: {theirs[0] / ours[0]:.1f} in time, {theirs[1] / ours[1]:.1f} in processor time")
     if options.json:
         options.json.write_text(
             json.dumps({"size": size, "options": {**vars(options), "json": None, "data": None}, "runs": runs}, indent=1)

@@ -174,7 +174,7 @@ def _choose(backend: str) -> str:
         if backend == "hotcoco":
             raise UserError(f"hotcoco cannot be imported ({error}): pip install hotcoco") from error
         warnings.warn(
-            f"hotcoco cannot be imported ({error}); pycocotools scores instead, equally but about 90 times slower",
+            f"hotcoco cannot be imported ({error}); pycocotools scores instead: the same numbers, far slower",
             RuntimeWarning,
             stacklevel=4,
         )
