@@ -169,6 +169,8 @@ def _check_hash(file, path: Path, required: bool) -> bool:
                 f"checkpoint {path} ({size} bytes) carries no hash: it is cut off, or not written by this program. "
                 "Use best.pt or the checkpoint of an older epoch"
             )
+        if not _is_whole_archive(file, size):
+            raise UserError(f"checkpoint {path} ({size} bytes) is cut off or longer than its content; use another file")
         return False
     file.seek(0)
     digest = hashlib.sha256()
@@ -183,6 +185,17 @@ def _check_hash(file, path: Path, required: bool) -> bool:
             "Use best.pt or the checkpoint of an older epoch"
         )
     return True
+
+
+def _is_whole_archive(file, size: int) -> bool:
+    """Whether a zip archive ends where its end record says; torch's reader does not look. True for other files."""
+    file.seek(0)
+    if file.read(4) != b"PK\3\4":
+        return True
+    file.seek(max(size - 22 - 65535, 0))
+    end = file.read()
+    at = end.rfind(b"PK\5\6")
+    return at >= 0 and at + 22 + int.from_bytes(end[at + 20 : at + 22], "little") == len(end)
 
 
 def _refuse_other_types(value, where: str) -> None:
