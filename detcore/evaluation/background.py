@@ -5,9 +5,10 @@ training program again, and torch with it. Arrays go over as open files without 
 offers it), sent through a socket: nothing is pickled, nothing stays behind on a disk whatever dies, and a small
 /dev/shm does not matter. Results come back as lines of JSON on the same socket.
 
-The process has the lowest CPU priority, offers itself to the kernel first when memory runs out, does not hear SIGINT
-and SIGTERM, which reach a whole job although only the training process can tell whether a score is still wanted,
-and ends when its parent closes the socket or is gone.
+The process has a low CPU priority (nice 10: at 19 a busy machine would starve it, and a late AP is a late stop),
+offers itself to the kernel first when memory runs out, does not hear SIGINT and SIGTERM, which reach a whole job
+although only the training process can tell whether a score is still wanted, and ends when its parent closes the
+socket or is gone.
 """
 
 import contextlib
@@ -272,7 +273,7 @@ def _listen(ours: socket.socket, parent: int, submissions: queue.SimpleQueue) ->
 
 
 def _main(backend: str, parent: str, ours: str, truth_file: str) -> None:
-    os.nice(19)
+    os.nice(10)
     with contextlib.suppress(OSError):  # not on every system
         Path("/proc/self/oom_score_adj").write_text("1000")
     _serve(backend, int(parent), socket.socket(fileno=int(ours)), int(truth_file))
