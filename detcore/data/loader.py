@@ -13,7 +13,10 @@ whose locks may be held at that moment, and its signal handlers. They ignore SIG
 whole process groups: the training process decides when to end, and its workers end with it.
 """
 
+import atexit
+import functools
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -55,8 +58,8 @@ def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
 
 def uniform(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
     """float64 [n] in [0, 1), one for each image position: SplitMix64 over seed, epoch and position in turn."""
-    state = np.full(len(images), seed % 2**64, np.uint64)
-    for value in (np.full(len(images), epoch, np.uint64), images.astype(np.uint64)):
+    state = np.zeros(len(images), np.uint64)
+    for value in (np.uint64(seed % 2**64), np.uint64(epoch), images.astype(np.uint64)):
         state = (state ^ value) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -256,8 +259,12 @@ def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pi
     loader = DataLoader(
         dataset, batch_size=None, sampler=keys, num_workers=workers, pin_memory=pin_memory, generator=generator, **more
     )
+    batches = iter(loader)
+    end_workers = functools.partial(_end_workers, batches)
+    if workers:
+        atexit.register(end_workers)
     try:
-        for item in loader:
+        for item in batches:
             if isinstance(item, str):
                 raise UserError(item)
             yield Batch(**{**item, "images": item["images"].permute(0, 3, 1, 2)})
@@ -268,6 +275,10 @@ def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pi
             f"a loader worker was killed ({error}). Most often memory ran out: lower --workers or --batch-size, or "
             "give the container more shared memory (docker run --ipc=host)."
         ) from None
+    finally:
+        if workers:
+            end_workers()
+            atexit.unregister(end_workers)
 
 
 def _fork_server() -> Any:
@@ -287,7 +298,21 @@ def _fork_server() -> Any:
     return context
 
 
+def _end_workers(batches: Any) -> None:
+    """End a DataLoader's workers. Left to the interpreter's exit they would get a SIGTERM, which they ignore."""
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        worker.kill()
+
+
 def _begin_worker(number: int) -> None:
     torch.set_num_threads(1)
     for ignored in _SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the training process is gone: torch watches the fork server, which outlives it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
