@@ -130,8 +130,8 @@ def describe(cls, prog: str, intro: str) -> str:
                 value = ""
                 head = ", ".join(f"{flag}/--no-{flag[2:]}" if flag.startswith("--") else flag for flag in opt.flags)
             else:
-                value, head = f"{opt.expected}. ", ", ".join(opt.flags)
-            lines += [f"  {head}", *_indented(f"{opt.help}"), *_indented(f"({value}{tail})")]
+                value, head = f"{opt.expected}; ", ", ".join(opt.flags)
+            lines += [f"  {head}", *_indented(opt.help), *_indented(f"({value}{tail})")]
         if group == "Options":
             lines += ["  -h, --help", *_indented("show this text")]
         lines.append("")

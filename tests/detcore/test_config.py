@@ -106,6 +106,7 @@ def test_pairs_in_the_environment(text):
         ("--batch-size 99999999999999999999999", ["whole number"]),
         ("--batch-size", ["--batch-size", "needs a value"]),
         ("--batch-size --lr 3", ["--batch-size", "needs a value"]),
+        ("--note --lrr 3", ["--note", "needs a value"]),
         ("--batch-size none", ["'none'", "whole number"]),
         ("--lr nan", ["--lr", "finite number"]),
         ("--lr 1e999", ["finite number"]),
