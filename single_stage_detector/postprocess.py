@@ -71,6 +71,16 @@ def _greedy_nms(boxes: Tensor, live: Tensor, labels: Tensor, nms_thresh: float, 
     return torch.nn.functional.pad(kept, (0, detections - kept.shape[1]), value=-1)
 
 
+def _widths(scores: Tensor, detections: int) -> list[int]:
+    """How many of the best candidates to suppress among, in the order of trying; the last is all of them.
+
+    Where the best ones fill every output slot, worse ones cannot change the result. Only a CPU can look whether
+    they did without waiting, so other devices go through all of them at once.
+    """
+    few = 6 * detections
+    return [few, scores.shape[1]] if scores.device.type == "cpu" and few < scores.shape[1] else [scores.shape[1]]
+
+
 @torch.no_grad()
 def postprocess(
     cls_logits: Tensor,
@@ -94,7 +104,10 @@ def postprocess(
     scores, anchor, labels = _level_candidates(cls_logits, image_size, score_thresh, topk)
     deltas = box_deltas.to(anchors.dtype).gather(1, anchor[..., None].expand(-1, -1, 4))
     boxes = clip(decode(deltas, anchors[anchor]), image_size)
-    kept = _greedy_nms(boxes, scores.clone(), labels, nms_thresh, detections)
+    for width in _widths(scores, detections):
+        kept = _greedy_nms(boxes[:, :width], scores[:, :width].clone(), labels[:, :width], nms_thresh, detections)
+        if width == scores.shape[1] or ((kept[:, -1] >= 0) | (scores[:, width] < 0)).all():
+            break
     empty, at = kept < 0, kept.clamp(min=0)
     boxes = boxes.gather(1, at[..., None].expand(-1, -1, 4)).masked_fill(empty[..., None], 0)
     return boxes, scores.gather(1, at).masked_fill(empty, 0), labels.gather(1, at).masked_fill(empty, -1)

@@ -93,6 +93,22 @@ def test_crowded_scene_with_many_overlaps():
     assert_equal_detections(ours, torchvision_postprocess(logits, deltas * 0.1, a, SIZE))
 
 
+@pytest.mark.parametrize(("nms_thresh", "passes"), [(0.9, 1), (0.01, 2)])
+def test_looks_further_when_the_best_do_not_fill_the_output(monkeypatch, nms_thresh, passes):
+    widths = []
+
+    def counted(boxes, *others):
+        widths.append(boxes.shape[1])
+        return _greedy_nms(boxes, *others)
+
+    monkeypatch.setattr(module, "_greedy_nms", counted)
+    logits, deltas, a = outputs(12, 2, 1, spread=3.0)
+    settings = {"detections": 20, "nms_thresh": nms_thresh}
+    ours = postprocess(logits, deltas, a, SIZE, **settings)
+    assert len(widths) == passes
+    assert_equal_detections(ours, torchvision_postprocess(logits, deltas, a, SIZE, **settings), 20)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reduced_precision_is_lifted_to_float32(dtype):
     logits, deltas, a = outputs(8, 3, 4)
