@@ -18,7 +18,7 @@ import torch
 from mlperf_logging.mllog import constants as keys
 from torch import Tensor, nn
 
-from detcore import UserError, backend, checkpoint, cli, distributed, optim
+from detcore import UserError, backend, checkpoint, cli, distributed, launcher, optim
 from detcore.config import to_dict
 from detcore.data import Batch
 from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
@@ -327,7 +327,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
     build_task is called between INIT_START and INIT_STOP. Raises UserError for wrong input; a signal, a loss that is
     not finite and a target that was not reached are outcomes (`detcore.cli` lists the codes).
     """
-    world, _ = distributed.discover(os.environ)
+    world, _ = launcher.discover(os.environ)
     device = backend.select(config.device, config.precision, world.local_rank)
     with ExitStack() as stack:
         stack.callback(distributed.shutdown)
@@ -371,7 +371,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         for note in task.notes:
             progress.say(note)
         watchdog = stack.enter_context(
-            distributed.Watchdog(world, config.hang_timeout, config.dead_timeout, config.output_dir)
+            distributed.Watchdog(world, config.hang_timeout, config.dead_timeout, config.output_dir, device.device)
         )
         distributed.barrier()
         log.end(keys.INIT_STOP)

@@ -118,7 +118,7 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
 @torch.inference_mode()
 def detect_all(model: nn.Module, batches: Iterator[Batch], index: CocoIndex, backend: Backend, beat: Beat) -> Tensor:
     """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows."""
-    ids = torch.as_tensor(index.category_ids, device=backend.device)
+    ids = torch.tensor(index.category_ids.tolist(), device=backend.device)
     rows = []
     for step, batch in enumerate(batches):
         beat("evaluation", step)

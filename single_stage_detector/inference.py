@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.io import write_jpeg
 from torchvision.utils import draw_bounding_boxes
 
-from detcore import UserError, backend, checkpoint, cli, distributed, engine, optim
+from detcore import UserError, backend, checkpoint, cli, distributed, engine, launcher, optim
 from detcore.data import Batch, synthetic, transforms
 from detcore.data.coco import CocoIndex
 from detcore.evaluation.coco import evaluate as coco_metrics
@@ -35,7 +35,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
 
     Writes evaluation.json into the output folder and prints a table, with the AP of every class.
     """
-    world, _ = distributed.discover(os.environ)
+    world, _ = launcher.discover(os.environ)
     device = backend.select(config.device, config.precision, world.local_rank)
     distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
     try:
@@ -66,7 +66,7 @@ def predict(config: Config, build_model: BuildModel) -> int:
     Writes predictions/detections.json (COCO format: images, categories, annotations with a score) and a drawn copy of
     each image below the output folder. Raises UserError for images that can't be read.
     """
-    if distributed.discover(os.environ)[0].size > 1:
+    if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
     device = backend.select(config.device, config.precision)
     classes = checkpoint.load(config.checkpoint, require_hash=False).get("classes")
@@ -180,7 +180,7 @@ def benchmark(config: Config, build_task: Callable[[Config, engine.Context], eng
     of the measured iterations (linear between neighbours), and peak memory. Writes benchmark.json. Each iteration ends
     with a wait for the device.
     """
-    world, _ = distributed.discover(os.environ)
+    world, _ = launcher.discover(os.environ)
     device = backend.select(config.device, config.precision, world.local_rank)
     distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
     try:

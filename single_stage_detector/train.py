@@ -10,7 +10,7 @@ from detcore import checkpoint, engine, optim
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch
-from detcore.distributed import discover
+from detcore.launcher import discover
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
 from single_stage_detector import inference

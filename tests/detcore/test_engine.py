@@ -237,8 +237,8 @@ def test_resume_at_an_epochs_end_makes_up_for_the_missing_evaluation(tmp_path):
     saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
     assert saved["evaluations"] == []  # last.pt is written before the evaluation
     events = []
-    outcome, log = run(tmp_path, make_task(target=0.9, metrics=(0.5, 0.6), events=events), epochs=2, resume=True)
-    assert [e for e in events if e[0] == "evaluate"][0][2] == float(saved["model"]["weight"])
+    _, log = run(tmp_path, make_task(target=0.9, metrics=(0.5, 0.6), events=events), epochs=2, resume=True)
+    assert next(e for e in events if e[0] == "evaluate")[2] == float(saved["model"]["weight"])
     assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [1, 1, 2]
 
 
@@ -250,7 +250,7 @@ def test_resume_with_other_settings_is_refused(tmp_path):
 
 def test_an_earlier_run_is_not_lost(tmp_path):
     run(tmp_path, make_task(target=None), epochs=1)
-    with pytest.raises(UserError, match="--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
         run(tmp_path, make_task(target=None), epochs=1)
     outcome, _ = run(tmp_path, make_task(target=None), epochs=1, overwrite=True)
     assert outcome.code == cli.OK
@@ -294,7 +294,7 @@ def test_ema_restores_the_trained_values_after_an_error():
     with torch.no_grad():
         model.weight.fill_(3.0)
     with pytest.raises(RuntimeError), ema.applied(model):
-        assert float(model.weight) == 1.0
+        assert model.weight.item() == 1.0
         raise RuntimeError
-    assert float(model.weight) == 3.0
+    assert model.weight.item() == 3.0
     assert len(list(islice(ema.state_dict(), 5))) == 1
