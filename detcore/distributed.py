@@ -182,11 +182,13 @@ class Watchdog:
     stopped does not count. A call into C code that holds the interpreter's lock for `dead_timeout_s` looks like death.
     A rank that leaves the `with` normally is not missed; rank 0, which holds the store, waits there for the others. An
     exception of a collective leaves only after `dead_timeout_s`, so that the rank that caused it can be named.
-    `device`: where the process group wants its tensors.
+    `device`: where the process group wants its tensors. `last_words` is called before this process ends itself.
     """
 
-    def __init__(self, world: World, hang_timeout_s, dead_timeout_s=30.0, folder=Path("."), device="cpu"):
-        self._world, self._device = world, device
+    def __init__(
+        self, world: World, hang_timeout_s, dead_timeout_s=30.0, folder=Path("."), device="cpu", last_words=lambda: None
+    ):
+        self._world, self._device, self._last_words = world, device, last_words
         self._hang_s, self._dead_s = hang_timeout_s or float("inf"), dead_timeout_s
         self._folder = Path(folder)
         self._interval = min(1.0, self._hang_s / 5, self._dead_s / 5)
@@ -344,7 +346,10 @@ class Watchdog:
         self._state, self._words = "ending", verdict
         if self._world.size > 1:
             self._publish_now()
-        os._exit(WATCHDOG)
+        try:
+            self._last_words()
+        finally:
+            os._exit(WATCHDOG)
 
     def _table(self) -> str:
         lines = ["  rank  host              pid       step      phase         still for  state\n"]

@@ -370,9 +370,8 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         progress.write("start", benchmark=benchmark, config=to_dict(config) | {"seed": seed}, **about)
         for note in task.notes:
             progress.say(note)
-        watchdog = stack.enter_context(
-            distributed.Watchdog(world, config.hang_timeout, config.dead_timeout, config.output_dir, device.device)
-        )
+        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.device)
+        watchdog = stack.enter_context(distributed.Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
         distributed.barrier()
         log.end(keys.INIT_STOP)
         distributed.barrier()

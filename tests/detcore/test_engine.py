@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from itertools import count, islice
 from pathlib import Path
 
@@ -211,6 +213,24 @@ def test_an_exception_still_ends_the_log(tmp_path):
     log = mllog(tmp_path / "out")
     assert [e["metadata"]["status"] for e in log if e["key"] == "run_stop"] == ["aborted"]
     assert json.loads((tmp_path / "out/progress.jsonl").read_text().splitlines()[-1])["status"] == "aborted"
+
+
+HANG = """
+import sys, time
+sys.path[:0] = sys.argv[1:3]
+from test_engine import make_task, run
+from pathlib import Path
+run(Path(sys.argv[3]), make_task(loss=lambda network, b: time.sleep(1000)), hang_timeout=2.0)
+"""
+
+
+def test_a_hang_ends_the_process_and_the_log(tmp_path):
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2]), str(tmp_path)]
+    result = subprocess.run([sys.executable, "-c", HANG, *folders], capture_output=True, text=True, timeout=120)
+    assert result.returncode == cli.WATCHDOG, result.stderr
+    assert "stood still for 2 s" in result.stderr and "phase training step" in result.stderr
+    assert "train_step" in (tmp_path / "out/stacks_rank0.txt").read_text()
+    assert mllog(tmp_path / "out")[-2]["metadata"]["status"] == "aborted"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
