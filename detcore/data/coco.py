@@ -259,7 +259,12 @@ def _only_one_builder(directory: Path) -> Iterator[None]:
 def _collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
     """Header and columns of the cache, from the annotation file and the image folder."""
     file = Path(key["annotation_file"])
-    parsed = coco_json.parse(file)
+    try:
+        parsed = coco_json.parse(file)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot read the annotation file ({error.strerror}); check its permissions."
+        ) from error
     columns, counts = parsed.columns, parsed.counts
     order = np.argsort(columns["ann_image"], kind="stable")
     per_image = np.bincount(columns["ann_image"], minlength=len(columns["image_ids"]))

@@ -9,7 +9,7 @@ epoch without overlap. `drop_last` leaves out the images that do not fill a micr
 epoch; without it the last micro-batches are filled from the beginning of the same permutation.
 
 Workers come from a fork server: a plain fork would copy a process with device contexts and communication threads,
-whose locks may be held at that moment, and its signal handlers. They ignore SIGINT, SIGTERM and SIGUSR1, sent to
+whose locks may be held at that moment, and its signal handlers. They block SIGINT, SIGTERM and SIGUSR1, sent to
 whole process groups: the training process decides when to end, and its workers end with it.
 """
 
@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -282,24 +283,23 @@ def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pi
 
 
 def _fork_server() -> Any:
-    """The fork server's context, the server started with torch loaded and the signals ignored."""
+    """The fork server's context, the server started with torch loaded and the signals blocked."""
     context = multiprocessing.get_context("forkserver")
     program = getattr(sys.modules["__main__"], "__spec__", None)
     context.set_forkserver_preload([__name__] + ([program.name] if program else []))
-    if threading.current_thread() is not threading.main_thread():
-        return context
-    # What is ignored stays so through fork and exec; a handler would not, and the default would end the server.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    # A mask passes through fork and exec, so that not even a worker that is just starting can be hit.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        multiprocessing.forkserver.ensure_running()
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # again, for starting the tracker unblocks some
+        forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
 def _end_workers(batches: Any) -> None:
-    """End a DataLoader's workers. Left to the interpreter's exit they would get a SIGTERM, which they ignore."""
+    """End a DataLoader's workers. Left to the interpreter's exit they would get a SIGTERM, which they block."""
     batches._shutdown_workers()
     for worker in batches._workers:
         worker.kill()
@@ -307,8 +307,7 @@ def _end_workers(batches: Any) -> None:
 
 def _begin_worker(number: int) -> None:
     torch.set_num_threads(1)
-    for ignored in _SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # in case somebody else had started the fork server
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -82,6 +82,20 @@ def test_agrees_with_pycocotools_also_when_annotations_are_shuffled(coco):
     assert got.area.tolist() == [a["area"] for a in annotations] and got.iscrowd.dtype == np.uint8
 
 
+def test_real_files(shared_data, tmp_path):
+    for part in ("train", "val"):
+        file = shared_data / "bccd" / "annotations" / f"instances_{part}.json"
+        index = CocoIndex.open(file, shared_data / "bccd" / part, cache_dir=tmp_path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(file)
+        assert index.image_ids.tolist() == list(truth.imgs) and index.counts["missing images"] == 0
+        assert index.counts["annotations"] == len(truth.anns) == len(index.ground_truth().bbox)
+        assert index.category_names == [truth.cats[k]["name"] for k in sorted(truth.cats)]
+        without_area = sum(a["bbox"][2] <= 0 or a["bbox"][3] <= 0 for a in truth.anns.values())
+        kept = sum(len(index.boxes(i)[0]) for i in range(len(index)))
+        assert kept == len(truth.anns) - index.counts["boxes dropped"] and index.counts["boxes dropped"] >= without_area
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_contiguous_categories_are_accepted(coco, first):
     coco.categories(*reversed(range(first, first + 264)))
@@ -392,6 +406,16 @@ def test_a_folder_that_cannot_be_written(coco, builds, monkeypatch, tmp_path):
     coco.write()
     with pytest.raises(UserError, match="no place for the cache"):
         open_index(coco)
+
+
+def test_an_annotation_file_that_cannot_be_read(coco, monkeypatch):
+    simple(coco)
+
+    def refuse(file):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(coco_json, "parse", refuse)
+    assert "cannot read the annotation file (Permission denied)" in refusal(coco)
 
 
 def test_a_disk_that_is_full(coco, monkeypatch, tmp_path):

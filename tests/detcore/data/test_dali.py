@@ -38,7 +38,7 @@ def test_without_dali_the_error_says_what_to_install(index, monkeypatch):
 
 @pytest.mark.dali
 class TestWithDali:
-    @pytest.fixture(autouse=True, scope="class")
+    @pytest.fixture(autouse=True)
     def _installed(self):
         pytest.importorskip("nvidia.dali")
 

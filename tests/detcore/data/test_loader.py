@@ -276,6 +276,7 @@ from detcore.data.coco import CocoIndex
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit("asked to fail"))
     index = CocoIndex.open(sys.argv[1], sys.argv[2])
     stream = loader.train_batches(index, image_size=(32, 32), batch_size=2, max_boxes=6, seed=1, rank=0, world_size=1,
                                   workers=2, epoch=0, step=0)
@@ -340,20 +341,28 @@ def test_a_killed_worker_is_a_clear_error_not_a_hang(program):
     assert "detcore.UserError: a loader worker was killed" in error and "--workers" in error
 
 
-def test_signals_to_the_group_do_not_end_the_workers(program):
+def test_an_exit_with_the_stream_still_open_does_not_hang(program):
+    everything = descendants(program.pid)
+    os.kill(program.pid, signal.SIGUSR2)
+    error = program.communicate(timeout=60)[1]
+    assert program.returncode == 1 and error.strip() == "asked to fail"
+    assert_gone(everything)
+
+
+def test_workers_outlive_signals_to_the_group_but_not_the_process(program):
     before = sorted(workers_of(program))
     for number in (signal.SIGUSR1, signal.SIGTERM):
         os.killpg(program.pid, number)
     time.sleep(1)
     assert program.poll() is None and sorted(workers_of(program)) == before and len(before) == 2
-
-
-def test_workers_end_with_the_process(program):
     everything = descendants(program.pid)
-    assert len(everything) >= 3
     program.kill()
     program.wait()
+    assert_gone(everything)
+
+
+def assert_gone(processes: list[int]) -> None:
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in everything) and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not [pid for pid in everything if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
