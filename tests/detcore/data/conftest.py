@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detcore.data.coco import CocoIndex
+
 
 class Coco:
     """A COCO file under construction: change `content`, then `write()` it."""
@@ -45,6 +47,17 @@ class Coco:
 
     def write(self) -> None:
         self.file.write_text(json.dumps(self.content))
+
+    def simple(self) -> "Coco":
+        """Two images, 20 with two boxes and 10 without; categories 3, 5, 9. Written."""
+        self.categories(3, 5, 9)
+        self.add_image(20, 64, 48, [(3, 1.5, 2.25, 10, 20), (9, 30, 20, 8, 8)])
+        self.add_image(10, 32, 40)
+        self.write()
+        return self
+
+    def open(self, **more) -> CocoIndex:
+        return CocoIndex.open(self.file, self.images, **more)
 
 
 @pytest.fixture

@@ -1,11 +1,7 @@
-"""CocoIndex: every treatment it documents, its cache, and agreement with pycocotools."""
+"""CocoIndex: every treatment it documents, and agreement with pycocotools."""
 
 import contextlib
 import io
-import json
-import multiprocessing
-import os
-import pickle
 import re
 
 import numpy as np
@@ -13,33 +9,20 @@ import pytest
 from pycocotools.coco import COCO
 
 from detcore import UserError
-from detcore.data import coco as coco_module
 from detcore.data import coco_json
 from detcore.data.coco import CocoIndex
 
 
-def simple(coco, categories=(3, 5, 9)):
-    coco.categories(*categories)
-    coco.add_image(20, 64, 48, [(categories[0], 1.5, 2.25, 10, 20), (categories[-1], 30, 20, 8, 8)])
-    coco.add_image(10, 32, 40)
-    coco.write()
-    return coco
-
-
-def open_index(coco, **more) -> CocoIndex:
-    return CocoIndex.open(coco.file, coco.images, **more)
-
-
 def refusal(coco, **more) -> str:
     with pytest.raises(UserError) as caught:
-        open_index(coco, **more)
+        coco.open(**more)
     assert str(coco.file) in str(caught.value) or str(coco.images) in str(caught.value)
     assert not list(coco.file.parent.glob(".*")), "a refused file must leave nothing behind"
     return str(caught.value)
 
 
 def test_content(coco):
-    index = open_index(simple(coco))
+    index = coco.simple().open()
     assert len(index) == 2 and index.num_classes == 3
     assert index.image_ids.tolist() == [20, 10] and index.image_ids.dtype == np.int64
     assert index.heights.tolist() == [48, 40] and index.widths.tolist() == [64, 32]
@@ -64,7 +47,7 @@ def test_agrees_with_pycocotools_also_when_annotations_are_shuffled(coco):
         x, y, w, h = rng.uniform(1, 20, 4).tolist()
         coco.add_box(int(rng.integers(12)), int(rng.integers(1, 8)), (x, y, w, h), iscrowd=int(rng.random() < 0.2))
     coco.write()
-    index = open_index(coco)
+    index = coco.open()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(coco.file)
     for i in range(12):
@@ -101,7 +84,7 @@ def test_contiguous_categories_are_accepted(coco, first):
     coco.categories(*reversed(range(first, first + 264)))
     coco.add_image(1, 16, 16, [(first + 263, 1, 1, 5, 5)])
     coco.write()
-    index = open_index(coco, expected_classes=264)
+    index = coco.open(expected_classes=264)
     assert index.boxes(0)[1].tolist() == [263] and index.ground_truth().ann_category_id.tolist() == [first + 263]
 
 
@@ -111,12 +94,12 @@ def test_other_categories_are_refused(coco, ids):
     coco.add_image(1, 16, 16)
     coco.write()
     with pytest.raises(UserError, match="exactly 264, numbered 0 to 263 or 1 to 264"):
-        open_index(coco, expected_classes=264)
-    assert open_index(coco).num_classes == len(ids)
+        coco.open(expected_classes=264)
+    assert coco.open().num_classes == len(ids)
 
 
 def test_boxes_outside_and_without_area(coco):
-    simple(coco)
+    coco.simple()
     cases = {
         (-5, -4, 20, 10): [0, 0, 15, 6],
         (60, 40, 100, 100): [60, 40, 64, 48],
@@ -130,7 +113,7 @@ def test_boxes_outside_and_without_area(coco):
     for bbox in cases:
         coco.add_box(20, 5, bbox)
     coco.write()
-    index = open_index(coco)
+    index = coco.open()
     expected = [[1.5, 2.25, 11.5, 22.25], [30, 20, 38, 28]] + [box for box in cases.values() if box]
     assert index.boxes(0)[0].tolist() == expected
     assert index.counts["boxes dropped"] == 5 and index.counts["boxes clipped"] == 2
@@ -139,25 +122,25 @@ def test_boxes_outside_and_without_area(coco):
 
 
 def test_crowd_area_and_other_fields(coco):
-    simple(coco)
+    coco.simple()
     coco.add_box(10, 5, (1, 1, 4, 5), iscrowd=1)
     coco.add_box(10, 5, (1, 1, 4, 6), iscrowd=True, area=None, segmentation={"counts": "},{", "size": [1, 2]})
     bare = coco.add_box(10, 5, (1, 1, 4, 7))
     del bare["area"], bare["iscrowd"]
     coco.write()
-    index = open_index(coco)
+    index = coco.open()
     assert index.boxes(1)[2].tolist() == [True, True, False]
     assert index.ground_truth().area.tolist()[2:] == [20, 24, 28]
     assert index.counts["crowd boxes"] == 2
 
 
 def test_duplicates(coco):
-    simple(coco)
+    coco.simple()
     coco.content["images"].append(dict(coco.content["images"][0]))
     coco.content["images"].append(coco.content["images"][0] | {"id": 77})
     coco.add_box(10, 5, (1, 1, 4, 5), id=1)
     coco.write()
-    index = open_index(coco)
+    index = coco.open()
     assert index.image_ids.tolist() == [20, 10, 77]
     counts = index.counts
     assert counts["duplicate images"] == 1
@@ -166,26 +149,26 @@ def test_duplicates(coco):
 
 
 def test_images_missing_and_not_listed(coco):
-    simple(coco)
+    coco.simple()
     coco.add_image(30, 8, 8, name="x.png")
     coco.content["images"].pop()
     coco.content["images"].append({"id": 31, "file_name": "sub/gone.jpg", "height": 8, "width": 8})
     (coco.images / "notes.txt").write_text("no image")
     coco.write()
     for _ in range(2):  # built, then from the cache
-        index = open_index(coco)
+        index = coco.open()
         assert index.counts["missing images"] == 1 and index.counts["unlisted files"] == 1
         with pytest.raises(UserError, match=r"1 of the 3 images .*sub/gone\.jpg"):
             index.check_images()
     (coco.images / "sub").mkdir()
     (coco.images / "sub" / "gone.jpg").write_bytes(b"x")
-    index = open_index(coco)
+    index = coco.open()
     assert index.counts["missing images"] == 0
     index.check_images()
 
 
 def test_wrong_folder(coco):
-    simple(coco)
+    coco.simple()
     with pytest.raises(UserError, match=r"none of the 2 images .*000020\.jpg"):
         CocoIndex.open(coco.file, coco.file.parent)
     with pytest.raises(UserError, match="not a directory"):
@@ -236,7 +219,7 @@ def drop(name, entry, field):
     ],
 )
 def test_mistakes_are_named(coco, mistake, words):
-    simple(coco)
+    coco.simple()
     mistake(coco.content)
     coco.write()
     assert re.search(words, refusal(coco))
@@ -260,13 +243,13 @@ def test_files_that_are_no_annotations(coco, data, words):
 
 
 def test_text_that_is_not_utf8(coco):
-    simple(coco)
+    coco.simple()
     coco.file.write_bytes(coco.file.read_bytes().replace(b"class 5", b"caf\xe9 55"))
     assert "categories" in refusal(coco) or "UTF-8" in refusal(coco)
 
 
 def test_every_truncation_is_an_error(coco):
-    simple(coco)
+    coco.simple()
     data = coco.file.read_bytes()
     for cut in range(1, len(data) - 1, 7):
         coco.file.write_bytes(data[:cut])
@@ -274,7 +257,7 @@ def test_every_truncation_is_an_error(coco):
 
 
 def test_random_corruption_ends_in_a_clear_error_or_a_valid_index(coco):
-    simple(coco)
+    coco.simple()
     data = coco.file.read_bytes()
     rng = np.random.default_rng(3)
     refused = 0
@@ -284,7 +267,7 @@ def test_random_corruption_ends_in_a_clear_error_or_a_valid_index(coco):
             damaged[at] = rng.integers(256)
         coco.file.write_bytes(damaged)
         try:
-            open_index(coco)
+            coco.open()
         except UserError:
             refused += 1
     assert refused > 150
@@ -311,152 +294,11 @@ def test_decoding_in_pieces_gives_the_same(coco, monkeypatch):
         coco_json.parse(coco.file)
 
 
-# The cache
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """Counts how often annotation files are parsed."""
-    calls = []
-    parse = coco_json.parse
-    monkeypatch.setattr(coco_json, "parse", lambda file: calls.append(file) or parse(file))
-    return calls
-
-
-def cache_of(coco):
-    (cache,) = coco.file.parent.glob(".*.index")
-    return cache
-
-
-def replace(cache, data: bytes) -> None:
-    """Put other bytes in the cache's place; the old file stays whole for those who have it mapped."""
-    cache.unlink()
-    cache.write_bytes(data)
-
-
-def same(a: CocoIndex, b: CocoIndex) -> bool:
-    return a._columns.keys() == b._columns.keys() and all(
-        np.array_equal(a._columns[name], b._columns[name]) for name in a._columns
-    )
-
-
-def test_the_second_start_reads_the_cache(coco, builds):
-    first = open_index(simple(coco))
-    second = open_index(coco)
-    assert len(builds) == 1 and same(first, second)
-    assert second.counts == first.counts and second.content_hash == first.content_hash
-    assert [path.name for path in coco.file.parent.iterdir() if path.suffix == ".tmp"] == []
-
-
-def test_a_changed_file_is_read_again(coco, builds):
-    open_index(simple(coco))
-    coco.add_box(10, 5, (1, 1, 4, 5))
-    coco.write()
-    assert len(open_index(coco).boxes(1)[0]) == 1 and len(builds) == 2
-    stat = coco.file.stat()
-    coco.file.write_bytes(coco.file.read_bytes().replace(b"30, 20, 8, 8", b"30, 20, 8, 9"))
-    os.utime(coco.file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert open_index(coco).boxes(0)[0][1].tolist() == [30, 20, 38, 29] and len(builds) == 3
-
-
-def test_a_cache_damaged_anywhere_is_rebuilt(coco, builds):
-    good = open_index(simple(coco))
-    cache = cache_of(coco)
-    data = cache.read_bytes()
-    header = coco_module._PREFIX.unpack(data[: coco_module._PREFIX.size])[1]
-    base = coco_module._aligned(coco_module._PREFIX.size + header)
-    table = json.loads(data[coco_module._PREFIX.size :][:header])["columns"]
-    used = [*range(0, coco_module._PREFIX.size + header, 11)]
-    for _, _, start, length, _ in table.values():
-        used += [base + start, base + start + length - 1] * bool(length)
-    assert same(good, open_index(coco)) and len(builds) == 1
-    for at in used:
-        builds.clear()
-        replace(cache, data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :])
-        assert same(good, open_index(coco)) and len(builds) == 1, at
-
-
-@pytest.mark.parametrize("length", [0, 1, 20, 28, 200, 4096, 9000, -1, None])
-def test_a_truncated_or_grown_cache_is_rebuilt(coco, builds, length):
-    good = open_index(simple(coco))
-    data = cache_of(coco).read_bytes()
-    replace(cache_of(coco), data + b"x" if length is None else data[:length])
-    assert same(good, open_index(coco)) and len(builds) == 2
-
-
-def test_large_columns_are_sampled_at_both_ends():
-    column = np.arange(1 << 20, dtype=np.float64)
-    whole = coco_module._checksum_of(column)
-    for at in (0, -1):
-        changed = column.copy()
-        changed[at] += 1
-        assert coco_module._checksum_of(changed) != whole
-
-
-def test_a_folder_that_cannot_be_written(coco, builds, monkeypatch, tmp_path):
-    simple(coco)
-    writable = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != coco.file.parent and writable(path, mode))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = open_index(coco)
-    assert list((tmp_path / "cache" / "detcore").iterdir()) and not list(coco.file.parent.glob(".*"))
-    assert same(first, open_index(coco)) and len(builds) == 1
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    coco.add_box(10, 5, (1, 1, 4, 5))
-    coco.write()
-    with pytest.raises(UserError, match="no place for the cache"):
-        open_index(coco)
-
-
 def test_an_annotation_file_that_cannot_be_read(coco, monkeypatch):
-    simple(coco)
+    coco.simple()
 
     def refuse(file):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(coco_json, "parse", refuse)
     assert "cannot read the annotation file (Permission denied)" in refusal(coco)
-
-
-def test_a_disk_that_is_full(coco, monkeypatch, tmp_path):
-    simple(coco)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left"):
-        open_index(coco)
-    assert not list(tmp_path.rglob("*.index*"))
-
-
-def test_cache_dir(coco, tmp_path):
-    open_index(simple(coco), cache_dir=tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").glob(".*.index")) and not list(coco.file.parent.glob(".*"))
-
-
-def test_pickling_opens_the_cache_again(coco):
-    index = open_index(simple(coco))
-    text = pickle.dumps(index)
-    assert len(text) < 2000 and same(index, pickle.loads(text))
-    cache_of(coco).unlink()
-    with pytest.raises(UserError, match="start again"):
-        pickle.loads(text)
-
-
-def build_in_process(arguments):
-    index = CocoIndex.open(*arguments)
-    return index.content_hash, float(index._columns["bbox"].sum())
-
-
-def test_processes_that_build_at_once(coco):
-    coco.categories(1)
-    coco.add_image(1, 40, 40)
-    for number in range(20_000):
-        coco.add_box(1, 1, (1, 1, 3, 4 + number))
-    coco.write()
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        results = pool.map(build_in_process, [(coco.file, coco.images)] * 8)
-    assert len(set(results)) == 1
-    assert len(list(coco.file.parent.glob(".*"))) == 1

@@ -27,7 +27,7 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
 
 def decode(data: bytes, height=HEIGHT, width=WIDTH) -> torch.Tensor:
     array = np.frombuffer(bytearray(data), np.uint8)
-    return transforms.decode(array, path="some/picture.jpg", image_id=42, height=height, width=width)
+    return transforms.decode(array, path="some/picture.jpg", image_id=42, size=(height, width))
 
 
 def refusal(data: bytes, **size) -> str:
