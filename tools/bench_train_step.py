@@ -99,18 +99,23 @@ def main() -> None:
     steps = programs(options)
     first = {name: float(sum(step().values()).detach()) for name, step in steps.items()}  # warms up as well
     times: dict[str, list[float]] = {name: [] for name in steps}
+    work: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             step()
+            work[name].append(time.process_time() - before)
             times[name].append(time.perf_counter() - start)
-    rows = [{"program": k, "seconds": statistics.median(v), "first_loss": first[k]} for k, v in times.items()]
+    rows = [
+        {"program": k, "seconds": statistics.median(v), "cpu_s": statistics.median(work[k]), "first_loss": first[k]}
+        for k, v in times.items()
+    ]
     shape = f"{options.backbone}, {options.batch} x {options.image_size} pixels, {options.classes} classes"
     print(f"{shape}; median of {options.rounds}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'program':20} {'s/step':>8} {'speed-up':>9} {'first loss':>11}")
+    print(f"{'program':20} {'s/step':>8} {'CPU s':>8} {'speed-up':>9} {'first loss':>11}")
     for row in rows:
         gain = rows[0]["seconds"] / row["seconds"]
-        print(f"{row['program']:20} {row['seconds']:8.3f} {gain:8.2f}x {row['first_loss']:11.5f}")
+        print(f"{row['program']:20} {row['seconds']:8.3f} {row['cpu_s']:8.3f} {gain:8.2f}x {row['first_loss']:11.5f}")
     if options.json:
         options.json.write_text(json.dumps({"settings": shape, "threads": torch.get_num_threads(), "rows": rows}))
 
