@@ -100,6 +100,15 @@ def agree(values: list[int], device: torch.device | str = "cpu") -> list[int]:
     return together.tolist()
 
 
+def average(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The mean of a floating tensor over all ranks, on the device that it came from."""
+    if not dist.is_initialized():
+        return values
+    together = values.to(device)
+    dist.all_reduce(together, op=dist.ReduceOp.SUM)
+    return (together / dist.get_world_size()).to(values.device)
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor | None:
     """Rows [n, C] of all ranks one below the other in rank order, on rank 0; None on the others.
 

@@ -196,7 +196,8 @@ class _Run:
         self.window.clear()
         step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
         rate, wait = progress.interval(step=step, images_per_step=self.images_per_step)
-        means = dict(zip(names, losses.mean(0).tolist(), strict=True))
+        over_ranks = distributed.average(losses.mean(0), self.context.backend.device)
+        means = dict(zip(names, over_ranks.tolist(), strict=True))
         total = sum(means.values())
         fields = {
             "loss": total,

@@ -37,10 +37,10 @@ def class_count(config: Config) -> int:
     return count
 
 
-def train_stream(config: Config, index: CocoIndex, world: World, seed: int, epoch: int, step: int) -> Iterator[Batch]:
+def train_stream(config: Config, index: CocoIndex, context: Context, epoch: int, step: int) -> Iterator[Batch]:
     """The loader's endless stream of training batches from a position on."""
-    batches = loader.train_batches
-    extra = {}
+    world, backend = context.world, context.backend
+    batches, extra = loader.train_batches, {"pin_memory": backend.is_gpu}
     if config.loader == "dali":
         from detcore.data import dali
 
@@ -50,7 +50,7 @@ def train_stream(config: Config, index: CocoIndex, world: World, seed: int, epoc
         image_size=config.image_size,
         batch_size=config.batch_size,
         max_boxes=config.max_boxes,
-        seed=seed,
+        seed=context.seed,
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,
@@ -64,9 +64,9 @@ def train_stream(config: Config, index: CocoIndex, world: World, seed: int, epoc
     )
 
 
-def eval_stream(config: Config, index: CocoIndex, world: World) -> Iterator[Batch]:
+def eval_stream(config: Config, index: CocoIndex, world: World, backend: Backend) -> Iterator[Batch]:
     """This rank's batches of one pass over an index, by the loader of the config."""
-    batches, extra = loader.eval_batches, {}
+    batches, extra = loader.eval_batches, {"pin_memory": backend.is_gpu}
     if config.loader == "dali":
         from detcore.data import dali
 
@@ -144,19 +144,17 @@ def open_data(config: Config, context: Context) -> Data:
     if not steps:
         raise UserError(f"{len(train)} images do not fill one step of {config.accumulate} micro-batches (--accumulate)")
     evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
-    names = dict(zip(val.category_ids.tolist(), val.category_names, strict=True))
+    names = class_names(val)
 
     def train_batches(epoch: int, step: int) -> Iterator[Batch]:
         if steps * config.accumulate == per_rank:
-            yield from train_stream(config, train, world, context.seed, epoch, step)
+            yield from train_stream(config, train, context, epoch, step)
         while True:  # an epoch ends before the loader's: go on with the next one from its beginning
-            yield from islice(
-                train_stream(config, train, world, context.seed, epoch, step), steps * config.accumulate - step
-            )
+            yield from islice(train_stream(config, train, context, epoch, step), steps * config.accumulate - step)
             epoch, step = epoch + 1, 0
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
-        mine = detect_all(model, eval_stream(config, val, world), val, context.backend, beat)
+        mine = detect_all(model, eval_stream(config, val, world, context.backend), val, context.backend, beat)
         everyone = distributed.gather_rows(mine.to(context.backend.device))
         return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
 
@@ -170,6 +168,12 @@ def open_data(config: Config, context: Context) -> Data:
         classes=tuple(names.items()),
         summary=f"training: {train.summary()}\nvalidation: {val.summary()}",
     )
+
+
+def class_names(index: CocoIndex) -> dict[int, str]:
+    """Name by the file's category id; classes that share a name are told apart by their ids."""
+    ids, names = index.category_ids.tolist(), index.category_names
+    return {i: name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(ids, names, strict=True)}
 
 
 class _Named:

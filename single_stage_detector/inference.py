@@ -19,7 +19,15 @@ from detcore.data import Batch, synthetic, transforms
 from detcore.data.coco import CocoIndex
 from detcore.evaluation.coco import evaluate as coco_metrics
 from single_stage_detector.config import Config
-from single_stage_detector.data import class_count, detect, detect_all, eval_stream, open_index, train_stream
+from single_stage_detector.data import (
+    class_count,
+    class_names,
+    detect,
+    detect_all,
+    eval_stream,
+    open_index,
+    train_stream,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
@@ -42,7 +50,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
         index = open_index(config, "val")
         model = device.place(build_model(config, class_count(config))).eval()
         start = time.perf_counter()
-        found = detect_all(model, eval_stream(config, index, world), index, device, _no_beat)
+        found = detect_all(model, eval_stream(config, index, world, device), index, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.device))
         if everyone is None:
             return cli.OK
@@ -50,7 +58,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
         result = coco_metrics(index.ground_truth(), everyone.cpu().numpy(), per_class=True)
     finally:
         distributed.shutdown()
-    names = dict(zip(index.category_ids.tolist(), index.category_names, strict=True))
+    names = class_names(index)
     result["per_class"] = {names[i]: ap for i, ap in result["per_class"].items()}
     print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
@@ -72,7 +80,7 @@ def predict(config: Config, build_model: BuildModel) -> int:
     classes = checkpoint.load(config.checkpoint, require_hash=False).get("classes")
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
-        classes = list(zip(index.category_ids.tolist(), index.category_names, strict=True))
+        classes = list(class_names(index).items())
     model = device.place(build_model(config, len(classes))).eval()
     paths = _image_paths(config.images)
     folder = config.output_dir / "predictions"
@@ -141,7 +149,7 @@ def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
 def gallery(config: Config, build_model: BuildModel) -> None:
     """Writes gallery.json and gallery/*.jpg: validation images, their true boxes and what best.pt finds in them."""
     index: CocoIndex = open_index(config, "val")
-    classes = list(zip(index.category_ids.tolist(), index.category_names, strict=True))
+    classes = list(class_names(index).items())
     device = backend.select(config.device, config.precision)
     best = Config(**{**vars(config), "checkpoint": config.output_dir / "best.pt", "resume": False, "overwrite": False})
     model = device.place(build_model(best, len(classes))).eval()
@@ -161,7 +169,7 @@ def gallery(config: Config, build_model: BuildModel) -> None:
                 "width": image.shape[2],
                 "height": image.shape[1],
                 "truth": [
-                    {"box": box, "label": index.category_names[label]}
+                    {"box": box, "label": classes[label][1]}
                     for box, label in zip(boxes.tolist(), labels.tolist(), strict=True)
                 ],
                 "detections": [
@@ -209,11 +217,11 @@ def benchmark(config: Config, build_task: Callable[[Config, engine.Context], eng
             _measure("inference, synthetic", infer, _forever(fake), config, config.batch_size, context),
         ]
         if not config.synthetic:
-            stream = train_stream(config, open_index(config, "train"), world, context.seed, 0, 0)
+            stream = train_stream(config, open_index(config, "train"), context, 0, 0)
             results.append(_measure("training, with data", train, stream, config, config.batch_size, context))
             val = open_index(config, "val")
             images = config.eval_batch_size or config.batch_size
-            again = (batch for _ in iter(int, 1) for batch in eval_stream(config, val, world))
+            again = (batch for _ in iter(int, 1) for batch in eval_stream(config, val, world, device))
             results.append(_measure("inference, with data", infer, again, config, images, context))
     finally:
         distributed.shutdown()

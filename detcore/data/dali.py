@@ -98,8 +98,8 @@ class _Source:
 
     def _facts(self, i: int) -> dict[str, Any]:
         index = self.plan.index
-        size = {"height": int(index.heights[i]), "width": int(index.widths[i])}
-        return {"path": index.path(i), "image_id": int(index.image_ids[i]), **size}
+        size = (int(index.heights[i]), int(index.widths[i]))
+        return {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size}
 
 
 def _stream(

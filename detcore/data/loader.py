@@ -247,14 +247,15 @@ class _Batches(Dataset):
         index = self.plan.index
         path, image_id = index.path(i), int(index.image_ids[i])
         data = transforms.read_bytes(path, image_id)
-        height, width = int(index.heights[i]), int(index.widths[i])
-        image = transforms.decode(data, path=path, image_id=image_id, height=height, width=width)
+        size = (int(index.heights[i]), int(index.widths[i]))
+        image = transforms.decode(data, path=path, image_id=image_id, size=size)
         return transforms.resize(image, self.image_size, flip=flip, antialias=self.antialias)
 
 
 def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pin_memory: bool) -> Iterator[Batch]:
     generator = torch.Generator()  # the default one would be advanced, and training with it
     more: dict[str, Any] = {}
+    workers = min(workers, len(os.sched_getaffinity(0)))
     if workers:
         more = {"multiprocessing_context": _fork_server(), "worker_init_fn": _begin_worker, "prefetch_factor": 2}
     loader = DataLoader(
@@ -285,8 +286,10 @@ def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pi
 def _fork_server() -> Any:
     """The fork server's context, the server started with torch loaded and the signals blocked."""
     context = multiprocessing.get_context("forkserver")
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    context.set_forkserver_preload([__name__] + ([program.name] if program else []))
+    # A worker runs the main module's imports again; loaded here once, they cost it nothing.
+    main = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    ours = {__package__.split(".")[0], main.split(".")[0]}
+    context.set_forkserver_preload([m for m in sys.modules if m.split(".")[0] in ours and m not in ("__main__", main)])
     # A mask passes through fork and exec, so that not even a worker that is just starting can be hit.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

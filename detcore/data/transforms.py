@@ -32,12 +32,14 @@ def read_bytes(path: Path, image_id: int) -> np.ndarray:
     return data
 
 
-def decode(data: np.ndarray, *, path: Path, image_id: int, height: int, width: int) -> Tensor:
+def decode(data: np.ndarray, *, path: Path, image_id: int, size: tuple[int, int] | None = None) -> Tensor:
     """Decode an image file's bytes to uint8 RGB [3, height, width], memory laid out as height, width, 3.
+
+    size: the (height, width) it must have; None takes any.
 
     Grey, palette and CMYK images come out as RGB; transparency is ignored. Raises UserError, naming file and image,
     for files that do not decode whole (truncated ones too), have more than 8 bits a channel or several frames, or
-    are not of the given size.
+    are not of that size.
     """
     try:
         if data[:2].tobytes() == b"\xff\xd8":
@@ -51,7 +53,8 @@ def decode(data: np.ndarray, *, path: Path, image_id: int, height: int, width: i
             f"{path}: image {image_id} does not decode ({reason}); replace the file or remove it from the "
             "annotation file."
         ) from error
-    check_size(image.shape[1], image.shape[2], path=path, image_id=image_id, height=height, width=width)
+    if size:
+        check_size(image.shape[1], image.shape[2], path=path, image_id=image_id, size=size)
     return image
 
 
@@ -67,8 +70,9 @@ def _decode_other(data: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def check_size(found_height: int, found_width: int, *, path: Path, image_id: int, height: int, width: int) -> None:
-    """UserError unless the decoded size is the annotation file's."""
+def check_size(found_height: int, found_width: int, *, path: Path, image_id: int, size: tuple[int, int]) -> None:
+    """UserError unless the decoded size is the annotation file's, (height, width)."""
+    height, width = size
     if (found_height, found_width) == (height, width):
         return
     rotated = (

@@ -149,18 +149,16 @@ def compliance(tmp_path: Path, ruleset: str) -> list[str]:
 def test_two_processes_compute_what_one_does_with_twice_the_batch(scenes, tmp_path):
     """With frozen statistics a step's gradient is the mean over the global batch, however it is split."""
     options = ["--norm", "frozen", "--pretrained", "--checkpoint", str(tmp_path / "start.pt"), "--epochs", "1"]
-    options += ["--data-augmentation", "none", "--precision", "fp32"]
+    options += ["--log-interval", "1"]
     make_weights(tmp_path / "start.pt")
     run(scenes, tmp_path / "one", *options, "--batch-size", "2")
     two = run(scenes, tmp_path / "two", *options, "--batch-size", "1", processes=2)
     assert (tmp_path / "two/last.pt").exists(), two.stderr[-3000:]
-    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
-    moved = {name: (ours[name] - theirs[name]).abs().max() for name in ours}
-    assert max(moved.values()) < 2e-4, moved  # Adam turns rounding of tiny gradients into steps of the learning rate
     logs = [[json.loads(line) for line in _whole_lines(tmp_path / f"{o}/progress.jsonl")] for o in ("one", "two")]
-    assert logs[0][1]["step"] == logs[1][1]["step"] == 2
-    metrics = [next(line for line in log if line["kind"] == "eval")["metrics"]["AP"] for log in logs]
-    assert metrics[0] == pytest.approx(metrics[1], abs=5e-3)
+    one, two = ([line["loss"] for line in log if line["kind"] == "step"] for log in logs)
+    # Rounding differs, and Adam turns the rounding of tiny gradients into steps: equal first, then nearly equal.
+    assert len(one) == 5 and two[0] == pytest.approx(one[0], rel=1e-6)
+    assert two == pytest.approx(one, rel=3e-3)
 
 
 def make_weights(path: Path) -> None:
@@ -185,7 +183,7 @@ def test_predict_writes_coco_json_and_pictures(scenes, tmp_path):
         for annotation in content["annotations"]:
             image = content["images"][annotation["image_id"] - 1]
             x, y, w, h = annotation["bbox"]
-            assert 0 <= x and 0 <= y and x + w <= image["width"] + 1e-3 and y + h <= image["height"] + 1e-3
+            assert x >= 0 and y >= 0 and x + w <= image["width"] + 1e-3 and y + h <= image["height"] + 1e-3
     assert len(list((tmp_path / "p/predictions").glob("*.jpg"))) >= 5
 
 
