@@ -1,0 +1,59 @@
+# What a person or a CI machine calls; `make help` lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+SHELL_FILES := run_and_time.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
+PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
+
+.PHONY: help setup demo test test-slow lint bench gpu clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@echo
+	@echo "  PYTHON=python3.12   the interpreter of .venv (now: $(PYTHON)); 3.11 or newer"
+	@echo "  PIP_INDEX_URL=URL   the package index, as pip reads it"
+	@echo "  PIP_ARGS=ARGS       more arguments of pip; the CPU wheels of torch, 0.3 instead of 5.5 GB:"
+	@echo '                      make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
+	@echo '  PYTEST_ARGS=ARGS    more arguments of pytest, such as "-x -k loss"'
+
+setup: $(READY) ## .venv with the versions of requirements.lock
+
+$(READY): requirements.lock
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: Python 3.11 or newer is needed, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1 || true)." >&2; \
+	    echo "      Choose another: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	"$(BIN)/pip" install --disable-pip-version-check --quiet -r requirements.lock $(PIP_ARGS)
+	@touch $@
+
+demo: $(READY) ## train a small RetinaNet on generated scenes, check its log, draw the report: results/demo
+	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
+
+test: $(READY) ## every CPU test but the slow ones
+	@$(PYTEST) -m "not slow and not gpu and not slurm and not dali"
+
+test-slow: $(READY) ## the CPU tests that take minutes, and those of DALI
+	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm"
+
+gpu: $(READY) ## the tests that want a GPU, one after the other
+	@$(PYTEST) -n 0 -m gpu
+
+lint: $(READY) ## ruff, shellcheck, shfmt
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/shellcheck" --shell=bash --external-sources --source-path=SCRIPTDIR $(SHELL_FILES)
+	@"$(BIN)/shfmt" -i 4 -d $(SHELL_FILES)
+
+bench: $(READY) ## every tools/bench_*.py: ours beside its baseline
+	@for bench in tools/bench_*.py; do echo "== $$bench"; "$(BIN)/python" "$$bench"; done
+
+clean: ## remove what demo and tests made; .venv stays
+	rm -rf build results/demo results/run .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+# A demonstration on two CPU cores: a small RetinaNet from random weights on generated scenes of six shapes (make demo).
+# Expected: about 5 minutes; no MLPerf result, and no published one to compare it with. Division open: the model, the
+# image size and the data set are not the benchmark's.
+
+export BENCHMARK=single_stage_detector
+
+export DATASET_DIR=${DATASET_DIR:-build/demo-data}
+export BATCHSIZE=${BATCHSIZE:-8}
+export NUMEPOCHS=${NUMEPOCHS:-12}
+export LR=${LR:-0.001}
+export WARMUP_EPOCHS=${WARMUP_EPOCHS:-0.2}
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 \
+--no-pretrained --fpn-channels 64 --head-convs 1 --image-size 128 128 --anchor-sizes 16,32,64,128,256 --max-boxes 32 \
+--ema-decay 0.99 --workers 1 --drop-file-cache --gallery 12 --overwrite"}
+
+export MLPERF_DIVISION=${MLPERF_DIVISION:-open}
+export MLPERF_SUBMISSION_ORG=${MLPERF_SUBMISSION_ORG:-demonstration}
+export MLPERF_SUBMISSION_PLATFORM=${MLPERF_SUBMISSION_PLATFORM:-"$(nproc) CPU cores $(uname -m)"}
+
+export DGXNNODES=1
+export DGXNGPU=1
+DGXSOCKETCORES=$(nproc)
+export DGXSOCKETCORES
+export DGXNSOCKET=1
+export DGXHT=1
+export WALLTIME_RUNANDTIME=20
+
+source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Starts one rank of a benchmark with the variables of a config, times it and ends with its exit code.
+#
+#   source configs/config_<system>.sh
+#   ./run_and_time.sh [options of the program, after those of EXTRA_PARAMS]
+#
+# Under srun or mpirun, call it once for each GPU. Without them, where DGXNGPU is more than 1, it starts all ranks of this
+# machine through torchrun, which turns every failure of a rank into exit code 1.
+#
+# PYTHON: the interpreter (default: python, else python3). BIND=1: run on the cores of the GPU's socket.
+# SIGTERM, SIGUSR1, SIGINT and SIGHUP reach the program, which writes a checkpoint and ends with code 4.
+set -euo pipefail
+
+fail() {
+    echo "run_and_time.sh: $*" >&2
+    exit 2
+}
+
+# bound_cpus LOCAL_RANK: the cores of this rank's socket as numactl counts them: sockets one after the other, then the
+# second hardware thread of each core in the same order.
+bound_cpus() {
+    local sockets=${DGXNSOCKET:-1} cores=${DGXSOCKETCORES:?is unset; a config sets it, BIND=1 needs it}
+    local socket=$(($1 * sockets / gpus))
+    local first=$((socket * cores))
+    local cpus="$first-$((first + cores - 1))"
+    if [[ ${DGXHT:-1} == 2 ]]; then
+        first=$((first + sockets * cores))
+        cpus+=",$first-$((first + cores - 1))"
+    fi
+    echo "$cpus"
+}
+
+[[ -n ${BENCHMARK:-} ]] || fail "BENCHMARK is unset: source configs/config_<system>.sh first"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -f $here/$BENCHMARK/train.py ]] || fail "BENCHMARK=$BENCHMARK: there is no $here/$BENCHMARK/train.py"
+python=${PYTHON:-$(command -v python || command -v python3)} || fail "no python found: activate .venv, or set PYTHON"
+
+gpus=${DGXNGPU:-1}
+rank=0
+launched=1
+if [[ -n ${RANK:-} ]]; then
+    rank=$RANK local_rank=${LOCAL_RANK:-0}
+elif [[ -n ${SLURM_STEP_ID:-} && ${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}} != 1 ]]; then
+    rank=$SLURM_PROCID local_rank=$SLURM_LOCALID
+elif [[ -n ${OMPI_COMM_WORLD_RANK:-} ]]; then
+    rank=$OMPI_COMM_WORLD_RANK local_rank=$OMPI_COMM_WORLD_LOCAL_RANK
+else
+    launched=0 local_rank=0
+fi
+if ((! launched && ${DGXNNODES:-1} > 1)); then
+    fail "DGXNNODES=$DGXNNODES: several nodes need srun or mpirun, which call this script once for each GPU"
+fi
+
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+[[ -z ${TORCH_HOME:-} ]] || export TORCH_HOME
+# Several ranks share the cores of this host; each has loader processes of its own.
+((gpus == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+command=("$python" -m "$BENCHMARK.train")
+if ((! launched && gpus > 1)); then
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}
+    export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
+    command=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus")
+    [[ ${BIND:-0} != 1 ]] || command+=(--numa-binding socket)
+    command+=(-m "$BENCHMARK.train")
+elif [[ ${BIND:-0} == 1 ]]; then
+    if command -v numactl >/dev/null; then
+        command=(numactl --physcpubind="$(bound_cpus "$local_rank")" -- "${command[@]}")
+    elif ((rank == 0)); then
+        echo "run_and_time.sh: BIND=1 has no effect, numactl is not installed" >&2
+    fi
+fi
+read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
+
+# The program runs in a process group of its own, so that a signal reaches it once: from here.
+begin=$(date '+%Y-%m-%d %H:%M:%S')
+SECONDS=0
+set -m
+"${command[@]}" "${extra[@]}" "$@" </dev/null &
+child=$!
+# shellcheck disable=SC2329  # the traps call it
+forward() {
+    again=1
+    kill -s "$1" "$child" 2>/dev/null || true
+}
+trap 'forward TERM' TERM HUP
+trap 'forward USR1' USR1
+trap 'forward INT' INT
+again=1
+while ((again)); do # a signal interrupts wait before the program has ended
+    again=0
+    status=0
+    wait "$child" || status=$?
+done
+
+if ((status == 0 && rank == 0)); then
+    echo "RESULT,${BENCHMARK^^},,$SECONDS,$(id -un),$begin"
+fi
+exit "$status"
