@@ -3,11 +3,15 @@
 The order is that of the reference recipe: flip, then bilinear resize to exactly (height, width) without keeping the
 aspect ratio. Normalisation comes later, on the device: a quarter of the bytes to move and of the work here.
 EXIF orientation is never applied; a file whose pixels do not have the size that the annotation file gives is an error.
-Damage that the decoder cannot see (changed bits that still decode) stays unseen, as with every JPEG decoder.
+
+Damage that changes pixels but still decodes stays unseen where the format carries no checksum: JPEG (where libjpeg
+notices, it prints a warning and goes on), BMP, GIF, TIFF, WebP. The checksums of PNG are verified.
 """
 
 import io
 import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,11 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from detcore import UserError
+
+MOST_PIXELS = 178_956_970  # Pillow's own limit; a damaged header must not ask for gigabytes
+_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows stranger ones, some of which run programs
+_FRAME_HEADERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
 
 
 def read_bytes(path: Path, image_id: int) -> np.ndarray:
@@ -38,14 +47,25 @@ def decode(data: np.ndarray, *, path: Path, image_id: int, size: tuple[int, int]
     size: the (height, width) it must have; None takes any.
 
     Grey, palette and CMYK images come out as RGB; transparency is ignored. Raises UserError, naming file and image,
-    for files that do not decode whole (truncated ones too), have more than 8 bits a channel or several frames, or
-    are not of that size.
+    for files that do not decode whole (truncated ones too), have more than 8 bits a channel, several frames or more
+    than MOST_PIXELS, or are not of that size. The size is read from the header before anything is decoded.
     """
+
+    def check(height: int, width: int) -> None:
+        if size:
+            check_size(height, width, path=path, image_id=image_id, size=size)
+        if height * width > MOST_PIXELS:
+            raise ValueError(f"its header asks for {width}x{height} pixels; {MOST_PIXELS} are the most")
+
     try:
         if data[:2].tobytes() == b"\xff\xd8":
+            check(*_jpeg_size(memoryview(data)))
             image = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
         else:
-            image = _decode_other(data)
+            image = _decode_other(data, check)
+        check(image.shape[1], image.shape[2])
+    except UserError:
+        raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = reason.rsplit(".cpp:", 1)[-1].split(",", 1)[-1].strip()
@@ -53,15 +73,43 @@ def decode(data: np.ndarray, *, path: Path, image_id: int, size: tuple[int, int]
             f"{path}: image {image_id} does not decode ({reason}); replace the file or remove it from the "
             "annotation file."
         ) from error
-    if size:
-        check_size(image.shape[1], image.shape[2], path=path, image_id=image_id, size=size)
     return image
 
 
-def _decode_other(data: np.ndarray) -> Tensor:
+def _jpeg_size(data: memoryview) -> tuple[int, int]:
+    """Height and width in the frame header of a JPEG file, found as libjpeg finds it. ValueError if there is none."""
+    at = 2
+    while at + 9 <= len(data):
+        if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF):  # bytes between segments are skipped
+            at += 1
+        elif data[at + 1] in _FRAME_HEADERS:
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        elif data[at + 1] in _WITHOUT_LENGTH:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise ValueError("it ends before its image header")
+
+
+def _check_png(data: memoryview) -> None:
+    """ValueError unless the checksum of every chunk holds and the last one is there; Pillow skips the pixels' own."""
+    at, kind = 8, b""
+    while kind != b"IEND":
+        length = int.from_bytes(data[at : at + 4], "big")
+        kind, end = bytes(data[at + 4 : at + 8]), at + 8 + length
+        if end + 4 > len(data):
+            raise ValueError("it is cut off")
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError(f"the checksum of its {kind.decode('latin-1')} chunk is wrong: it is damaged")
+        at = end + 4
+
+
+def _decode_other(data: np.ndarray, check: Callable[[int, int], None]) -> Tensor:
     """PNG and what else Pillow reads. torchvision's PNG decoder crashes the process on a damaged file."""
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-        warnings.simplefilter("ignore")
+    if data[:8].tobytes() == b"\x89PNG\r\n\x1a\n":
+        _check_png(memoryview(data))
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        check(image.height, image.width)
         if getattr(image, "n_frames", 1) != 1:
             raise ValueError("it has several frames; save one of them")
         if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):

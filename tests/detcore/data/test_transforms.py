@@ -86,9 +86,7 @@ def test_size_made_from_the_rotated_image_is_explained(picture):
 @pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})])
 def test_every_truncation_is_an_error(picture, form, options):
     data = encoded(picture, form, **options)
-    # A PNG's pixels are complete before its last chunk (12 bytes) and the checksums in front of it (8 bytes).
-    end = len(data) - (0 if form == "JPEG" else 20)
-    for cut in [*range(1, end, 29), end - 1]:
+    for cut in [*range(1, len(data), 29), len(data) - 1]:
         refusal(data[:cut])
 
 
@@ -99,6 +97,31 @@ def test_other_files_are_refused(picture):
     assert "more than 8 bits" in refusal(encoded(deep, "PNG"))
     frames = [picture.rotate(90 * k) for k in range(3)]
     assert "several frames" in refusal(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+
+
+def test_programs_are_not_run_for_an_image():
+    """Pillow hands Encapsulated PostScript to Ghostscript."""
+    assert "does not decode" in refusal(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 61 47\n%%EndComments\n")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [None, (HEIGHT, WIDTH)])
+def test_a_jpeg_header_cannot_ask_for_gigabytes(picture, monkeypatch, progressive, size):
+    monkeypatch.setattr(transforms, "decode_jpeg", lambda *_, **__: pytest.fail("decoded before the size was checked"))
+    data = bytearray(encoded(picture, "JPEG", progressive=progressive))
+    at = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    data[at + 5 : at + 9] = (65500).to_bytes(2, "big") * 2
+    with pytest.raises(UserError, match="65500x65500 pixels"):
+        transforms.decode(np.frombuffer(data, np.uint8), path="x.jpg", image_id=1, size=size)
+
+
+def test_every_changed_bit_of_a_png_is_an_error(picture):
+    data = encoded(picture, "PNG")
+    rng = np.random.default_rng(2)
+    for at in [*range(60), *rng.integers(0, len(data), 400)]:
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << rng.integers(8)
+        refusal(bytes(damaged))
 
 
 def test_random_corruption_is_an_error_or_an_image(picture):
