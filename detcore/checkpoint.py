@@ -11,6 +11,8 @@ import hashlib
 import os
 import shutil
 import struct
+import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,8 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
     """The state that `save` wrote to `path`, with the tensors on `map_location`.
 
     With `require_hash=False` a file of another program, which carries no hash, is read too (as far as it holds a dict
-    and needs no code run to load); a hash that is there is always checked. Raises `UserError` that says what is wrong
+    and needs no code run to load); a hash that is there is always checked, and so are the checksums of a zip archive
+    without one, which torch does not look at. Files older than torch 1.6 have neither. Raises `UserError` that says what is wrong
     with the file: missing, unreadable, cut off, damaged, foreign, or of a newer format.
     """
     path = Path(path)
@@ -169,8 +172,7 @@ def _check_hash(file, path: Path, required: bool) -> bool:
                 f"checkpoint {path} ({size} bytes) carries no hash: it is cut off, or not written by this program. "
                 "Use best.pt or the checkpoint of an older epoch"
             )
-        if not _is_whole_archive(file, size):
-            raise UserError(f"checkpoint {path} ({size} bytes) is cut off or longer than its content; use another file")
+        _check_archive(file, path, size)
         return False
     file.seek(0)
     digest = hashlib.sha256()
@@ -187,15 +189,23 @@ def _check_hash(file, path: Path, required: bool) -> bool:
     return True
 
 
-def _is_whole_archive(file, size: int) -> bool:
-    """Whether a zip archive ends where its end record says; torch's reader does not look. True for other files."""
+def _check_archive(file, path: Path, size: int) -> None:
+    """UserError unless a zip archive ends where its end record says and holds what its checksums say."""
     file.seek(0)
     if file.read(4) != b"PK\3\4":
-        return True
+        return
     file.seek(max(size - 22 - 65535, 0))
     end = file.read()
     at = end.rfind(b"PK\5\6")
-    return at >= 0 and at + 22 + int.from_bytes(end[at + 20 : at + 22], "little") == len(end)
+    if at < 0 or at + 22 + int.from_bytes(end[at + 20 : at + 22], "little") != len(end):
+        raise UserError(f"checkpoint {path} ({size} bytes) is cut off or longer than its content; use another file")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error, zlib.error) as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}; use another file") from error
+    if wrong:
+        raise UserError(f"checkpoint {path} is damaged: the checksum of its part {wrong!r} is wrong; use another file")
 
 
 def _refuse_other_types(value, where: str) -> None:

@@ -156,6 +156,24 @@ def test_foreign_files_only_when_asked_for(tmp_path):
         same(checkpoint.load(tmp_path / name, require_hash=False), {"w": torch.ones(2)})
 
 
+def test_a_flipped_bit_in_a_foreign_file_is_refused_or_harmless(tmp_path):
+    """torch.load ignores the checksums of the archive's parts; bits that no checksum covers hold no values."""
+    state = {f"w{i}": torch.arange(50.0) + i for i in range(4)}
+    torch.save(state, tmp_path / "foreign.pth")
+    content, random = (tmp_path / "foreign.pth").read_bytes(), np.random.default_rng(1)
+    weights = content.index(torch.arange(50.0).numpy().tobytes())
+    for at in [weights, weights + 199, *random.integers(0, len(content), 300)]:
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << random.integers(8)
+        (tmp_path / "foreign.pth").write_bytes(damaged)
+        try:
+            same(checkpoint.load(tmp_path / "foreign.pth", require_hash=False), state)
+        except UserError as error:
+            assert "foreign.pth" in str(error)
+        else:
+            assert not weights <= at < weights + 200
+
+
 def test_foreign_files_run_no_code_and_hold_a_dict(tmp_path):
     torch.save({"path": tmp_path}, tmp_path / "code.pth")
     with pytest.raises(UserError, match="cannot be loaded as weights"):
