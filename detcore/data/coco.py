@@ -200,7 +200,8 @@ def training_boxes(
     clipping moved an edge by more than 0.01 pixel.
     """
     corners = bbox.copy()
-    corners[:, 2:] += bbox[:, :2]
+    with np.errstate(over="ignore"):  # an edge beyond the largest number is outside the image all the same
+        corners[:, 2:] += bbox[:, :2]
     clipped = np.empty((len(bbox), 4), np.float32)
     for axis, side in ((0, width), (1, height)):
         clipped[:, axis::2] = np.clip(corners[:, axis::2], 0, np.reshape(side, (-1, 1)))

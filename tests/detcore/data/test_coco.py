@@ -121,6 +121,17 @@ def test_boxes_outside_and_without_area(coco):
     assert "boxes dropped 5" in index.summary()
 
 
+@pytest.mark.filterwarnings("error")
+def test_boxes_beyond_the_largest_number(coco):
+    coco.simple()
+    coco.add_box(20, 3, (1e308, 1e308, 1e308, 1e308), area=1.0)
+    coco.add_box(20, 3, (-1e308, 5, 1.7e308, 8), area=1.0)
+    coco.write()
+    index = coco.open()
+    assert index.counts["boxes dropped"] == 1
+    np.testing.assert_array_equal(index.boxes(0)[0][2:], [[0, 5, 64, 13]])
+
+
 def test_crowd_area_and_other_fields(coco):
     coco.simple()
     coco.add_box(10, 5, (1, 1, 4, 5), iscrowd=1)
