@@ -66,8 +66,8 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
 
     With `require_hash=False` a file of another program, which carries no hash, is read too (as far as it holds a dict
     and needs no code run to load); a hash that is there is always checked, and so are the checksums of a zip archive
-    without one, which torch does not look at. Files older than torch 1.6 have neither. Raises `UserError` that says what is wrong
-    with the file: missing, unreadable, cut off, damaged, foreign, or of a newer format.
+    without one, which torch does not look at. Files older than torch 1.6 have neither. Raises `UserError` that says
+    what is wrong with the file: missing, unreadable, cut off, damaged, foreign, or of a newer format.
     """
     path = Path(path)
     try:
