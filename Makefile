@@ -26,8 +26,8 @@ help: ## this list
 setup: $(READY) ## .venv with the versions of requirements.lock
 
 $(READY): requirements.lock
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "make: Python 3.11 or newer is needed, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1 || true)." >&2; \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "make: Python 3.11 or newer is needed, and $(PYTHON) is $$("$(PYTHON)" --version 2>/dev/null || echo none)." >&2; \
 	    echo "      Choose another: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv
 	"$(BIN)/pip" install --disable-pip-version-check --quiet -r requirements.lock $(PIP_ARGS)

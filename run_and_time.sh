@@ -52,7 +52,6 @@ if ((! launched && ${DGXNNODES:-1} > 1)); then
 fi
 
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-[[ -z ${TORCH_HOME:-} ]] || export TORCH_HOME
 # Several ranks share the cores of this host; each has loader processes of its own.
 ((gpus == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -73,24 +72,24 @@ fi
 read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
 
 # The program runs in a process group of its own, so that a signal reaches it once: from here.
-begin=$(date '+%Y-%m-%d %H:%M:%S')
-SECONDS=0
-set -m
-"${command[@]}" "${extra[@]}" "$@" </dev/null &
-child=$!
 # shellcheck disable=SC2329  # the traps call it
 forward() {
+    [[ -n ${!:-} ]] || exit 143 # nothing runs yet
     again=1
-    kill -s "$1" "$child" 2>/dev/null || true
+    kill -s "$1" "$!" 2>/dev/null || true
 }
 trap 'forward TERM' TERM HUP
 trap 'forward USR1' USR1
 trap 'forward INT' INT
+begin=$(date '+%Y-%m-%d %H:%M:%S')
+SECONDS=0
+set -m
+"${command[@]}" "${extra[@]}" "$@" </dev/null &
 again=1
 while ((again)); do # a signal interrupts wait before the program has ended
     again=0
     status=0
-    wait "$child" || status=$?
+    wait "$!" || status=$?
 done
 
 if ((status == 0 && rank == 0)); then

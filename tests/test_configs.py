@@ -1,0 +1,146 @@
+"""Every configs/config_*.sh: what it exports is read by somebody, fits its name, and the program accepts it."""
+
+import dataclasses
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from detcore.config import load
+from single_stage_detector.config import IGNORED_FLAGS, Config
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(path for path in FOLDER.glob("config_*.sh") if path.name != "config_common.sh")
+SYSTEMS = [path for path in FILES if path.name != "config_cpu_demo.sh"]
+PROGRAM = {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(Config)} - {None}
+LAUNCHER = {
+    "BENCHMARK", "EXTRA_PARAMS", "DGXNNODES", "DGXNGPU", "DGXSYSTEM", "DGXSOCKETCORES", "DGXNSOCKET", "DGXHT",
+    "WALLTIME_RUNANDTIME", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK",
+    "NCCL_NVLS_ENABLE", "NCCL_GRAPH_REGISTER", "NCCL_LOCAL_REGISTER",
+}  # fmt: skip
+REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK"} | {"BATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS"}
+RECIPES = {  # nodes, GPUs a node, images a GPU, learning rate, warm-up epochs, epochs at most, as published
+    "DGXA100": (1, 8, 32, 1e-4, 1, 8),
+    "DGXH100_001x08x032": (1, 8, 32, 8.5e-5, 0, 8),
+    "DGXH200_001x08x032": (1, 8, 32, 8.5e-5, 0, 8),
+    "DGXB200_001x08x032": (1, 8, 32, 8.5e-5, 0, 8),
+    "DGXA100_008x08x008": (8, 8, 8, 1e-4, 1, 8),
+    "DGXH100_008x08x004": (8, 8, 4, 1e-4, 1, 6),
+    "DGXH200_008x08x004": (8, 8, 4, 1e-4, 1, 6),
+    "DGXB200_008x08x004": (8, 8, 4, 1e-4, 1, 6),
+}
+by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+by_system = pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
+
+
+def exports(path: Path, **environ: str) -> dict[str, str]:
+    """What a shell with nothing but PATH and `environ` exports after sourcing `path` from another folder."""
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-euc", 'source "$0" && env -0', path],
+        env={"PATH": os.environ["PATH"], **environ}, capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    assert done.stderr == ""
+    found = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+    return {name: value for name, value in found.items() if name not in ("PATH", "PWD", "OLDPWD", "SHLVL", "_")}
+
+
+def settings(exported: dict[str, str]) -> Config:
+    """The program's settings as run_and_time.sh starts it."""
+    loaded = load(Config, exported["EXTRA_PARAMS"].split(), exported, IGNORED_FLAGS)
+    assert loaded.notices == []
+    return loaded.config
+
+
+def test_all_systems_are_here():
+    assert {path.stem.removeprefix("config_") for path in SYSTEMS} == set(RECIPES)
+
+
+@by_file
+def test_every_export_has_a_reader(path):
+    names = set(exports(path))
+    assert names - PROGRAM - LAUNCHER == set()
+    assert set() == REQUIRED - names
+
+
+@by_file
+def test_benchmark_is_the_first_export_and_the_common_part_the_last_line(path):
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "export BENCHMARK=single_stage_detector"
+    assert lines[-1] == 'source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"'
+
+
+@by_file
+def test_the_system_is_called_as_the_file(path, tmp_path):
+    assert exports(path)["DGXSYSTEM"] == path.stem.removeprefix("config_")
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    for name in (path.name, "config_common.sh"):
+        (folder / name.replace(path.name, "config_OTHER_001x02x003.sh")).write_text((FOLDER / name).read_text())
+    assert exports(folder / "config_OTHER_001x02x003.sh")["DGXSYSTEM"] == "OTHER_001x02x003"
+
+
+@by_system
+def test_recipe(path):
+    exported = exports(path)
+    config = settings(exported)
+    found = (int(exported["DGXNNODES"]), int(exported["DGXNGPU"]), config.batch_size)
+    assert (*found, config.lr, config.warmup_epochs, config.epochs) == RECIPES[exported["DGXSYSTEM"]]
+    if triple := re.search(r"_(\d{3})x(\d{2})x(\d{3})$", exported["DGXSYSTEM"]):
+        assert found == tuple(int(number) for number in triple.groups())
+    assert f"global batch {found[0] * found[1] * found[2]}." in path.read_text().splitlines()[0]
+    assert config.departures() == [] and config.mlperf_division == "closed" and config.drop_file_cache
+    cores = int(exported["DGXNSOCKET"]) * int(exported["DGXSOCKETCORES"])
+    assert (config.workers + 1) * found[1] <= cores
+
+
+@by_system
+def test_header_says_what_to_expect_and_that_it_was_not_measured(path):
+    header = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("# ") for line in header.splitlines())
+    assert "published by" in header and "not measured here" in header.lower() and "Expected: " in header
+
+
+def test_demo_is_small_open_and_named_so():
+    exported = exports(FOLDER / "config_cpu_demo.sh")
+    config = settings(exported)
+    assert (exported["DGXNNODES"], exported["DGXNGPU"]) == ("1", "1")
+    assert config.mlperf_division == "open" and config.departures() and config.mlperf_org == "demonstration"
+    assert config.dataset == "custom" and str(config.dataset_path) == "build/demo-data"
+    assert config.norm == "batch" and not config.pretrained and config.overwrite and config.gallery > 0
+    assert re.fullmatch(r"\d+ CPU cores \S+", config.mlperf_platform)
+
+
+@by_file
+def test_walltime(path):
+    minutes = int(exports(path)["WALLTIME_RUNANDTIME"])
+    for clock, run in (
+        ({}, minutes),
+        ({"SET_MAXQ_CLK": "0"}, minutes),
+        ({"SET_MAXQ_CLK": "1"}, minutes + minutes // 2),
+        ({"SET_MINEDP_CLK": "1"}, minutes + minutes // 3),
+    ):
+        for runs in (1, 5):
+            exported = exports(path, NEXP=str(runs), **clock)
+            assert int(exported["WALLTIME_RUNANDTIME"]) == run
+            assert int(exported["WALLTIME"]) == 12 + runs * (run + 5)
+
+
+@by_file
+def test_sourcing_twice_changes_nothing(path):
+    once = exports(path, SET_MAXQ_CLK="1")
+    assert exports(path, **once) == once
+
+
+@by_file
+def test_the_environment_overrides_each_hyperparameter(path):
+    own = exports(path)
+    given = {
+        "BATCHSIZE": "3", "EVALBATCHSIZE": "5", "NUMEPOCHS": "77", "LR": "0.25", "WARMUP_EPOCHS": "0.5",
+        "EXTRA_PARAMS": "--workers 1  --seed 9", "DATASET_DIR": "/a b/c", "MLPERF_DIVISION": "closed",
+        "MLPERF_SUBMISSION_ORG": "we & co", "MLPERF_SUBMISSION_PLATFORM": "two words",
+    }  # fmt: skip
+    assert set(own) & PROGRAM <= set(given)
+    exported = exports(path, **given)
+    assert {name: exported[name] for name in given} == given

@@ -1,0 +1,200 @@
+"""run_and_time.sh with a stand-in for the interpreter that notes how it was called. Nothing is trained."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "run_and_time.sh"
+NOTE = """#!/bin/bash
+printf '%s\\0' "${0##*/}" "$@" >"$NOTES/argv"
+env -0 >"$NOTES/env"
+exit "${CODE:-0}"
+"""
+ON_SIGNAL = """#!/bin/bash
+for name in TERM USR1 INT; do trap "echo $name >>'$NOTES/signals'; stop=1" $name; done
+echo started >"$NOTES/ready"
+cat "$NOTES/ready" >&3
+until [[ ${stop:-} ]]; do read -r -t 0.05 <>"$NOTES/pipe"; done
+exit 4
+"""
+
+
+class Sandbox:
+    """A PATH with only what the script needs, and the stand-ins put there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin, self.notes = folder / "bin", folder / "notes with space"
+        self.bin.mkdir()
+        self.notes.mkdir()
+        for tool in ("bash", "env", "dirname", "date", "id", "cat"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+
+    def put(self, name: str, text: str = NOTE) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def environ(self, **environ: str) -> dict[str, str]:
+        return {"PATH": str(self.bin), "NOTES": str(self.notes), "BENCHMARK": "single_stage_detector", **environ}
+
+    def run(self, *argv: str, **environ: str) -> subprocess.CompletedProcess:
+        environ = {name: value for name, value in self.environ(**environ).items() if value is not None}
+        return subprocess.run([SCRIPT, *argv], env=environ, capture_output=True, text=True, cwd=self.notes, timeout=60)
+
+    def argv(self) -> list[str]:
+        return (self.notes / "argv").read_text().split("\0")[:-1]
+
+    def env(self) -> dict[str, str]:
+        return dict(entry.split("=", 1) for entry in (self.notes / "env").read_text().split("\0") if entry)
+
+
+@pytest.fixture
+def box(tmp_path) -> Sandbox:
+    sandbox = Sandbox(tmp_path)
+    sandbox.put("python")
+    return sandbox
+
+
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5",
+         "SLURM_LOCALID": "5"}  # fmt: skip
+OMPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "5"}
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}
+PLAIN = ["python", "-m", "single_stage_detector.train"]
+
+
+def test_one_rank_with_both_kinds_of_options(box):
+    done = box.run("--seed", "1", "a b", "*", EXTRA_PARAMS="--image-size 128 128\n --workers  1", DATASET_DIR="/x y/z")
+    assert done.returncode == 0, done.stderr
+    assert box.argv() == [*PLAIN, "--image-size", "128", "128", "--workers", "1", "--seed", "1", "a b", "*"]
+    env = box.env()
+    assert env["DATASET_DIR"] == "/x y/z" and env["PYTHONPATH"] == str(ROOT) and env["PWD"] == str(box.notes)
+    added = set(env) - set(box.environ()) - {"DATASET_DIR", "EXTRA_PARAMS", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONPATH"}
+    assert added == set(), "the script has no default of its own"
+
+
+def test_result_line(box):
+    lines = box.run().stdout.splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(r"RESULT,SINGLE_STAGE_DETECTOR,,\d+,[^,]+,\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[0])
+    assert box.run(**SLURM | {"SLURM_PROCID": "0"}).stdout.startswith("RESULT,")
+    assert box.run(**SLURM).stdout == "" and box.run(**OMPI).stdout == "" and box.run(**TORCHRUN).stdout == ""
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 6, 137])
+def test_the_programs_exit_code_without_a_result(box, code):
+    done = box.run(CODE=str(code))
+    assert (done.returncode, done.stdout) == (code, "")
+
+
+@pytest.mark.parametrize("environ", [SLURM, OMPI, TORCHRUN], ids=["srun", "mpirun", "torchrun"])
+def test_under_a_launcher_it_is_one_rank(box, environ):
+    assert box.run(DGXNGPU="8", DGXNNODES="8", **environ).returncode == 0
+    assert box.argv() == PLAIN
+    assert box.env()["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+    ids=["plain", "batch script", "one task"],
+)
+def test_without_a_launcher_torchrun_starts_all_ranks_of_the_machine(box, environ):
+    done = box.run("--lr", "1", DGXNGPU="4", DGXNNODES="1", EXTRA_PARAMS="--workers 1", **environ)
+    assert done.returncode == 0 and done.stdout.startswith("RESULT,")
+    expected = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    assert box.argv() == [*expected, "-m", "single_stage_detector.train", "--workers", "1", "--lr", "1"]
+    assert "SIGUSR1" in box.env()["PET_SIGNALS_TO_HANDLE"]
+    box.run(DGXNGPU="4", BIND="1")
+    assert box.argv() == [*expected, "--numa-binding", "socket", "-m", "single_stage_detector.train"]
+
+
+def test_several_nodes_without_a_launcher_are_refused(box):
+    done = box.run(DGXNGPU="8", DGXNNODES="8")
+    assert done.returncode == 2 and "DGXNNODES=8" in done.stderr and "srun" in done.stderr
+    assert not (box.notes / "argv").exists()
+
+
+def test_threads_of_a_single_rank_are_left_alone(box):
+    box.run(DGXNGPU="1")
+    assert "OMP_NUM_THREADS" not in box.env()
+    box.run(DGXNGPU="8", OMP_NUM_THREADS="3", **SLURM)
+    assert box.env()["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    "local, more, cpus",
+    [
+        ("0", {}, "0-55,112-167"),
+        ("3", {}, "0-55,112-167"),
+        ("4", {}, "56-111,168-223"),
+        ("7", {"DGXHT": "1"}, "56-111"),
+        ("5", {"DGXNSOCKET": "1", "DGXHT": "1"}, "0-55"),
+        ("5", {"DGXNSOCKET": "4", "DGXHT": "1", "DGXSOCKETCORES": "16"}, "32-47"),
+    ],
+)
+def test_binding_to_the_socket(box, local, more, cpus):
+    box.put("numactl")
+    machine = {"DGXNGPU": "8", "DGXNSOCKET": "2", "DGXSOCKETCORES": "56", "DGXHT": "2"} | more
+    box.run("--lr", "1", BIND="1", **machine, **SLURM | {"SLURM_LOCALID": local})
+    assert box.argv() == ["numactl", f"--physcpubind={cpus}", "--", str(box.bin / "python"), *PLAIN[1:], "--lr", "1"]
+    box.run(**machine, **SLURM)
+    assert box.argv() == PLAIN
+
+
+def test_binding_without_numactl_says_so_and_runs(box):
+    done = box.run(BIND="1", DGXSOCKETCORES="4")
+    assert done.returncode == 0 and "numactl is not installed" in done.stderr and box.argv() == PLAIN
+
+
+def test_interpreter(box, tmp_path):
+    (box.bin / "python").rename(box.bin / "python3")
+    box.run()
+    assert box.argv()[0] == "python3"
+    own = tmp_path / "an interpreter"
+    own.write_text(NOTE)
+    own.chmod(0o755)
+    box.run(PYTHON=str(own))
+    assert box.argv()[0] == "an interpreter"
+    (box.bin / "python3").unlink()
+    done = box.run()
+    assert done.returncode == 2 and "no python found" in done.stderr
+
+
+def test_without_a_config(box):
+    done = box.run(BENCHMARK=None)
+    assert done.returncode == 2 and "source configs/config_<system>.sh first" in done.stderr
+    done = box.run(BENCHMARK="ssd")
+    assert done.returncode == 2 and "BENCHMARK=ssd" in done.stderr
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["script", "group"])
+@pytest.mark.parametrize(
+    "sent, heard", [("SIGTERM", "TERM"), ("SIGUSR1", "USR1"), ("SIGINT", "INT"), ("SIGHUP", "TERM")]
+)
+def test_signals_reach_the_program_once_and_its_code_comes_back(box, sent, heard, to_group):
+    box.put("python", ON_SIGNAL)
+    os.mkfifo(box.notes / "pipe")
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec 3>&{write}; exec "{SCRIPT}"'], env=box.environ(), pass_fds=[write],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    try:
+        assert os.read(read, 100) == b"started\n"
+        (os.killpg if to_group else os.kill)(process.pid, getattr(signal, sent))
+        out, _ = process.communicate(timeout=60)
+    finally:
+        os.close(read)
+        process.kill()
+    assert (process.returncode, out) == (4, "")
+    assert (box.notes / "signals").read_text().split() == [heard]

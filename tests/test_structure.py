@@ -1,0 +1,122 @@
+"""The rules of CONTRIBUTING.md that a machine can check: who imports whom, device words, sizes, leftovers, paths."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
+KNOW_DEVICES = {"detcore/backend.py", "detcore/native.py", "detcore/data/dali.py"}
+WRITTEN_BY_RUNS = (".venv", "build", "results")
+LONG_FUNCTIONS = {"detcore/engine.py:train": 120}
+PROGRAMS = ["detcore", *BENCHMARKS]
+
+
+def files(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    return sorted(path for path in found if path.suffix in suffixes and "__pycache__" not in path.parts)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python(*folders: str) -> list:
+    return [pytest.param(path, id=name(path)) for path in files(*folders)]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The top-level packages that a file imports, also inside functions. Relative imports give the file's own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0] if node.level == 0 else path.relative_to(ROOT).parts[0]
+
+
+def test_there_is_something_to_check():
+    assert "single_stage_detector" in BENCHMARKS and len(files("detcore")) > 10 and len(files("tests")) > 10
+
+
+@pytest.mark.parametrize("path", python(*PROGRAMS))
+def test_imports_go_from_a_benchmark_to_detcore_only(path):
+    own = path.relative_to(ROOT).parts[0]
+    allowed = {own} if own == "detcore" else {own, "detcore"}
+    assert set(imported(path)) & {"detcore", "tests", "tools", *BENCHMARKS} <= allowed
+
+
+@pytest.mark.parametrize("path", python(*PROGRAMS))
+def test_device_words_stay_in_their_files(path):
+    if name(path) in KNOW_DEVICES:
+        return
+    text = path.read_text()
+    if path.name == "config.py" and path.parent.name in BENCHMARKS:
+        text = re.sub(r"--cuda-[a-z-]+", "", text)  # flags of the original programs
+    text = re.sub(r"nvidia-[a-z]+-cuda\d+", "", text)  # names of wheels
+    lines = text.splitlines()
+    assert [f"{i}: {line}" for i, line in enumerate(lines, 1) if re.search(r"cuda|xla|\.is_cuda", line)] == []
+
+
+@pytest.mark.parametrize("path", python(*PROGRAMS, "tools"))
+def test_sizes(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = LONG_FUNCTIONS.get(f"{name(path)}:{node.name}", 80)
+            assert node.end_lineno - node.lineno + 1 <= limit, f"{node.name}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", python(*PROGRAMS, "tools", "tests"))
+def test_no_error_is_swallowed(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: except without a class"
+            assert not all(isinstance(line, ast.Pass) for line in node.body), f"line {node.lineno}: except: pass"
+
+
+def test_no_notes_to_oneself():
+    places = files(*PROGRAMS, "tools", "tests", "configs", "public-scripts", suffixes=(".py", ".sh", ".md"))
+    top = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in (".md", ".sh", ".toml", ".lock")]
+    places += [*top, ROOT / "Makefile", ROOT / ".ci" / "run"]
+    marks = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)))
+    assert [name(path) for path in places if marks.search(path.read_text())] == []
+
+
+def exists(path: str) -> bool:
+    """Whether a path (or pattern) is in the repository; a bare file name also in a program's folder."""
+    folders = [ROOT] if "/" in path else [ROOT, *(ROOT / program for program in PROGRAMS)]
+    if path in KNOW_DEVICES or path.startswith(WRITTEN_BY_RUNS):
+        return True
+    return any(next(folder.glob(path), None) for folder in folders)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_paths_in_the_text_exist(document):
+    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    words = [word.rstrip("/") for span in re.findall(r"`([^`]+)`", text) for word in span.split()]
+    words += [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text)]
+    named = re.compile(r"[\w.*-]+(/[\w.*-]+)+|[\w.*-]+\.(py|sh|md|toml|lock)")
+    paths = {word for word in words if named.fullmatch(word)}
+    assert len(paths) > 3
+    assert sorted(path for path in paths if not exists(path)) == []
+
+
+def test_the_tree_in_the_readme_is_the_repository():
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1].strip("\n").splitlines()
+    missing, folder = [], ROOT
+    for line in tree:
+        words = line.strip().split("  ")[0]
+        if not line.startswith(" "):
+            folder = ROOT / words
+            missing += [] if exists(words.rstrip("/")) else [words]
+            continue
+        for word in words.split(", "):
+            candidates = (folder / word, folder / f"{word}.py")
+            missing += [] if any(path.exists() for path in candidates) else [f"{name(folder)}/{word}"]
+    assert missing == []
+    told = {line.strip().split("  ")[0].rstrip("/") for line in tree if not line.startswith(" ")}
+    assert told >= set(BENCHMARKS) | {"detcore", "configs", "tools", "tests"}
