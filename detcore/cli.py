@@ -4,7 +4,8 @@
 |------|--------------------|-------------------------------------------------------------------------|
 | 0    | OK                 | done; in training: the target was reached                               |
 | 1    | CRASH              | an unexpected error; the traceback stands on stderr                     |
-| 2    | BAD_INPUT          | a mistake in options, variables, files or data: one line on stderr      |
+| 2    | BAD_INPUT          | a mistake in options, variables, files or data, or a path that cannot   |
+|      |                    | be used: one line on stderr                                             |
 | 3    | TARGET_NOT_REACHED | training ended after its last epoch below the target                    |
 | 4    | STOPPED            | stopped by a signal; a checkpoint was saved, the run can be resumed     |
 | 5    | NOT_FINITE         | the loss became NaN or infinite                                         |
@@ -13,6 +14,7 @@
 | 141  | PIPE_CLOSED        | the reader of stdout went away (`... | head`)                           |
 """
 
+import errno
 import os
 import re
 import select
@@ -33,10 +35,16 @@ WATCHDOG = 6
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
+_UNUSABLE = (  # what can be wrong with a path, whatever the program does there
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOSPC,
+    errno.EDQUOT, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 _HINTS = (
+    (r"no space left|quota exceeded", "the disk is full: free space, or choose another folder."),
     (
-        r"out of memory|can't allocate memory|not enough memory|MemoryError",
-        "the memory did not suffice: try a smaller --batch-size or --image-size, or fewer --workers.",
+        r"storage size calculation overflowed|out of memory|can't allocate memory|not enough memory|MemoryError",
+        "the memory did not suffice: is a size among the options too large by mistake? Else try a smaller --batch-size "
+        "or --image-size, or fewer --workers.",
     ),
     (
         r"DataLoader worker .*(killed|exited)|bus error|shared memory|/dev/shm",
@@ -53,9 +61,11 @@ _DEFAULT_HINT = (
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main` with the command line's words and return the exit code: `sys.exit(run_main(main))`.
 
-    `UserError` becomes one line on stderr, everything unexpected a traceback and a line on what to do. `argv`
-    defaults to `sys.argv[1:]`.
+    `UserError`, and a path that the system refuses, become one line on stderr, everything unexpected a traceback and a
+    line on what to do. `argv` defaults to `sys.argv[1:]`.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # file names of other encodings, class names on an ASCII terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -68,6 +78,11 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         return INTERRUPTED
     except BrokenPipeError as error:
         return PIPE_CLOSED if _stdout_is_closed() else _crash(error)
+    except OSError as error:
+        if error.errno not in _UNUSABLE or error.filename is None:
+            return _crash(error)
+        _say(f"error: {error.filename}: {error.strerror}; check the path, its permissions and the disk")
+        return BAD_INPUT
     except Exception as error:
         return _crash(error)
 
@@ -107,8 +122,12 @@ def _say(text: str) -> None:
 
 
 def _own_words(error: UserError) -> str:
-    """The message alone, also where a DataLoader worker raised it: torch then puts the worker's traceback into it."""
-    return str(error).rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1].strip()
+    """The message alone, also where a DataLoader worker raised it: torch then puts the worker's traceback into it.
+
+    Control characters, which a file or class name may hold, are written out, so that the message stays one line.
+    """
+    text = str(error).rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1].strip()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
 
 
 def _stdout_is_closed() -> bool:

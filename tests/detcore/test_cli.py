@@ -1,5 +1,7 @@
 """Each way for a program to end has its exit code and its words; run in real processes where the process matters."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,30 @@ def test_user_error_is_one_line(capsys):
     assert capsys.readouterr().err == "error: file x: bad, do y\n"
 
 
+def test_control_characters_in_names_do_not_break_the_line(capsys):
+    cli.run_main(raising(UserError("file a\nb\x1b[2J\u2028: bad")), [])
+    assert capsys.readouterr().err == "error: file a\\nb\\x1b[2J\\u2028: bad\n"
+
+
+def test_a_path_that_the_system_refuses_is_named_in_one_line(capsys, tmp_path):
+    for path in (tmp_path / ("a" * 300), tmp_path / "file" / "below"):
+        (tmp_path / "file").touch()
+        assert cli.run_main(lambda argv, path=path: path.stat() and 0, []) == cli.BAD_INPUT
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {path}: ") and err.count("\n") == 1
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_the_program():
+    program = (
+        "import sys\nfrom detcore.cli import run_main\n"
+        "sys.exit(run_main(lambda argv: print('a \\udcff b \\u65e5 c') or 0))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"a \\udcff b \\u65e5 c\n", b"")
+
+
 def test_keyboard_interrupt(capsys):
     assert cli.run_main(raising(KeyboardInterrupt()), []) == 130
     assert "Traceback" not in capsys.readouterr().err
@@ -58,6 +84,9 @@ def test_system_exit_passes_through():
         (RuntimeError("Device out of memory. Tried to allocate 2 GiB"), "--batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[1000000000000000000]"), "--batch-size"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free space"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "report"),
         (BrokenPipeError("of a helper, not of stdout"), "report"),
     ],
 )
