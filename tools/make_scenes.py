@@ -4,12 +4,12 @@
 
 Layout: OUT/train/*.jpg, OUT/val/*.jpg, OUT/annotations/instances_train.json and instances_val.json.
 
-Coordinates are COCO's: pixels, x to the right, y down, (0, 0) the outer corner of the top left pixel. A polygon is the
-outline of the whole shape (also where another shape covers it) clipped to the image, `bbox` its bounds, `area` its area.
+Coordinates are COCO's: pixels, x to the right, y down, (0, 0) the outer corner of the top left pixel. A polygon is
+the outline of the whole shape (also where another covers it) clipped to the image, `bbox` its bounds, `area` its area.
 
-The same seed gives the same JSON, byte for byte, and the same pixels before JPEG coding on every machine: random numbers
-come from numpy's frozen RandomState, outlines are rounded to 1/100 pixel before anything is derived from them, and pixels
-use only integers and the exactly rounded operations + - * /, never a library's sin or exp.
+The same seed gives the same JSON, byte for byte, and the same pixels before JPEG coding on every machine: random
+numbers come from numpy's frozen RandomState, outlines are rounded to 1/100 pixel before anything is derived from them,
+and pixels use only integers and the exactly rounded operations + - * /, never a library's sin or exp.
 """
 
 import argparse
@@ -25,6 +25,7 @@ CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 SPLITS = ("train", "val")
 MIN_VISIBLE = 0.35  # part of a shape that must be seen, by the image's border and by other shapes, for it to stay
 SUPERSAMPLE = 4  # samples a pixel and axis when a polygon is drawn
+FAVOURITES = ((220, 60, 50), (60, 170, 70), (70, 90, 220), (230, 180, 40), (180, 70, 190), (60, 190, 200))
 NEAR = 60  # smallest distance, in 0..255 of one channel, between a shape's colour and what it lies on
 
 
@@ -160,7 +161,11 @@ def texture(random: np.random.RandomState, kind: str, height: int, width: int) -
 
 
 def paint(random: np.random.RandomState, picture: np.ndarray, item: Item) -> None:
-    """Draw an item on the picture [H, W, 3] (float, 0..255) in place, in two colours that its class does not decide."""
+    """Draw an item on the picture [H, W, 3] (float, 0..255) in place.
+
+    Two shapes in three are painted near their class's favourite colour where that stands out; the others, and clutter,
+    in any colour.
+    """
     y, x = np.nonzero(item.coverage)
     if not len(y):
         return
@@ -168,6 +173,8 @@ def paint(random: np.random.RandomState, picture: np.ndarray, item: Item) -> Non
     under, alpha = picture[box], item.coverage[box][..., None]
     mean = under.astype(np.int64).sum((0, 1)) / (under.shape[0] * under.shape[1])
     colour = random.randint(0, 256, 3)
+    if item.label is not None and random.randint(3):
+        colour = (np.array(FAVOURITES[item.label]) + random.randint(-40, 41, 3)).clip(0, 255)
     while np.abs(colour - mean).max() < NEAR:
         colour = random.randint(0, 256, 3)
     other = (colour + random.randint(-70, 71, 3)).clip(0, 255)
@@ -188,7 +195,7 @@ def background(random: np.random.RandomState, height: int, width: int) -> np.nda
 
 
 def clutter(random: np.random.RandomState, height: int, width: int, unit: float) -> Item:
-    """Something to be mistaken for a shape but not labelled: a line, a long blob or a splinter. `unit` is 1 at size 128."""
+    """Something to be mistaken for a shape but not labelled: a line, a blob, a splinter. `unit` is 1 at size 128."""
     kind = random.randint(3)
     centre = random.uniform(0, width), random.uniform(0, height)
     angle = random.uniform(0, 2 * math.pi)
@@ -230,12 +237,10 @@ def scene(
     items = [clutter(random, height, width, unit) for _ in range(random.randint(0, 5))]
     for _ in range(random.randint(1, 7)):
         label = int(random.randint(len(CLASSES)))
-        radius = (8 + 24 * random.random_sample() ** 1.5) * unit
+        radius = (9 + 25 * random.random_sample()) * unit
         squeeze = random.uniform(0.85, 1.0)
         centre = random.uniform(0.03, 0.97) * width, random.uniform(0.03, 0.97) * height
-        outline = place(
-            unit_outline(CLASSES[label]), centre, (radius, radius * squeeze), random.uniform(0, 2 * math.pi)
-        )
+        outline = place(unit_outline(CLASSES[label]), centre, (radius, radius * squeeze), random.uniform(-0.5, 0.5))
         items.append(Item(outline, fill(outline, height, width), label))
     items += [clutter(random, height, width, unit) for _ in range(random.randint(0, 2))]
     objects = []
@@ -312,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     for split, count in zip(SPLITS, (args.train, args.val), strict=True):
         coco = write_split(args.out, split, count, args.size, args.seed)
         print(
-            f"{split}: {count} scenes, {len(coco['annotations'])} shapes of {len(CLASSES)} classes in {args.out / split}"
+            f"{split}: {count} scenes, {len(coco['annotations'])} shapes, {len(CLASSES)} classes in {args.out / split}"
         )
     if args.preview:
         args.preview.parent.mkdir(parents=True, exist_ok=True)
