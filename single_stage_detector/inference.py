@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.io import write_jpeg
+from torchvision.io import encode_jpeg
 from torchvision.utils import draw_bounding_boxes
 
 from detcore import UserError, backend, checkpoint, cli, distributed, engine, launcher, optim
@@ -34,6 +34,30 @@ COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9
 BuildModel = Callable[[Config, int], nn.Module]
 
 
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program, or of another one that saved a state dictionary.
+
+    Raises UserError for a file that is none, and for weights that are not finite numbers: a model with a NaN in it
+    finds nothing, which looks like a result.
+    """
+    saved = checkpoint.load(path, require_hash=False)
+    for name, kind in (("config", dict), ("ema", dict), ("classes", list)):
+        if not isinstance(saved.get(name), kind | None):
+            raise UserError(f"{path} holds {type(saved[name]).__name__} under {name!r}, not a {kind.__name__}")
+    for entry in saved.get("classes") or []:
+        if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str]):
+            raise UserError(f"{path} holds {entry!r} among its classes, not the id and the name of a category")
+    for source in (saved.get("model", saved), saved.get("ema")):
+        for name, value in source.items() if isinstance(source, dict) else ():
+            if not isinstance(value, Tensor) or str(name).endswith("num_batches_tracked"):
+                continue
+            if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+                raise UserError(f"{path}: {name} is of {value.dtype}, {value.layout}: no plain floating point weights")
+            if not value.isfinite().all():
+                raise UserError(f"{path}: {name} holds NaN or infinite numbers; use the checkpoint of an older epoch")
+    return saved
+
+
 def _no_beat(phase: str, count: int) -> None:
     """For programs that no watchdog looks at."""
 
@@ -48,6 +72,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
     distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
     try:
         index = open_index(config, "val")
+        _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, class_count(config))).eval()
         start = time.perf_counter()
         found = detect_all(model, eval_stream(config, index, world, device), index, device, _no_beat)
@@ -68,6 +93,21 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
     return cli.OK
 
 
+def _same_classes(path: Path, index: CocoIndex) -> None:
+    """UserError if the checkpoint knows its classes by other names than the annotation file.
+
+    Ids may differ, as those of one data set do that counts from 0 or from 1.
+    """
+    then = load_checkpoint(path).get("classes") or []
+    now = class_names(index).items()
+    for (old_id, old), (new_id, new) in zip(then, now, strict=False):
+        if old.removesuffix(f" ({old_id})") != new.removesuffix(f" ({new_id})"):
+            raise UserError(
+                f"{path} was trained on other classes than {index.annotation_file} lists: {old!r} where this file has "
+                f"{new!r}; evaluate it on its own data set"
+            )
+
+
 def predict(config: Config, build_model: BuildModel) -> int:
     """Detections on images that need no annotations.
 
@@ -77,7 +117,7 @@ def predict(config: Config, build_model: BuildModel) -> int:
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
     device = backend.select(config.device, config.precision)
-    classes = checkpoint.load(config.checkpoint, require_hash=False).get("classes")
+    classes = load_checkpoint(config.checkpoint).get("classes")
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
         classes = list(class_names(index).items())
@@ -96,7 +136,8 @@ def predict(config: Config, build_model: BuildModel) -> int:
         for x, y, w, h, score, category in found.tolist():
             box = {"image_id": number, "category_id": int(category), "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             content["annotations"].append({"id": len(content["annotations"]) + 1, **box, "score": score})
-        write_jpeg(draw(image, found, dict(classes)), str(folder / f"{number:05}_{path.stem}.jpg"), quality=92)
+        drawn = encode_jpeg(draw(image, found, dict(classes)), quality=92)
+        (folder / f"{number:05}_{path.stem[:60]}.jpg").write_bytes(drawn.numpy().tobytes())
         print(f"{path}: {len(found)} objects")
     _write_json(folder / "detections.json", content)
     total = len(content["annotations"])
@@ -161,7 +202,7 @@ def gallery(config: Config, build_model: BuildModel) -> None:
         chosen, _detect_files(best, model, [index.path(i) for i in chosen], device, classes)
     ):
         name = f"gallery/{len(entries):03}.jpg"
-        write_jpeg(image, str(config.output_dir / name), quality=90)
+        (config.output_dir / name).write_bytes(encode_jpeg(image, quality=90).numpy().tobytes())
         boxes, labels, _ = index.boxes(i)
         entries.append(
             {
@@ -271,5 +312,8 @@ def _measure(
 
 
 def _write_json(path: Path, content: Any) -> None:
+    """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlperf_logging.mllog import constants as keys
 
-from detcore import checkpoint, engine, optim
+from detcore import UserError, engine, optim
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch
@@ -40,7 +40,7 @@ def build_model(config: Config, num_classes: int) -> RetinaNet:
         anchor_sizes=config.anchor_sizes,
     )
     if config.checkpoint:
-        saved = checkpoint.load(config.checkpoint, require_hash=False)
+        saved = inference.load_checkpoint(config.checkpoint)
         load_reference_state(model, saved.get("ema") or saved, str(config.checkpoint))
     elif config.pretrained and not config.resume and not config.synthetic:
         load_backbone(model.backbone["body"], config.backbone, config.weights)
@@ -96,11 +96,14 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
 
     So `--mode evaluate --checkpoint best.pt` needs no further option. A checkpoint of another program has no config.
     """
-    saved = checkpoint.load(config.checkpoint, require_hash=False).get("config")
+    saved = inference.load_checkpoint(config.checkpoint).get("config")
     if not saved:
         return config
     adopted = {name: saved[name] for name in ADOPTED if sources[name] == "default" and name in saved}
-    return from_dict(Config, to_dict(config) | adopted)
+    try:
+        return from_dict(Config, to_dict(config) | adopted)
+    except UserError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from error
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,0 +1,129 @@
+"""Evaluation and prediction with files of any name and checkpoints that are not what they should be."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detcore import UserError, checkpoint
+from detcore.cli import run_main
+from single_stage_detector import train
+from single_stage_detector.inference import load_checkpoint
+from single_stage_detector.model import RetinaNet
+
+SIZES = (8, 16, 24, 32, 48)
+CONFIG = {
+    "backbone": "resnet18", "norm": "batch", "fpn_channels": 8, "head_convs": 0, "image_size": [64, 64],
+    "anchor_sizes": list(SIZES), "dataset": "custom",
+}  # fmt: skip
+CLASSES = [[1, "circle"], [2, "star"]]
+
+
+@pytest.fixture(scope="module")
+def state() -> dict:
+    torch.manual_seed(0)
+    model = RetinaNet("resnet18", 2, (64, 64), "batch", 3, 8, 0, SIZES)
+    torch.nn.init.ones_(model.head["classification_head"].cls_logits.bias)  # it finds something everywhere
+    return {"model": model.state_dict(), "ema": None, "config": CONFIG, "classes": CLASSES}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A custom data set of one validation image."""
+    (tmp_path / "set/val").mkdir(parents=True)
+    (tmp_path / "set/annotations").mkdir()
+    picture(tmp_path / "set/val/1.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 70, "width": 90}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 30, 30]}],
+        "categories": [{"id": i, "name": name} for i, name in CLASSES],
+    }
+    (tmp_path / "set/annotations/instances_val.json").write_text(json.dumps(content))
+    return tmp_path / "set"
+
+
+def picture(path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(os.fsencode(path), "JPEG")
+
+
+def run(tmp_path, *words) -> int:
+    device = ["--device", "cpu", "--workers", "0", "--output-dir", str(tmp_path / "out")]
+    return run_main(train.main, ["--checkpoint", str(tmp_path / "x.pt"), *device, *map(str, words)])
+
+
+def weights(state, change):
+    return {**state, "model": {name: change(value) for name, value in state["model"].items()}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {**s, "ema": [1]}, "list under 'ema'"),
+        (lambda s: {**s, "config": "x"}, "str under 'config'"),
+        (lambda s: {**s, "classes": 5}, "int under 'classes'"),
+        (lambda s: {**s, "classes": [1, 2]}, "1 among its classes"),
+        (lambda s: {**s, "classes": [["a", 1]]}, r"\['a', 1\] among its classes"),
+        (lambda s: weights(s, lambda w: w / 0 if w.is_floating_point() else w), "conv1.weight holds NaN or infinite"),
+        (lambda s: weights(s, lambda w: w.to(torch.complex64)), "conv1.weight is of torch.complex64"),
+        (lambda s: weights(s, lambda w: w.to(torch.int8)), "conv1.weight is of torch.int8"),
+        (lambda s: weights(s, lambda w: w.to_sparse()), "conv1.weight is of .*sparse"),
+        (lambda s: weights(s, lambda w: w.to("meta")), "conv1.weight is of"),
+        (lambda s: {"w": torch.tensor([1.0, float("nan")])}, "w holds NaN"),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_refused(state, tmp_path, change, words):
+    torch.save(change(state), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=rf"x\.pt.*{words}"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_what_else_a_training_checkpoint_holds_is_no_matter(state, tmp_path):
+    checkpoint.save(tmp_path / "x.pt", {**state, "generators": torch.zeros(2, 3, dtype=torch.uint8)})
+    assert load_checkpoint(tmp_path / "x.pt").keys() == {*state, "generators"}
+
+
+def test_a_wrong_setting_in_a_checkpoint_names_the_file(state, tmp_path, capsys):
+    checkpoint.save(tmp_path / "x.pt", {**state, "config": {**CONFIG, "backbone": 5}})
+    assert run(tmp_path, "--mode", "evaluate") == 2
+    assert f"error: {tmp_path}/x.pt: stored configuration: backbone: 5" in capsys.readouterr().err
+
+
+def test_predict_takes_files_of_any_name(state, tmp_path, capsys):
+    checkpoint.save(tmp_path / "x.pt", {**state, "classes": [[1, "日本\n"], [2, "\x00🎉"]]})
+    (tmp_path / "in").mkdir()
+    for name in (b"caf\xe9.jpg", "日\n.jpg".encode(), b"a" * 251 + b".jpg", b"%s {x}.JPG"):
+        picture(os.fsencode(tmp_path / "in") + b"/" + name)
+    assert run(tmp_path, "--mode", "predict", "--images", tmp_path / "in", "--score-threshold", 0.001) == 0
+    content = json.loads((tmp_path / "out/predictions/detections.json").read_text())
+    assert len(content["images"]) == 4 and content["annotations"]
+    assert len(list((tmp_path / "out/predictions").glob("*.jpg"))) == 4
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_refused_image_leaves_the_earlier_predictions_list(state, tmp_path, capsys):
+    checkpoint.save(tmp_path / "x.pt", state)
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in/a.jpg")
+    assert run(tmp_path, "--mode", "predict", "--images", tmp_path / "in") == 0
+    before = (tmp_path / "out/predictions/detections.json").read_bytes()
+    (tmp_path / "in/b.jpg").write_bytes((tmp_path / "in/a.jpg").read_bytes()[:300])
+    assert run(tmp_path, "--mode", "predict", "--images", tmp_path / "in") == 2
+    assert f"error: {tmp_path}/in/b.jpg: " in capsys.readouterr().err
+    assert (tmp_path / "out/predictions/detections.json").read_bytes() == before
+
+
+def test_evaluation_on_other_classes_is_refused(state, data, tmp_path, capsys):
+    checkpoint.save(tmp_path / "x.pt", {**state, "classes": [[0, "circle"], [1, "star"]]})
+    assert run(tmp_path, "--mode", "evaluate", "--dataset-path", data) == 0
+    assert (tmp_path / "out/evaluation.json").exists()
+    shutil.rmtree(tmp_path / "out")
+    checkpoint.save(tmp_path / "x.pt", {**state, "classes": [[1, "circle"], [2, "ring"]]})
+    assert run(tmp_path, "--mode", "evaluate", "--dataset-path", data) == 2
+    err = capsys.readouterr().err
+    assert "x.pt was trained on other classes than" in err and "'ring' where this file has 'star'" in err
+    assert not (tmp_path / "out").exists()
