@@ -37,7 +37,7 @@ PIPE_CLOSED = 141
 
 _UNUSABLE = (  # what can be wrong with a path, whatever the program does there
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOSPC,
-    errno.EDQUOT, errno.EIO, errno.ESTALE,
+    errno.EDQUOT, errno.EEXIST, errno.EIO, errno.ESTALE,
 )  # fmt: skip
 _HINTS = (
     (r"no space left|quota exceeded", "the disk is full: free space, or choose another folder."),

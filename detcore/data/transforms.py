@@ -68,7 +68,7 @@ def decode(data: np.ndarray, *, path: Path, image_id: int, size: tuple[int, int]
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = reason.rsplit(".cpp:", 1)[-1].split(",", 1)[-1].strip()
+        reason = reason.rsplit(".cpp:", 1)[-1].split(",", 1)[-1].partition(" <_io")[0].strip()
         raise UserError(
             f"{path}: image {image_id} does not decode ({reason}); replace the file or remove it from the "
             "annotation file."
