@@ -33,16 +33,17 @@ def state() -> dict:
 
 @pytest.fixture
 def data(tmp_path):
-    """A custom data set of one validation image."""
-    (tmp_path / "set/val").mkdir(parents=True)
-    (tmp_path / "set/annotations").mkdir()
-    picture(tmp_path / "set/val/1.jpg")
+    """A custom data set of one image, for training and validation."""
+    (tmp_path / "set/annotations").mkdir(parents=True)
     content = {
         "images": [{"id": 1, "file_name": "1.jpg", "height": 70, "width": 90}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 30, 30]}],
         "categories": [{"id": i, "name": name} for i, name in CLASSES],
     }
-    (tmp_path / "set/annotations/instances_val.json").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        (tmp_path / f"set/{split}").mkdir()
+        picture(tmp_path / f"set/{split}/1.jpg")
+        (tmp_path / f"set/annotations/instances_{split}.json").write_text(json.dumps(content))
     return tmp_path / "set"
 
 
