@@ -18,9 +18,9 @@ PROGRAM = {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(Confi
 LAUNCHER = {
     "BENCHMARK", "EXTRA_PARAMS", "DGXNNODES", "DGXNGPU", "DGXSYSTEM", "DGXSOCKETCORES", "DGXNSOCKET", "DGXHT",
     "WALLTIME_RUNANDTIME", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK",
-    "NCCL_NVLS_ENABLE", "NCCL_GRAPH_REGISTER", "NCCL_LOCAL_REGISTER",
+    "NCCL_NVLS_ENABLE", "NCCL_GRAPH_REGISTER", "NCCL_LOCAL_REGISTER", "OMP_WAIT_POLICY",
 }  # fmt: skip
-REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK"} | {"BATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS"}
+REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK", "OMP_WAIT_POLICY"} | {"BATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS"}
 RECIPES = {  # nodes, GPUs a node, images a GPU, learning rate, warm-up epochs, epochs at most, as published
     "DGXA100": (1, 8, 32, 1e-4, 1, 8),
     "DGXH100_001x08x032": (1, 8, 32, 8.5e-5, 0, 8),
