@@ -1,8 +1,9 @@
 """Damaged annotation files: the index is refused, or it is what a plain reading of the same bytes gives.
 
 The reading here shares nothing with the program: json.loads and the rules of the README's table. It exists in two
-strengths. What the program accepts must be acceptable to the lenient one, which overlooks characters that JSON forbids
-in texts that nobody uses and takes the last of two equal keys, and equal to it; what the program refuses must be refused by the strict one.
+strengths. What the program accepts must be acceptable to the lenient one and equal to it; the lenient one overlooks
+characters that JSON forbids in texts that nobody uses, and takes the last of two equal keys. What the program refuses
+must be refused by the strict one.
 """
 
 import copy
