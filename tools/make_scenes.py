@@ -163,7 +163,7 @@ def texture(random: np.random.RandomState, kind: str, height: int, width: int) -
 def paint(random: np.random.RandomState, picture: np.ndarray, item: Item) -> None:
     """Draw an item on the picture [H, W, 3] (float, 0..255) in place.
 
-    Two shapes in three are painted near their class's favourite colour where that stands out; the others, and clutter,
+    Nine shapes in ten are painted near their class's favourite colour where that stands out; the others, and clutter,
     in any colour.
     """
     y, x = np.nonzero(item.coverage)
@@ -173,7 +173,7 @@ def paint(random: np.random.RandomState, picture: np.ndarray, item: Item) -> Non
     under, alpha = picture[box], item.coverage[box][..., None]
     mean = under.astype(np.int64).sum((0, 1)) / (under.shape[0] * under.shape[1])
     colour = random.randint(0, 256, 3)
-    if item.label is not None and random.randint(3):
+    if item.label is not None and random.randint(10):
         colour = (np.array(FAVOURITES[item.label]) + random.randint(-40, 41, 3)).clip(0, 255)
     while np.abs(colour - mean).max() < NEAR:
         colour = random.randint(0, 256, 3)
