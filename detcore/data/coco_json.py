@@ -117,9 +117,9 @@ def _explain(error: Exception, data: mmap.mmap) -> str:
         return "nested too deeply for an annotation file; is it the right file?"
     if isinstance(error, msgspec.ValidationError):
         return f"{text}; a COCO file is an object with the lists images, annotations and categories."
-    if "truncated" in text:
-        return f"the file ends in the middle, after {len(data):,} bytes; copy or download it again."
     place = re.search(r"byte (\d+)", text)
+    if "truncated" in text or (place and int(place[1]) >= len(data)):
+        return f"the file ends in the middle, after {len(data):,} bytes; copy or download it again."
     if place is None:
         return f"not a JSON file ({text})."
     at = int(place[1])

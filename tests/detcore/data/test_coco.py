@@ -245,6 +245,7 @@ def test_mistakes_are_named(coco, mistake, words):
         ('{"images": []}'.encode("utf-16"), "not valid JSON at byte 0"),
         (b"[" * 100_000, "nested too deeply|ends in the middle|Expected `object`"),
         (b'{"a": ' * 100_000, "nested too deeply|ends in the middle"),
+        (b'{"images": [24.', "ends in the middle, after 15 bytes"),
         (b"{'images': []}", "not valid JSON at byte 1"),
     ],
 )
