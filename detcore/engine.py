@@ -9,10 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from mlperf_logging.mllog import constants as keys
@@ -25,76 +24,8 @@ from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
 from detcore.progress import Progress, duration
 from detcore.run_config import RunConfig
 from detcore.state import State, claim_folder
-
-Beat = Callable[[str, int], None]
-
-
-class Pending(Protocol):
-    """Metrics that are being computed elsewhere; poll returns None until they are there."""
-
-    def poll(self) -> dict[str, Any] | None: ...
-
-
-@dataclass(frozen=True)
-class Data:
-    """An opened data set as the loop needs it.
-
-    train_batches(epoch, micro_batch): an endless stream from that position on (both from 0).
-    evaluate(model, beat): runs the model over this rank's evaluation images; returns a Pending on rank 0, None
-    elsewhere. Its result holds the metrics by name. beat(phase, count) tells the watchdog of progress.
-    classes: (the file's category id, name) of each class index; kept in checkpoints, for prediction.
-    """
-
-    train_samples: int
-    eval_samples: int
-    steps_per_epoch: int
-    train_batches: Callable[[int, int], Iterator[Batch]]
-    evaluate: Callable[[nn.Module, Beat], Pending | None]
-    close: Callable[[], None]
-    summary: str = ""
-    classes: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One benchmark, as values and functions.
-
-    model: on its device. lr(step, steps_per_epoch): learning rate of a global step. loss(model, batch): named scalar
-    terms, each a mean over the batch, whose sum is minimised. open_data: called after RUN_START. target: the run ends
-    with success when `metric` reaches it; None trains all epochs. eval_epochs(completed): whether to evaluate then.
-    hyperparameters: MLPerf event names and values, logged before INIT_STOP.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr: Callable[[int, int], float]
-    loss: Callable[[nn.Module, Batch], dict[str, Tensor]]
-    open_data: Callable[[], Data]
-    metric: str
-    target: float | None
-    eval_epochs: Callable[[int], bool]
-    hyperparameters: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where and who this process is; handed to the function that builds the Task."""
-
-    backend: backend.Backend
-    world: distributed.World
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended; best and best_epoch (epochs completed) are None before the first result."""
-
-    code: int
-    step: int
-    best: float | None
-    best_epoch: int | None
-    seconds: float
+from detcore.task import Context, Data, Outcome, Pending, Task
+from detcore.watchdog import Watchdog
 
 
 class NotFinite(Exception):
@@ -138,7 +69,7 @@ class _Run:
 
     def __init__(
         self, task: Task, data: Data, state: State, context: Context, config: RunConfig, log: MLPerfLog,
-        progress: Progress, watchdog: distributed.Watchdog, stop: cli.StopRequest,
+        progress: Progress, watchdog: Watchdog, stop: cli.StopRequest,
     ):  # fmt: skip
         self.task, self.data, self.state, self.context, self.config = task, data, state, context, config
         self.log, self.progress, self.watchdog, self.stop = log, progress, watchdog, stop
@@ -372,7 +303,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         for note in task.notes:
             progress.say(note)
         limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.device)
-        watchdog = stack.enter_context(distributed.Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
+        watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
         distributed.barrier()
         log.end(keys.INIT_STOP)
         distributed.barrier()

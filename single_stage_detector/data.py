@@ -11,8 +11,8 @@ from detcore.backend import Backend
 from detcore.data import Batch, loader, synthetic
 from detcore.data.coco import CocoIndex
 from detcore.distributed import World
-from detcore.engine import Beat, Context, Data, Pending
 from detcore.evaluation.background import BackgroundEvaluator
+from detcore.task import Beat, Context, Data, Pending
 from single_stage_detector import config as constants
 from single_stage_detector.config import Config
 from single_stage_detector.postprocess import postprocess

@@ -18,6 +18,8 @@ from detcore import UserError, backend, checkpoint, cli, distributed, engine, la
 from detcore.data import Batch, synthetic, transforms
 from detcore.data.coco import CocoIndex
 from detcore.evaluation.coco import evaluate as coco_metrics
+from detcore.state import State
+from detcore.task import Context, Task
 from single_stage_detector.config import Config
 from single_stage_detector.data import (
     class_count,
@@ -222,7 +224,7 @@ def gallery(config: Config, build_model: BuildModel) -> None:
     _write_json(config.output_dir / "gallery.json", entries)
 
 
-def benchmark(config: Config, build_task: Callable[[Config, engine.Context], engine.Task]) -> int:
+def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> int:
     """Speed of training steps and of inference with post-processing, without and with the data set.
 
     Prints images/s (all processes together) and the milliseconds of an iteration: median, p90, p95, p99 as percentiles
@@ -233,10 +235,10 @@ def benchmark(config: Config, build_task: Callable[[Config, engine.Context], eng
     device = backend.select(config.device, config.precision, world.local_rank)
     distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
     try:
-        context = engine.Context(device, world, distributed.choose_seed(config.seed, device.device))
+        context = Context(device, world, distributed.choose_seed(config.seed, device.device))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
-        state = engine.State(task.model, task.optimizer, device.scaler(), None)
+        state = State(task.model, task.optimizer, device.scaler(), None)
         parallel = device.parallel(task.model, world.size)
         step = engine.make_train_step(task, state, parallel, config, device)
         optim.set_lr(task.optimizer, config.lr)
@@ -287,7 +289,7 @@ def _measure(
     batches: Iterator[Batch],
     config: Config,
     images: int,
-    context: engine.Context,
+    context: Context,
 ) -> dict[str, Any]:
     for _ in range(config.benchmark_warmup):
         run(next(batches))

@@ -13,6 +13,7 @@ from detcore.data import Batch
 from detcore.launcher import discover
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
+from detcore.task import Context, Task
 from single_stage_detector import inference
 from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config
 from single_stage_detector.data import class_count, open_data
@@ -47,7 +48,7 @@ def build_model(config: Config, num_classes: int) -> RetinaNet:
     return model
 
 
-def build_task(config: Config, context: engine.Context) -> engine.Task:
+def build_task(config: Config, context: Context) -> Task:
     """RetinaNet as the training loop sees it."""
     place = context.backend.place(build_model(config, class_count(config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
@@ -56,7 +57,7 @@ def build_task(config: Config, context: engine.Context) -> engine.Task:
         outputs = network(batch.images)
         return losses(outputs, model.anchors, batch.boxes, batch.labels)
 
-    return engine.Task(
+    return Task(
         model=model,
         optimizer=optim.adam(model, config.lr, fused=context.backend.is_gpu),
         lr=lambda step, per_epoch: warmup_then_constant(

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from detcore import distributed
+from detcore import distributed, watchdog
 from detcore.cli import run_main
 
 DEAD_S, HANG_S, BAD_STEP = 4.0, 7.0, 5
@@ -54,7 +54,7 @@ def sleeping_for_ever() -> None:
 
 def work(scenario: str, world, folder: Path) -> int:
     hang_s = HANG_S if scenario[:-1].removeprefix("alone_") in ("asleep", "behind", "late") else 1000
-    with distributed.Watchdog(world, hang_s, DEAD_S, folder) as dog:
+    with watchdog.Watchdog(world, hang_s, DEAD_S, folder) as dog:
         if "late" in scenario:
             late = world.rank == int(scenario[-1])
             for step in range(70 if late else 3):

@@ -110,10 +110,10 @@ def test_torchrun_starts_a_world(tmp_path):
     """Its agent, not rank 0, holds the rendezvous."""
     program = tmp_path / "program.py"
     program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom detcore import distributed\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom detcore import distributed, watchdog\n"
         "world = distributed.init('gloo', 60)\n"
         "assert distributed.agree([world.rank]) == [1] and world.local_size == world.size == 2\n"
-        "with distributed.Watchdog(world, 60, 30) as dog:\n    dog.beat('x', 1)\n"
+        "with watchdog.Watchdog(world, 60, 30) as dog:\n    dog.beat('x', 1)\n"
         "os.write(1, b'rank %d ok\\n' % world.rank)\ndistributed.shutdown()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]

@@ -15,6 +15,7 @@ from torch import nn
 from detcore import UserError, backend, cli, engine, optim
 from detcore.data import Batch
 from detcore.run_config import RunConfig
+from detcore.task import Data, Task
 
 STEPS = 4  # an epoch
 
@@ -68,11 +69,9 @@ def make_task(
             events.append(("evaluate", network.training, float(network.weight.detach())))
             return Later(next(results), polls)
 
-        return engine.Data(
-            7, 5, per_epoch, stream, evaluate, lambda: events.append("close"), "seven images", ((1, "a"),)
-        )
+        return Data(7, 5, per_epoch, stream, evaluate, lambda: events.append("close"), "seven images", ((1, "a"),))
 
-    return engine.Task(
+    return Task(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         lr=lambda step, per_epoch: lr,
