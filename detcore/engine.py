@@ -314,6 +314,14 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             watchdog.beat("opening the data", 0)
             data = task.open_data()
             stack.callback(data.close)
+            if saved and saved["steps_per_epoch"] != data.steps_per_epoch:
+                raise UserError(
+                    f"--resume: the run in {config.output_dir} had {saved['steps_per_epoch']} steps an epoch, this "
+                    f"data set gives {data.steps_per_epoch}: it is another one. Give the same to go on."
+                )
+            if folder and not saved:  # only now that the new run has its data
+                for name in ("last.pt", "best.pt", "evaluated.pt"):
+                    (folder / name).unlink(missing_ok=True)
             log.event(keys.TRAIN_SAMPLES, data.train_samples)
             log.event(keys.EVAL_SAMPLES, data.eval_samples)
             progress.say(data.summary)

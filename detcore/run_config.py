@@ -49,10 +49,16 @@ class RunConfig:
 
     epochs: int = option(26, "epochs at most", env="NUMEPOCHS", check=at_least(1), group="Training")
     batch_size: int = option(
-        2, "images per process and forward pass", env="BATCHSIZE", flags=("-b",), check=at_least(1), group="Training"
+        2,
+        "images per process and forward pass",
+        env="BATCHSIZE",
+        flags=("-b",),
+        check=between(1, 65536),
+        group="Training",
     )
     eval_batch_size: int = option(
-        0, "images per process in evaluation; 0: as in training", env="EVALBATCHSIZE", flags=("-e",), check=at_least(0),
+        0, "images per process in evaluation; 0: as in training", env="EVALBATCHSIZE", flags=("-e",),
+        check=between(0, 65536),
         group="Training",
     )  # fmt: skip
     accumulate: int = option(

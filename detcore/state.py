@@ -11,7 +11,10 @@ from detcore.backend import Backend
 from detcore.config import to_dict
 from detcore.run_config import RunConfig
 
-CHECKPOINTS = ("last.pt", "best.pt", "evaluated.pt")
+_CONTENTS = {
+    "model": dict, "optimizer": dict, "scaler": dict, "step": int, "evaluations": list, "world_size": int, "seed": int,
+    "generators": torch.Tensor, "steps_per_epoch": int, "config": dict,
+}  # fmt: skip
 
 
 @dataclass
@@ -66,11 +69,10 @@ class State:
             if self.ema:
                 self.ema.load_state_dict(saved["ema"])
             self.step = saved["step"]
-            self.evaluations = [tuple(e) for e in saved["evaluations"]]
-            generators = saved["generators"][world.rank]
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            self.evaluations = [(int(epoch), float(value)) for epoch, value in saved["evaluations"]]
+            backend.set_rng_state(saved["generators"][world.rank])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"--resume: {config.output_dir}/last.pt does not fit this program: {error}") from error
-        backend.set_rng_state(generators)
 
 
 def claim_folder(config: RunConfig, rank: int) -> dict[str, Any] | None:
@@ -80,7 +82,12 @@ def claim_folder(config: RunConfig, rank: int) -> dict[str, Any] | None:
     """
     last = config.output_dir / "last.pt"
     if config.resume:
-        return checkpoint.load(last)
+        saved = checkpoint.load(last)
+        wrong = [name for name, kind in _CONTENTS.items() if not isinstance(saved.get(name), kind)]
+        if wrong or saved["step"] < 0 or not saved["generators"].ndim:
+            what = ", ".join(wrong) or "step or generators"
+            raise UserError(f"--resume: {last} was not written by a training run of this program ({what} wrong)")
+        return saved
     if last.exists() and not config.overwrite:
         raise UserError(
             f"{config.output_dir} holds an earlier run. Add --resume to go on with it, --overwrite to replace it, or "
@@ -90,8 +97,6 @@ def claim_folder(config: RunConfig, rank: int) -> dict[str, Any] | None:
     if rank == 0:
         try:
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in CHECKPOINTS:
-                (config.output_dir / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--output-dir {config.output_dir} can't be written: {error.strerror}") from error
     return None

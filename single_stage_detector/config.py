@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from detcore import UserError
-from detcore.config import above, at_least, between, option
+from detcore.config import at_least, between, option
 from detcore.run_config import RunConfig
 
 BENCHMARK = "retinanet"  # submission_benchmark in rulesets 5.0 and 5.1
@@ -51,7 +51,7 @@ LAYOUTS = {
 class Config(RunConfig):
     """A run of the single-stage detector. The defaults are the MLPerf reference's."""
 
-    lr: float = option(1e-4, "learning rate", env="LR", check=above(0), group="Training")
+    lr: float = option(1e-4, "learning rate", env="LR", check=between(1e-12, 100), group="Training")
     warmup_epochs: float = option(
         1.0, "epochs of linear warm-up", env="WARMUP_EPOCHS", check=at_least(0), group="Training"
     )
@@ -75,9 +75,11 @@ class Config(RunConfig):
         True, "start from ImageNet weights, found in TORCH_HOME or at --weights; never downloaded", group="Model"
     )
     weights: Path | None = option(None, "the file of the ImageNet weights", group="Model")
-    fpn_channels: int = option(256, "channels of the feature pyramid and the heads", check=at_least(1), group="Model")
-    head_convs: int = option(4, "convolutions in each head's tower", check=at_least(0), group="Model")
-    image_size: tuple[int, int] = option((800, 800), "height and width", check=at_least(32), group="Model")
+    fpn_channels: int = option(
+        256, "channels of the feature pyramid and the heads", check=between(1, 4096), group="Model"
+    )
+    head_convs: int = option(4, "convolutions in each head's tower", check=between(0, 64), group="Model")
+    image_size: tuple[int, int] = option((800, 800), "height and width", check=between(32, 8192), group="Model")
     anchor_sizes: tuple[int, ...] = option(
         (32, 64, 128, 256, 512), "base anchor size in pixels of each of the five levels", check=at_least(1),
         group="Model",
@@ -93,9 +95,11 @@ class Config(RunConfig):
     val_annotations_file: Path | None = option(None, "validation JSON; none: as the layout has it", group="Data")
     num_classes: int = option(
         0, "number of classes; 0: as the data set has. Another number than the data set's is an error",
-        check=at_least(0), group="Data",
+        check=between(0, 100000), group="Data",
     )  # fmt: skip
-    max_boxes: int = option(1000, "boxes of an image at most, to which all are padded", check=at_least(1), group="Data")
+    max_boxes: int = option(
+        1000, "boxes of an image at most, to which all are padded", check=between(1, 100000), group="Data"
+    )
     data_augmentation: str = option("hflip", "random horizontal flip, or none", choices=("hflip", "none"), group="Data")
     antialias: bool = option(False, "anti-aliased resizing; the reference does without", group="Data")
     drop_last: bool = option(True, "leave out an epoch's last, incomplete batch instead of filling it", group="Data")

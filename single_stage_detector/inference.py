@@ -75,7 +75,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
     try:
         index = open_index(config, "val")
         _same_classes(config.checkpoint, index)
-        model = device.place(build_model(config, class_count(config))).eval()
+        model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         found = detect_all(model, eval_stream(config, index, world, device), index, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.device))

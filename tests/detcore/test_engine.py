@@ -1,5 +1,6 @@
 """The loop on a task small enough to check by hand: one weight, a quadratic loss."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from detcore import UserError, backend, cli, engine, optim
+from detcore import UserError, backend, checkpoint, cli, engine, optim
 from detcore.data import Batch
 from detcore.run_config import RunConfig
 from detcore.task import Data, Task
@@ -273,6 +274,37 @@ def test_an_earlier_run_is_not_lost(tmp_path):
         run(tmp_path, make_task(target=None), epochs=1)
     outcome, _ = run(tmp_path, make_task(target=None), epochs=1, overwrite=True)
     assert outcome.code == cli.OK
+
+
+def test_overwriting_waits_until_the_new_run_has_its_data(tmp_path):
+    run(tmp_path, make_task(target=None), epochs=1)
+    before = (tmp_path / "out/last.pt").read_bytes()
+
+    def no_data():
+        raise UserError("nowhere.json: no such file")
+
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        run(tmp_path, dataclasses.replace(make_task(), open_data=no_data), overwrite=True)
+    assert (tmp_path / "out/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config", "seed", "step", "generators", "world_size", "evaluations", "optimizer"])
+@pytest.mark.parametrize("value", [None, "absent", [["x"]], {"a": 1}, torch.zeros(2), -3])
+def test_a_checkpoint_of_other_content_is_refused_in_words(tmp_path, name, value):
+    run(tmp_path, make_task(target=None), epochs=1)
+    saved = checkpoint.load(tmp_path / "out/last.pt")
+    saved.pop(name)
+    checkpoint.save(tmp_path / "out/last.pt", saved if value == "absent" else saved | {name: value})
+    if name == "seed" and isinstance(value, int):
+        return  # any number is a seed
+    with pytest.raises(UserError, match="--resume"):
+        run(tmp_path, make_task(target=None), epochs=2, resume=True)
+
+
+def test_resuming_on_another_data_set_is_refused(tmp_path):
+    run(tmp_path, make_task(target=None), epochs=1)
+    with pytest.raises(UserError, match="had 4 steps an epoch, this data set gives 3"):
+        run(tmp_path, make_task(target=None, per_epoch=3), epochs=2, resume=True)
 
 
 def test_checkpoints_within_an_epoch(tmp_path):
