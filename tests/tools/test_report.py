@@ -1,0 +1,153 @@
+"""The report's page against the numbers it was made from."""
+
+import importlib.util
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detcore import UserError
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+LOSSES, METRICS = [2.0, 1.5, 0.5, 0.25], [0.1, 0.5]
+VOID = {"meta", "img", "br"}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    sys.path.insert(0, str(TOOLS))
+    spec = importlib.util.spec_from_file_location("report", TOOLS / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(TOOLS))
+    return module
+
+
+def lines(*, target=0.4, end=True) -> list[dict]:
+    config = {"target_map": target, "epochs": 2, "lr": "<script>alert(1)</script>"}
+    found = [
+        {"kind": "start", "benchmark": "retinanet", "config": config, "environment": {"torch": "2"}, "notes": ["N."]}
+    ]
+    for i, loss in enumerate(LOSSES):
+        terms = {"cls": loss / 4, "box": loss * 3 / 4}
+        fields = {"step": 10 * (i + 1), "epoch": 1 + i // 2, "time_s": 5.0 * (i + 1), "loss": loss, "terms": terms}
+        found.append({"kind": "step", **fields, "lr": 0.1, "images_per_s": 8.0 + i, "data_wait": 0.0})
+    for i, metric in enumerate(METRICS):
+        metrics = {"AP": metric, "AP50": metric + 0.2, "per_class": {"star": metric, "ring": -1.0}}
+        found.append({"kind": "eval", "step": 20 * (i + 1), "epoch": i + 1, "time_s": 21.0 + i, "metrics": metrics})
+    if end:
+        seconds = {"start_up": 1.0, "data": 2.0, "train": 17.0, "evaluation": 2.0, "checkpoint": 0.5}
+        found.append({"kind": "end", "status": "success", "time_s": 22.5, "seconds": seconds})
+    return found
+
+
+def make(folder: Path, found: list[dict], gallery: bool = False) -> Path:
+    (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    if gallery:
+        (folder / "gallery").mkdir()
+        Image.new("RGB", (40, 30), (9, 99, 9)).save(folder / "gallery/0.jpg")
+        box = {"box": [4.0, 5.0, 20.0, 25.0], "label": "star & <b>"}
+        entry = {
+            "image": "gallery/0.jpg",
+            "width": 40,
+            "height": 30,
+            "truth": [box],
+            "detections": [{**box, "score": 0.875}],
+        }
+        (folder / "gallery.json").write_text(json.dumps([entry]))
+    return folder
+
+
+def page(tool, folder: Path) -> str:
+    assert tool.main([str(folder)]) == 0
+    return (folder / "report.html").read_text()
+
+
+class Tags(HTMLParser):
+    """Fails where a tag is closed that is not the last one opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.names, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parse(text: str) -> Tags:
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open
+    return tags
+
+
+def values_of(text: str, name: str) -> list[float]:
+    """A line of a chart read back through the axis labels, as an eye would."""
+    figure = next(f for f in re.findall(r"<figure.*?</figure>", text, re.S) if f'data-name="{name}"' in f)
+    path = re.search(rf'<path(?=[^>]*data-name="{re.escape(name)}")[^>]*\bd="M([^"]+)"', figure)[1]
+    ticks = sorted((float(at), float(y)) for y, at in re.findall(r'data-y="([^"]+)" data-at="([^"]+)"', figure))
+    (low_at, low), (high_at, high) = ticks[0], ticks[-1]
+    heights = [float(point.split(",")[1]) for point in path.split("L")]
+    return [low + (h - low_at) * (high - low) / (high_at - low_at) for h in heights]
+
+
+def test_the_charts_show_the_numbers(tool, tmp_path):
+    text = page(tool, make(tmp_path, lines()))
+    assert values_of(text, "total") == pytest.approx(LOSSES, abs=0.02)
+    assert values_of(text, "cls") == pytest.approx([loss / 4 for loss in LOSSES], abs=0.02)
+    assert values_of(text, "AP50") == pytest.approx([m + 0.2 for m in METRICS], abs=0.01)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(tool, tmp_path, capsys):
+    text = page(tool, make(tmp_path, lines(), gallery=True))
+    tags = parse(text)
+    assert not re.search(r"https?://(?!www\.w3\.org)|src=\"(?!data:)|<script|<link|@import", text)
+    assert "Target AP 0.4 reached" in tags.text and "star & <b> 0.88" in tags.text and "N." in tags.text
+    assert "data:image/jpeg;base64," in text and "stroke-dasharray" in text
+    said = capsys.readouterr().out
+    assert "Target AP 0.4 reached" in said and "best AP 0.5000 after epoch 2" in said and "report.html" in said
+
+
+def test_a_run_without_an_end_says_so(tool, tmp_path):
+    make(tmp_path, lines(end=False, target=0.9))
+    with (tmp_path / "progress.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # killed while writing
+    tags = parse(page(tool, tmp_path))
+    assert "No end recorded" in tags.text and "step 40" in tags.text
+
+
+def test_a_run_below_its_target_says_so(tool, tmp_path):
+    found = lines(target=0.9)
+    found[-1]["status"] = "aborted"
+    assert "Target AP 0.9 not reached in 2 epochs" in parse(page(tool, make(tmp_path, found))).text
+
+
+def test_a_resumed_run_is_one_run(tool, tmp_path):
+    first = [line for line in lines(end=False) if line["kind"] != "eval"]
+    tags = page(tool, make(tmp_path, [*first, *lines()]))
+    assert values_of(tags, "total") == pytest.approx(LOSSES, abs=0.02)  # the repeated steps count once
+
+
+def test_a_run_before_its_first_step_has_a_page(tool, tmp_path):
+    tags = parse(page(tool, make(tmp_path, lines()[:1])))
+    assert "No evaluation was recorded" in tags.text and "No training step was recorded" in tags.text
+
+
+@pytest.mark.parametrize("content", [None, "", "no json\n", "[1, 2]\n"])
+def test_a_folder_without_a_run_is_refused(tool, tmp_path, content):
+    if content is not None:
+        (tmp_path / "progress.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"progress\.jsonl"):
+        tool.main([str(tmp_path)])
