@@ -23,7 +23,7 @@ from detcore.data import Batch
 from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
 from detcore.progress import Progress, duration
 from detcore.run_config import RunConfig
-from detcore.state import State, claim_folder
+from detcore.state import State, claim_folder, forget_earlier_run
 from detcore.task import Context, Data, Outcome, Pending, Task
 from detcore.watchdog import Watchdog
 
@@ -79,6 +79,7 @@ class _Run:
         self.window: list[tuple[int, dict[str, Tensor], list[Tensor]]] = []  # step, terms, image ids since last report
         self.pending: tuple[int, Pending | None] | None = None  # epochs completed; the result, on rank 0
         self.code: int | None = None  # set once the run is to end
+        self.saved_step = state.step  # of last.pt
         epoch, step = divmod(state.step, data.steps_per_epoch)
         self.stream = data.train_batches(epoch, step * config.accumulate)
 
@@ -122,8 +123,9 @@ class _Run:
         names = list(self.window[0][1])
         losses = torch.stack([torch.stack(list(terms.values())) for _, terms, _ in self.window]).cpu()
         finite = losses.isfinite().all(dim=1).tolist()
-        if distributed.agree([int(not all(finite))], self.context.backend.device)[0]:
-            raise NotFinite(self.explain(names, losses, finite, epoch))
+        weights = optim.finite(self.task.optimizer)
+        if distributed.agree([int(not (all(finite) and weights))], self.context.backend.device)[0]:
+            raise NotFinite(self.explain(names, losses, finite, weights, epoch))
         self.window.clear()
         step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
         rate, wait = progress.interval(step=step, images_per_step=self.images_per_step)
@@ -139,25 +141,32 @@ class _Run:
         }
         progress.write("step", step=step, epoch=epoch + 1, time_s=progress.elapsed(), **fields)
         evaluations = sum(self.task.eval_epochs(e + 1) for e in range(epoch, self.config.epochs))
-        left = progress.seconds_left(step, self.config.epochs * steps, evaluations, len(self.state.evaluations))
+        left = progress.time_left(step, self.config.epochs * steps, evaluations)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         done = step - epoch * steps
         bar = ("#" * (done * 16 // steps)).ljust(16, ".")
         progress.bar(
             f"epoch {epoch + 1}/{self.config.epochs} [{bar}] {done}/{steps}  loss {total:.3f} ({parts})  "
-            f"{rate:.1f} images/s  data wait {wait:.0%}  at most {duration(left)} left"
+            f"{rate:.1f} images/s  data wait {wait:.0%}  {left}"
         )
 
-    def explain(self, names: list[str], losses: Tensor, finite: list[bool], epoch: int) -> str:
-        rank = self.context.world.rank
+    def explain(self, names: list[str], losses: Tensor, finite: list[bool], weights: bool, epoch: int) -> str:
+        rank, steps = self.context.world.rank, [step for step, _, _ in self.window]
+        if all(finite) and not weights:
+            return (
+                f"rank {rank}: the weights are no longer finite after step {steps[-1]} (epoch {epoch + 1}), though the "
+                f"losses of steps {steps[0]} to {steps[-1]} are: a gradient overflowed in one of them. The checkpoints "
+                "from before are kept. Try a lower --lr, --clip-norm 10 or --precision fp32."
+            )
         if all(finite):
             return f"rank {rank} stops: the loss of another rank is not finite, its own message names the images"
         step, _, ids = self.window[finite.index(False)]
         values = ", ".join(f"{n} = {v:g}" for n, v in zip(names, losses[finite.index(False)].tolist(), strict=True))
         return (
             f"rank {rank}: the loss is not finite at step {step} (epoch {epoch + 1}): {values}; image ids "
-            f"{torch.cat(ids).tolist()}. The checkpoints from before are kept. Look at these images and their boxes; "
-            "else try a lower --lr, a longer --warmup-epochs, --clip-norm 10 or --precision fp32."
+            f"{torch.cat(ids).tolist()}. The checkpoints from before are kept. Look at these images and their boxes, "
+            "and at those of the step before, whose gradient may be the cause; else try a lower --lr, a longer "
+            "--warmup-epochs, --clip-norm 10 or --precision fp32."
         )
 
     def look_around(self, *, wait: bool) -> None:
@@ -212,6 +221,7 @@ class _Run:
             self.task.model.eval()
             self.pending = (completed, self.data.evaluate(self.task.model, self.watchdog.beat))
             self.task.model.train()
+        self.progress.evaluations += 1
         self.progress.pause(self.state.step)
 
     def save(self) -> None:
@@ -225,6 +235,7 @@ class _Run:
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
                 contents = self.state.contents() | run | about | {"config": to_dict(self.config)}
                 checkpoint.save(self.config.output_dir / "last.pt", contents)
+        self.saved_step = self.state.step
         self.progress.pause(self.state.step)
 
     def epochs(self) -> int:
@@ -245,8 +256,8 @@ class _Run:
                 self.evaluate(epoch + 1)
         if self.code != cli.OK:
             self.look_around(wait=True)
-        if self.code == cli.STOPPED and state.step % steps:
-            self.report(state.step // steps)
+        if self.code == cli.STOPPED and state.step > self.saved_step:
+            self.report((state.step - 1) // steps)
             self.save()
         if self.code is None:
             return cli.OK if task.target is None else cli.TARGET_NOT_REACHED
@@ -264,7 +275,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
     with ExitStack() as stack:
         stack.callback(distributed.shutdown)
         distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
-        saved = claim_folder(config, world.rank)
+        saved = claim_folder(config, world)
         seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.device)
         context = Context(device, world, seed)
         folder = config.output_dir if world.rank == 0 else None
@@ -275,9 +286,9 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         stop = stack.enter_context(cli.StopRequest())
 
         if config.drop_file_cache:
-            if world.local_rank == 0:
-                drop_file_cache(config.data_paths())
-            log.event(keys.CACHE_CLEAR, True)
+            dropped = drop_file_cache(config.data_paths()) if world.local_rank == 0 else 0
+            if dropped:
+                log.event(keys.CACHE_CLEAR, True)
         log.submission(benchmark, config)
         log.start(keys.INIT_START)
         torch.manual_seed(distributed.derive_seed(seed, 0))  # the same initial weights in every process
@@ -320,8 +331,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
                     f"data set gives {data.steps_per_epoch}: it is another one. Give the same to go on."
                 )
             if folder and not saved:  # only now that the new run has its data
-                for name in ("last.pt", "best.pt", "evaluated.pt"):
-                    (folder / name).unlink(missing_ok=True)
+                forget_earlier_run(config)
             log.event(keys.TRAIN_SAMPLES, data.train_samples)
             log.event(keys.EVAL_SAMPLES, data.eval_samples)
             progress.say(data.summary)

@@ -88,6 +88,16 @@ class MLPerfLog:
             handler.close()
 
 
+def succeeded(path: Path) -> bool:
+    """Whether a log's last RUN_STOP says success. Lines that are no events are passed over."""
+    status = None
+    for line in path.read_text(encoding="latin-1").splitlines():
+        _, token, text = line.rpartition(":::MLLOG ")
+        if token and f'"key": "{constants.RUN_STOP}"' in text:
+            status = f'"status": "{SUCCESS}"' in text
+    return bool(status)
+
+
 def drop_file_cache(folders: list[Path]) -> int:
     """Asks the kernel to drop the files below these folders from the page cache; needs no special right.
 

@@ -19,6 +19,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def finite(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights that an optimizer trains are finite numbers. Waits for the device once."""
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return bool(torch.stack(torch._foreach_norm(weights, float("inf"))).isfinite().all())
+
+
 class Ema:
     """Exponential moving average of a model's state: average = decay * average + (1 - decay) * value after each step.
 

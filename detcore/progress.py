@@ -27,7 +27,8 @@ class Progress:
         self._bar_open = False
         self._begin = time.perf_counter()
         self._mark = (0, 0.0, 0.0)  # step, time and data seconds of the last interval
-        self._first_step = 0
+        self._step_seconds = 0.0  # of one step, lately
+        self.evaluations = 0  # of this process
 
     def elapsed(self) -> float:
         """Seconds since the run started (since construction before that)."""
@@ -47,7 +48,6 @@ class Progress:
         self.seconds["start_up"] = self.elapsed()
         self._begin = time.perf_counter()
         self._mark = (step, 0.0, self.seconds["data"])
-        self._first_step = step
 
     def write(self, kind: str, **fields: Any) -> None:
         """One line of progress.jsonl, flushed."""
@@ -82,18 +82,22 @@ class Progress:
         last_step, last_time, last_data = self._mark
         self._mark = (step, now, data)
         span = max(now - last_time, 1e-9)
+        if step > last_step:
+            each = span / (step - last_step)
+            self._step_seconds = (self._step_seconds + each) / 2 if self._step_seconds else each
         return (step - last_step) * images_per_step / span, min((data - last_data) / span, 1.0)
 
     def pause(self, step: int) -> None:
         """Leaves out what just passed (evaluation, checkpoint) from the next interval's rate."""
         self._mark = (step, self.elapsed(), self.seconds["data"])
 
-    def seconds_left(self, step: int, total_steps: int, evaluations_left: int, evaluations_done: int) -> float:
-        """An estimate from what this run has measured: steps and evaluations still to come, if no target ends it."""
-        steps = max(step - self._first_step, 1)
-        each = (self.seconds["data"] + self.seconds["train"] + self.seconds["checkpoint"]) / steps
-        evaluation = self.seconds["evaluation"] / max(evaluations_done, 1)
-        return each * (total_steps - step) + evaluation * evaluations_left
+    def time_left(self, step: int, total_steps: int, evaluations_left: int) -> str:
+        """How long the rest would take if no target ends it, from the speed of the last intervals, in words."""
+        seconds = self._step_seconds * (total_steps - step)
+        if self.evaluations:
+            seconds += self.seconds["evaluation"] / self.evaluations * evaluations_left
+            return f"ETA {duration(seconds)} for all epochs"
+        return f"ETA {duration(seconds)} for all epochs, without evaluation"
 
     def close(self) -> None:
         if self._bar_open and self._console:

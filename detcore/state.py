@@ -1,16 +1,20 @@
 """What changes while a run trains, and how it goes into a checkpoint and comes back."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from detcore import UserError, checkpoint, distributed, optim
+from detcore import UserError, checkpoint, distributed, mlperf, optim
 from detcore.backend import Backend
 from detcore.config import to_dict
+from detcore.launcher import World
 from detcore.run_config import RunConfig
 
+CHECKPOINTS = ("last.pt", "best.pt", "evaluated.pt")
 _CONTENTS = {
     "model": dict, "optimizer": dict, "scaler": dict, "step": int, "evaluations": list, "world_size": int, "seed": int,
     "generators": torch.Tensor, "steps_per_epoch": int, "config": dict,
@@ -46,22 +50,11 @@ class State:
             "evaluations": [list(e) for e in self.evaluations],
         }
 
-    def restore(self, saved: dict[str, Any], config: RunConfig, world: distributed.World, backend: Backend) -> None:
+    def restore(self, saved: dict[str, Any], config: RunConfig, world: World, backend: Backend) -> None:
         """Puts a checkpoint's contents back, and the random generators of this rank.
 
-        Raises UserError if the run that wrote it had other settings that decide the weights, or another number of
-        processes, or does not fit the model.
+        Raises UserError if it does not fit the model.
         """
-        now, then = to_dict(config), saved["config"]
-        decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
-        differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
-        if saved["world_size"] != world.size:
-            differ.append(f"processes were {saved['world_size']}, are {world.size}")
-        if differ:
-            raise UserError(
-                f"--resume: the run in {config.output_dir} was started with other settings ({'; '.join(differ)}). "
-                "Give the same ones to go on with it, or start a new run in another --output-dir."
-            )
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -75,28 +68,67 @@ class State:
             raise UserError(f"--resume: {config.output_dir}/last.pt does not fit this program: {error}") from error
 
 
-def claim_folder(config: RunConfig, rank: int) -> dict[str, Any] | None:
+def claim_folder(config: RunConfig, world: World) -> dict[str, Any] | None:
     """Makes the output folder ready; returns the checkpoint to resume from, or None for a new run.
 
-    Raises UserError if it holds a run that nobody said to resume or to replace, or can't be written.
+    Nothing of an earlier run is lost yet: its log and progress are set aside as *.previous until `forget_earlier_run`.
+    Raises UserError if the folder holds a run that nobody said to resume or to replace, if the run to resume had other
+    settings that decide the weights or another number of processes or has reached its end, or if it can't be written.
     """
     last = config.output_dir / "last.pt"
     if config.resume:
-        saved = checkpoint.load(last)
-        wrong = [name for name, kind in _CONTENTS.items() if not isinstance(saved.get(name), kind)]
-        if wrong or saved["step"] < 0 or not saved["generators"].ndim:
-            what = ", ".join(wrong) or "step or generators"
-            raise UserError(f"--resume: {last} was not written by a training run of this program ({what} wrong)")
-        return saved
+        return _check_resumable(checkpoint.load(last), config, world)
     if last.exists() and not config.overwrite:
         raise UserError(
             f"{config.output_dir} holds an earlier run. Add --resume to go on with it, --overwrite to replace it, or "
             "choose another --output-dir."
         )
     distributed.barrier()  # every rank has looked before rank 0 writes
-    if rank == 0:
+    if world.rank == 0:
         try:
             config.output_dir.mkdir(parents=True, exist_ok=True)
+            for name in _records(config):
+                if name.exists():
+                    os.replace(name, _set_aside(name))
         except OSError as error:
             raise UserError(f"--output-dir {config.output_dir} can't be written: {error.strerror}") from error
     return None
+
+
+def forget_earlier_run(config: RunConfig) -> None:
+    """Removes what --overwrite replaces, once the new run has its data."""
+    for name in (*(config.output_dir / n for n in CHECKPOINTS), *map(_set_aside, _records(config))):
+        name.unlink(missing_ok=True)
+
+
+def _records(config: RunConfig) -> list[Path]:
+    return [config.output_dir / f"result_{config.result_index}.txt", config.output_dir / "progress.jsonl"]
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> dict[str, Any]:
+    last = config.output_dir / "last.pt"
+    wrong = [name for name, kind in _CONTENTS.items() if not isinstance(saved.get(name), kind)]
+    if wrong or saved["step"] < 0 or not saved["generators"].ndim:
+        what = ", ".join(wrong) or "step or generators"
+        raise UserError(f"--resume: {last} was not written by a training run of this program ({what} wrong)")
+    now, then = to_dict(config), saved["config"]
+    decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
+    differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
+    if saved["world_size"] != world.size:
+        differ.append(f"processes were {saved['world_size']}, are {world.size}")
+    if differ:
+        raise UserError(
+            f"--resume: the run in {config.output_dir} was started with other settings ({'; '.join(differ)}). "
+            "Give the same ones to go on with it, or start a new run in another --output-dir."
+        )
+    log = _records(config)[0]
+    if log.exists() and mlperf.succeeded(log) and config.epochs <= then.get("epochs", 0):
+        raise UserError(
+            f"--resume: the run in {config.output_dir} has ended with success, and its log must stay as it is. To "
+            "train on, copy the folder and give more --epochs."
+        )
+    return saved

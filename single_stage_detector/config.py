@@ -17,7 +17,8 @@ SCORE_THRESHOLD, TOPK_PER_LEVEL, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 100
 class Layout(NamedTuple):
     """Where a data set keeps its parts below its root, and how many classes it must have (None: any number).
 
-    crowd: whether boxes marked iscrowd train as ordinary positives (OpenImages group-of boxes) or are left out (COCO).
+    contiguous: whether the category ids must be 0..K-1 or 1..K, where others mean a faulty conversion. crowd: whether
+    boxes marked iscrowd train as ordinary positives (OpenImages group-of boxes) or are left out (COCO).
     """
 
     train_images: str
@@ -25,24 +26,25 @@ class Layout(NamedTuple):
     val_images: str
     val_annotations: str
     classes: int | None
+    contiguous: bool
     crowd: str
 
 
 LAYOUTS = {
     "openimages-mlperf": Layout(
         "train/data", "train/labels/openimages-mlperf.json",
-        "validation/data", "validation/labels/openimages-mlperf.json", 264, "keep",
+        "validation/data", "validation/labels/openimages-mlperf.json", 264, True, "keep",
     ),
     "openimages": Layout(
         "train/data", "train/labels/openimages.json",
-        "validation/data", "validation/labels/openimages.json", 601, "keep",
+        "validation/data", "validation/labels/openimages.json", 601, True, "keep",
     ),
     "coco": Layout(
         "train2017", "annotations/instances_train2017.json",
-        "val2017", "annotations/instances_val2017.json", 80, "drop",
+        "val2017", "annotations/instances_val2017.json", 80, False, "drop",
     ),
     "custom": Layout(
-        "train", "annotations/instances_train.json", "val", "annotations/instances_val.json", None, "drop",
+        "train", "annotations/instances_train.json", "val", "annotations/instances_val.json", None, False, "drop",
     ),
 }  # fmt: skip
 
@@ -163,7 +165,10 @@ class Config(RunConfig):
         return annotations, images or self.root() / getattr(self.layout, f"{name}_images")
 
     def data_paths(self) -> list[Path]:
-        return [] if self.synthetic else [*self.split("train"), *self.split("val")]
+        if self.synthetic:
+            return []
+        parts = [path for name in ("train", "val") for path in self.split(name)]
+        return [path.parent if path.suffix == ".json" else path for path in parts]  # with the index beside the JSON
 
     def departures(self) -> list[str]:
         """What keeps this run from being the MLPerf closed benchmark, in words; empty if nothing does."""
@@ -171,7 +176,9 @@ class Config(RunConfig):
             "backbone": "resnext50_32x4d", "trainable_backbone_layers": 3, "norm": "frozen", "pretrained": True,
             "fpn_channels": 256, "head_convs": 4, "image_size": (800, 800), "anchor_sizes": (32, 64, 128, 256, 512),
             "dataset": "openimages-mlperf", "synthetic": False, "data_augmentation": "hflip", "ema_decay": 0.0,
-            "clip_norm": 0.0, "target_map": TARGET_MAP, "max_iters_per_epoch": 0,
+            "clip_norm": 0.0, "target_map": TARGET_MAP, "max_iters_per_epoch": 0, "seed": None, "checkpoint": None,
+            "num_classes": 0, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
+            "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
 
@@ -183,35 +190,40 @@ ADOPTED = (
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 
-_DALI = "the dali loader has no such switch here"
-_DEFAULT_HERE = "this program always works so, or chooses it by itself"
+TRANSLATED_FLAGS = {
+    "--dali": ["--loader", "dali"], "--no-dali": ["--loader", "torch"], "--test-only": ["--mode", "evaluate"],
+    "--amp": ["--precision", "auto"], "--no-amp": ["--precision", "fp32"],
+}  # fmt: skip
+"""Flags of the original programs that are another option here."""
+
+_NO_EFFECT = "no effect here: it switches a part of the original program that this one does not have"
+_ELSEWHERE = "no effect here: see --resume, --mode, --synthetic, --log-interval and the launcher's own variables"
+_LAYOUT = "no effect here: the memory layout follows the device"
 IGNORED_FLAGS: dict[str, tuple[int, str]] = {
-    # vendor-specific flags of the originals: number of values, why they mean nothing here
+    # flags of the original programs: number of values, what to know
     **dict.fromkeys(
         ("--frozen-bn-opt", "--frozen-bn-fp16", "--jit", "--cuda-graphs", "--cuda-graphs-eval", "--cuda-graphs-syn",
          "--cls-head-pad", "--reg-head-pad", "--master-weights", "--apex-adam", "--apex-focal-loss",
          "--apex-backbone-fusion", "--apex-head-fusion", "--disable-ddp-broadcast-buffers", "--fp16-allreduce",
          "--no-gradient-as-bucket-view", "--cudnn-bench", "--deterministic", "--not-graphed-prologues",
-         "--metric-loss", "--sync-after-graph-replay", "--allreduce-barrier", "--async-coco",
-         "--not-power-benchmark"),
-        (0, _DEFAULT_HERE),
+         "--metric-loss", "--sync-after-graph-replay", "--allreduce-barrier", "--async-coco", "--cuda-profiler",
+         "--cuda-profiler-eval", "--power-benchmark", "--not-power-benchmark", "--dali-matched-idxs", "--dali-eval",
+         "--dali-eval-cache", "--dali-cpu-decode", "--dali-sync", "--dali-resize-first"),
+        (0, _NO_EFFECT),
     ),
     **dict.fromkeys(
         ("--cocoeval", "--coco-threads", "--async-coco-check-freq", "--num-eval-ranks", "--model-warmup-epochs",
-         "--ddp-bucket-sz", "--ddp-first-bucket-sz", "--cuda-profiler-start", "--cuda-profiler-stop", "--data-layout",
-         "--eval-print-freq", "--world-size", "--dist-url", "--start-epoch"),
-        (1, _DEFAULT_HERE),
+         "--ddp-bucket-sz", "--ddp-first-bucket-sz", "--cuda-profiler-start", "--cuda-profiler-stop",
+         "--max-eval-iters-per-epoch", "--power-sustain-time", "--dali-prefetch-queue-depth",
+         "--dali-pinned-memory-size", "--dali-cmn", "--dali-cmn-hint", "--dali-decoder-hint-height",
+         "--dali-decoder-hint-width", "--dali-decoder-hw-load", "--dali-input-batch-multiplier",
+         "--dali-eval-cmn-hint", "--dali-eval-decoder-hint-height", "--dali-eval-decoder-hint-width",
+         "--dali-eval-decoder-hw-load", "--dali-eval-input-batch-multiplier"),
+        (1, _NO_EFFECT),
     ),
     **dict.fromkeys(
-        ("--dali-matched-idxs", "--dali-eval", "--dali-eval-cache", "--dali-cpu-decode", "--dali-sync",
-         "--dali-resize-first"),
-        (0, _DALI),
+        ("--eval-print-freq", "--world-size", "--dist-url", "--start-epoch", "--syn-dataset"), (1, _ELSEWHERE)
     ),
-    **dict.fromkeys(
-        ("--dali-prefetch-queue-depth", "--dali-pinned-memory-size", "--dali-cmn", "--dali-cmn-hint",
-         "--dali-decoder-hint-height", "--dali-decoder-hint-width", "--dali-decoder-hw-load",
-         "--dali-input-batch-multiplier", "--dali-eval-cmn-hint", "--dali-eval-decoder-hint-height",
-         "--dali-eval-decoder-hint-width", "--dali-eval-decoder-hw-load", "--dali-eval-input-batch-multiplier"),
-        (1, _DALI),
-    ),
+    "--skip-eval": (0, _ELSEWHERE),
+    "--data-layout": (1, _LAYOUT),
 }  # fmt: skip

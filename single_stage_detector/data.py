@@ -21,7 +21,15 @@ from single_stage_detector.postprocess import postprocess
 def open_index(config: Config, split: str) -> CocoIndex:
     """The index of "train" or "val". Raises UserError if its classes are not those that the layout must have."""
     annotations, images = config.split(split)
-    return CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=config.layout.classes)
+    layout = config.layout
+    exact = layout.classes if layout.contiguous else None
+    index = CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=exact)
+    if layout.classes not in (None, index.num_classes):
+        raise UserError(
+            f"{annotations}: {index.num_classes} categories, but --dataset {config.dataset} has {layout.classes}; "
+            "--dataset custom takes any number"
+        )
+    return index
 
 
 def class_count(config: Config) -> int:
@@ -44,7 +52,7 @@ def train_stream(config: Config, index: CocoIndex, context: Context, epoch: int,
     if config.loader == "dali":
         from detcore.data import dali
 
-        batches, extra = dali.train_batches, {"device_id": world.local_rank}
+        batches, extra = dali.train_batches, {"device_id": world.local_rank if backend.is_gpu else None}
     return batches(
         index,
         image_size=config.image_size,
@@ -70,7 +78,7 @@ def eval_stream(config: Config, index: CocoIndex, world: World, backend: Backend
     if config.loader == "dali":
         from detcore.data import dali
 
-        batches, extra = dali.eval_batches, {"device_id": world.local_rank}
+        batches, extra = dali.eval_batches, {"device_id": world.local_rank if backend.is_gpu else None}
     return batches(
         index,
         image_size=config.image_size,

@@ -15,7 +15,7 @@ from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
 from detcore.task import Context, Task
 from single_stage_detector import inference
-from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config
+from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, TRANSLATED_FLAGS, Config
 from single_stage_detector.data import class_count, open_data
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet, load_reference_state
@@ -111,6 +111,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(describe(Config, PROGRAM, INTRO))
         return 0
+    argv = [word for given in argv for word in TRANSLATED_FLAGS.get(given, [given])]
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
     if config.checkpoint and config.mode != "train":

@@ -1,5 +1,6 @@
 """The loop on a task small enough to check by hand: one weight, a quadratic loss."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from torch import nn
 from detcore import UserError, backend, checkpoint, cli, engine, optim
 from detcore.data import Batch
 from detcore.run_config import RunConfig
+from detcore.state import State
 from detcore.task import Data, Task
 
 STEPS = 4  # an epoch
@@ -252,6 +254,87 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(tmp_path, number):
     assert [epoch for epoch, _ in saved["evaluations"]] == [1, 2]  # the third arrived after the last checkpoint
 
 
+def test_a_signal_in_the_last_step_of_an_epoch_saves_too(tmp_path):
+    def loss(network, b):
+        if int(b.image_id) == STEPS - 1 and not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"square": (network(b.images) ** 2).mean()}
+
+    outcome, _ = run(tmp_path, make_task(loss=loss, target=0.9))
+    assert outcome.code == cli.STOPPED and outcome.step == STEPS
+    events = []
+    outcome, log = run(tmp_path, make_task(loss=loss, target=0.9, events=events), resume=True)
+    assert ("stream", 1, 0) in events and outcome.step == 3 * STEPS
+    assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [1, 2, 3]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
+    """The loss of the last step is still fine when its gradient overflows."""
+
+    def loss(network, b):
+        value = (network(b.images) ** 2).mean()
+        if int(b.image_id) == 2 * STEPS - 1:
+            network.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return {"square": value}
+
+    outcome, _ = run(tmp_path, make_task(loss=loss, target=0.9))
+    assert outcome.code == cli.NOT_FINITE and "weights are no longer finite after step 8" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert saved["step"] == STEPS and saved["model"]["weight"].isfinite().all()
+
+
+def test_a_run_that_succeeded_keeps_its_log(tmp_path):
+    run(tmp_path, make_task(target=0.1))
+    before = (tmp_path / "out/result_0.txt").read_bytes()
+    with pytest.raises(UserError, match="has ended with success"):
+        run(tmp_path, make_task(target=0.1), resume=True)
+    with pytest.raises(UserError, match="accumulate was 1"):
+        run(tmp_path, make_task(target=0.1), resume=True, accumulate=2)
+    assert (tmp_path / "out/result_0.txt").read_bytes() == before
+
+
+def test_the_log_of_a_run_without_a_checkpoint_is_set_aside(tmp_path):
+    def no_data():
+        raise UserError("nowhere.json: no such file")
+
+    broken = dataclasses.replace(make_task(), open_data=no_data)
+    with pytest.raises(UserError):
+        run(tmp_path, broken)
+    first = (tmp_path / "out/result_0.txt").read_bytes()
+    with pytest.raises(UserError):
+        run(tmp_path, broken)
+    assert (tmp_path / "out/result_0.txt.previous").read_bytes() == first
+    outcome, _ = run(tmp_path, make_task())
+    assert outcome.code == cli.OK and not list((tmp_path / "out").glob("*.previous"))
+
+
+def test_ranks_exchange_gradients_once_a_step(tmp_path):
+    """With accumulation, all but the last backward pass run under no_sync."""
+    inside = []
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.syncs = module, True
+
+        def forward(self, images):
+            inside.append(self.syncs)
+            return self.module(images)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.syncs = False
+            yield
+            self.syncs = True
+
+    task, device = make_task(), backend.select("cpu", "fp32")
+    state = State(task.model, task.optimizer, device.scaler(), None)
+    step = engine.make_train_step(task, state, Wrapper(task.model), RunConfig(accumulate=3), device)
+    step([batch(i, i) for i in range(3)])
+    assert inside == [False, False, True]
+
+
 def test_resume_at_an_epochs_end_makes_up_for_the_missing_evaluation(tmp_path):
     run(tmp_path, make_task(target=0.9), epochs=1)
     saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
@@ -286,6 +369,7 @@ def test_overwriting_waits_until_the_new_run_has_its_data(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json"):
         run(tmp_path, dataclasses.replace(make_task(), open_data=no_data), overwrite=True)
     assert (tmp_path / "out/last.pt").read_bytes() == before
+    assert b"success" in (tmp_path / "out/result_0.txt.previous").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["config", "seed", "step", "generators", "world_size", "evaluations", "optimizer"])

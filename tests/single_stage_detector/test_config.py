@@ -4,6 +4,7 @@ import pytest
 
 from detcore import UserError
 from detcore.config import load
+from single_stage_detector import train
 from single_stage_detector.config import IGNORED_FLAGS, Config
 
 
@@ -26,6 +27,39 @@ def test_an_option_string_of_the_original_program_runs():
     ours = loaded.config
     assert (ours.lr, ours.batch_size, ours.eval_batch_size, ours.workers) == (8.5e-5, 32, 32, 8)
     assert str(ours.dataset_path) == "/d" and len(loaded.notices) == 5
+
+
+def test_every_flag_of_the_originals_is_known():
+    """The names of spec section 5.1 that are no option of ours; each with its value where it takes one."""
+    words = "--cuda-graphs --cuda-graphs-eval --cuda-graphs-syn --cls-head-pad --reg-head-pad --master-weights --jit "
+    words += "--model-warmup-epochs 16 --cocoeval nvidia --coco-threads 8 --async-coco --async-coco-check-freq 20 "
+    words += "--num-eval-ranks 4 --frozen-bn-opt --frozen-bn-fp16 --dali-matched-idxs --dali-eval --dali-eval-cache "
+    words += "--dali-prefetch-queue-depth 2 --dali-cpu-decode --dali-pinned-memory-size 268435456 --dali-cmn 0 "
+    words += "--dali-cmn-hint 0 --dali-decoder-hint-height 7360 --dali-decoder-hint-width 7360 --dali-sync "
+    words += "--dali-decoder-hw-load .65 --dali-input-batch-multiplier 1 --dali-eval-cmn-hint 0 --dali-resize-first "
+    words += "--dali-eval-decoder-hint-height 0 --dali-eval-decoder-hint-width 0 --dali-eval-decoder-hw-load .65 "
+    words += "--dali-eval-input-batch-multiplier 1 --apex-adam --apex-focal-loss --apex-backbone-fusion --skip-eval "
+    words += "--apex-head-fusion --disable-ddp-broadcast-buffers --fp16-allreduce --ddp-bucket-sz 25 --cudnn-bench "
+    words += "--ddp-first-bucket-sz 1 --no-gradient-as-bucket-view --deterministic --not-graphed-prologues "
+    words += "--metric-loss --syn-dataset 0 --sync-after-graph-replay --allreduce-barrier --cuda-profiler "
+    words += "--cuda-profiler-eval --cuda-profiler-start -1 --cuda-profiler-stop -1 --power-benchmark "
+    words += "--not-power-benchmark --power-sustain-time 600 --data-layout channels_last --start-epoch 0 "
+    words += "--world-size 1 --dist-url env:// --eval-print-freq 20 --max-eval-iters-per-epoch 5"
+    loaded = load(Config, words.split(), {}, IGNORED_FLAGS)
+    assert loaded.config == Config() and len(loaded.notices) == sum(word.startswith("--") for word in words.split())
+
+
+def test_flags_with_another_name_here_are_translated(capsys):
+    arguments = ["--dali", "--no-amp", "--print-config"]
+    assert train.main(arguments) == 0
+    shown = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line)
+    shown = {name.strip(): value.split()[0] for name, value in shown.items()}
+    assert (shown["loader"], shown["precision"], shown["mode"]) == ("dali", "fp32", "train")
+
+
+def test_a_closed_run_is_told_what_it_may_not_have():
+    ours = config("--checkpoint", "x.pt", "--seed", "1", "--val-annotations-file", "easy.json")
+    assert ours.departures() == ["seed 1", "checkpoint x.pt", "val_annotations_file easy.json"]
 
 
 def test_the_launchers_variables_arrive():
