@@ -47,7 +47,18 @@ elif [[ -n ${OMPI_COMM_WORLD_RANK:-} ]]; then
 else
     launched=0 local_rank=0
 fi
-if ((! launched && ${DGXNNODES:-1} > 1)); then
+
+read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
+trains=1 asks=0
+for word in "${extra[@]}" "$@"; do
+    case $word in
+        --mode | --mode=* | --test-only) trains=0 ;;
+        -h | --help | --print-config) trains=0 asks=1 ;;
+    esac
+done
+if ((asks)); then # one process can answer
+    gpus=1
+elif ((! launched && ${DGXNNODES:-1} > 1)); then
     fail "DGXNNODES=$DGXNNODES: several nodes need srun or mpirun, which call this script once for each GPU"
 fi
 
@@ -69,7 +80,6 @@ elif [[ ${BIND:-0} == 1 ]]; then
         echo "run_and_time.sh: BIND=1 has no effect, numactl is not installed" >&2
     fi
 fi
-read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
 
 # The program runs in a process group of its own, so that a signal reaches it once: from here.
 # shellcheck disable=SC2329  # the traps call it
@@ -92,7 +102,7 @@ while ((again)); do # a signal interrupts wait before the program has ended
     wait "$!" || status=$?
 done
 
-if ((status == 0 && rank == 0)); then
+if ((status == 0 && rank == 0 && trains)); then
     echo "RESULT,${BENCHMARK^^},,$SECONDS,$(id -un),$begin"
 fi
 exit "$status"

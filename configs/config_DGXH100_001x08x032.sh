@@ -10,7 +10,7 @@ export EVALBATCHSIZE=${EVALBATCHSIZE:-32}
 export NUMEPOCHS=${NUMEPOCHS:-8}
 export LR=${LR:-0.000085}
 export WARMUP_EPOCHS=${WARMUP_EPOCHS:-0}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--workers 12 --drop-file-cache"}
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--workers 12"}
 
 export DGXNNODES=1
 export DGXNGPU=8

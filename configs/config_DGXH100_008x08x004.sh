@@ -10,7 +10,7 @@ export EVALBATCHSIZE=${EVALBATCHSIZE:-32}
 export NUMEPOCHS=${NUMEPOCHS:-6}
 export LR=${LR:-0.0001}
 export WARMUP_EPOCHS=${WARMUP_EPOCHS:-1}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--workers 12 --drop-file-cache"}
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--workers 12"}
 
 export DGXNNODES=8
 export DGXNGPU=8

@@ -8,6 +8,7 @@ export DATASET_DIR=${DATASET_DIR:-build/demo-data}
 export BATCHSIZE=${BATCHSIZE:-8}
 export NUMEPOCHS=${NUMEPOCHS:-14}
 export LR=${LR:-0.0005}
+export LOG_INTERVAL=${LOG_INTERVAL:-10}
 export WARMUP_EPOCHS=${WARMUP_EPOCHS:-0.4}
 export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 \
 --no-pretrained --fpn-channels 64 --head-convs 1 --image-size 128 128 --anchor-sizes 16,32,64,128,256 --max-boxes 32 \

@@ -83,6 +83,8 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
         raise
     except Exception as error:  # torch and its unpickler answer to strange bytes with nearly every type
         reason = str(error).strip().split("\n")[0][:200]
+        if reason.startswith("Weights only load failed"):  # torch goes on with advice that would run the file's code
+            reason = "not a file of plain weights"
         raise UserError(
             f"checkpoint {path} cannot be loaded as weights ({type(error).__name__}: {reason}); "
             "it is damaged or no checkpoint. Use another file"

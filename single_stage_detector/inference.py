@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,7 +115,8 @@ def predict(config: Config, build_model: BuildModel) -> int:
     """Detections on images that need no annotations.
 
     Writes predictions/detections.json (COCO format: images, categories, annotations with a score) and a drawn copy of
-    each image below the output folder. Raises UserError for images that can't be read.
+    each image below the output folder. Images that can't be read are left out, listed at the end, and make the exit
+    code BAD_INPUT; if none can be read, UserError, and what an earlier call wrote stays.
     """
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
@@ -132,7 +134,12 @@ def predict(config: Config, build_model: BuildModel) -> int:
         "categories": [{"id": i, "name": name} for i, name in classes],
         "annotations": [],
     }
-    for number, (path, image, found) in enumerate(_detect_files(config, model, paths, device, classes), 1):
+    skipped: list[str] = []
+    detected = _detect_files(config, model, paths, device, classes, skipped)
+    for number, (path, image, found) in enumerate(detected, 1):
+        if number == 1:
+            for old in folder.glob("*.jpg"):  # pictures of an earlier call
+                old.unlink()
         height, width = image.shape[-2:]
         content["images"].append({"id": number, "file_name": path.name, "width": width, "height": height})
         for x, y, w, h, score, category in found.tolist():
@@ -141,20 +148,39 @@ def predict(config: Config, build_model: BuildModel) -> int:
         drawn = encode_jpeg(draw(image, found, dict(classes)), quality=92)
         (folder / f"{number:05}_{path.stem[:60]}.jpg").write_bytes(drawn.numpy().tobytes())
         print(f"{path}: {len(found)} objects")
+    if not content["images"]:
+        raise UserError("\n".join(skipped))
     _write_json(folder / "detections.json", content)
     total = len(content["annotations"])
-    print(f"{len(paths)} images, {total} objects of score {config.score_threshold:g} or more: {folder}")
+    print(f"{len(content['images'])} images, {total} objects of score {config.score_threshold:g} or more: {folder}")
+    if skipped:
+        print(f"error: {len(skipped)} of {len(paths)} images left out:\n" + "\n".join(skipped), file=sys.stderr)
+        return cli.BAD_INPUT
     return cli.OK
 
 
 @torch.inference_mode()
 def _detect_files(
-    config: Config, model: nn.Module, paths: list[Path], device: backend.Backend, classes: list
+    config: Config,
+    model: nn.Module,
+    paths: list[Path],
+    device: backend.Backend,
+    classes: list,
+    skipped: list[str] | None = None,
 ) -> Iterator[tuple[Path, Tensor, Tensor]]:
-    """(path, uint8 image [3, h, w], float64 [d, 6] x, y, w, h, score, category_id by falling score) of each file."""
+    """(path, uint8 image [3, h, w], float64 [d, 6] x, y, w, h, score, category_id by falling score) of each file.
+
+    Files that do not decode go to `skipped`; without it they raise UserError.
+    """
     ids = torch.tensor([i for i, _ in classes], device=device.device)
     for number, path in enumerate(paths):
-        image = transforms.decode(transforms.read_bytes(path, number), path=path, image_id=number)
+        try:
+            image = transforms.decode(transforms.read_bytes(path, number), path=path, image_id=number)
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         resized = transforms.resize(image, config.image_size, flip=False, antialias=config.antialias)
         batch = Batch(
             images=resized.permute(2, 0, 1)[None],

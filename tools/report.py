@@ -243,7 +243,7 @@ def picture(entry: dict[str, Any], colours: dict[str, str]) -> Markup:
         parts.append(el("text", words, x=round(at_x, 1), y=round(at_y, 1), font_size=size, fill=colours[label]))
     more = f", the best {MOST_BOXES} drawn" if len(entry["detections"]) > MOST_BOXES else ""
     svg = el("svg", *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label="validation image with boxes")
-    words = f"{len(entry['truth'])} true, {len(entry['detections'])} found{more}"
+    words = f"{len(entry['truth'])} true, {len(entry['detections'])} detections{more}"
     return el("figure", svg, el("p", words, class_="small"))
 
 
@@ -310,7 +310,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
         ("Time to train", duration(seconds), between),
         ("Epochs evaluated", f"{done}", f"of at most {run.start['config'].get('epochs', '?')}"),
         ("Best mAP", f"{best['metrics']['AP']:.4f}" if best else "-", where),
-        ("Images/s", rate, "while training, median of the logging intervals"),
+        ("Images/s", rate, "over all training steps, waiting for data included"),
     ]
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +54,12 @@ class Run:
 
     @property
     def rate(self) -> float | None:
-        """Images per second while training: median over the logging intervals, all processes together."""
-        return statistics.median(s["images_per_s"] for s in self.steps) if self.steps else None
+        """Images per second over all training steps and their waiting for data, all processes together."""
+        if not self.steps:
+            return None
+        counts = [b["step"] - a for a, b in zip([0] + [s["step"] for s in self.steps], self.steps, strict=False)]
+        rates = [max(s["images_per_s"], 1e-9) for s in self.steps]
+        return sum(counts) / sum(n / rate for n, rate in zip(counts, rates, strict=True))
 
     def time_to_train(self) -> tuple[float, str]:
         """Seconds, and in words between which events."""

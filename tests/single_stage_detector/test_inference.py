@@ -106,16 +106,19 @@ def test_predict_takes_files_of_any_name(state, tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_refused_image_leaves_the_earlier_predictions_list(state, tmp_path, capsys):
+def test_images_that_cannot_be_read_are_left_out_and_listed(state, tmp_path, capsys):
     checkpoint.save(tmp_path / "x.pt", state)
     (tmp_path / "in").mkdir()
     picture(tmp_path / "in/a.jpg")
-    assert run(tmp_path, "--mode", "predict", "--images", tmp_path / "in") == 0
-    before = (tmp_path / "out/predictions/detections.json").read_bytes()
     (tmp_path / "in/b.jpg").write_bytes((tmp_path / "in/a.jpg").read_bytes()[:300])
     assert run(tmp_path, "--mode", "predict", "--images", tmp_path / "in") == 2
-    assert f"error: {tmp_path}/in/b.jpg: " in capsys.readouterr().err
-    assert (tmp_path / "out/predictions/detections.json").read_bytes() == before
+    err = capsys.readouterr().err
+    assert "1 of 2 images left out" in err and f"{tmp_path}/in/b.jpg: " in err
+    before = json.loads((tmp_path / "out/predictions/detections.json").read_text())
+    assert [image["file_name"] for image in before["images"]] == ["a.jpg"]
+    assert len(list((tmp_path / "out/predictions").glob("*.jpg"))) == 1
+    assert run(tmp_path, "--mode", "predict", "--images", tmp_path / "in/b.jpg") == 2
+    assert json.loads((tmp_path / "out/predictions/detections.json").read_text()) == before
 
 
 def test_evaluation_on_other_classes_is_refused(state, data, tmp_path, capsys):
