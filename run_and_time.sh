@@ -52,8 +52,8 @@ read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
 trains=1 asks=0
 for word in "${extra[@]}" "$@"; do
     case $word in
-        --mode | --mode=* | --test-only) trains=0 ;;
-        -h | --help | --print-config) trains=0 asks=1 ;;
+    --mode | --mode=* | --test-only) trains=0 ;;
+    -h | --help | --print-config) trains=0 asks=1 ;;
     esac
 done
 if ((asks)); then # one process can answer
