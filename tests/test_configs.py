@@ -139,7 +139,7 @@ def test_the_environment_overrides_each_hyperparameter(path):
     given = {
         "BATCHSIZE": "3", "EVALBATCHSIZE": "5", "NUMEPOCHS": "77", "LR": "0.25", "WARMUP_EPOCHS": "0.5",
         "EXTRA_PARAMS": "--workers 1  --seed 9", "DATASET_DIR": "/a b/c", "MLPERF_DIVISION": "closed",
-        "MLPERF_SUBMISSION_ORG": "we & co", "MLPERF_SUBMISSION_PLATFORM": "two words",
+        "MLPERF_SUBMISSION_ORG": "we & co", "MLPERF_SUBMISSION_PLATFORM": "two words", "LOG_INTERVAL": "30",
     }  # fmt: skip
     assert set(own) & PROGRAM <= set(given)
     exported = exports(path, **given)

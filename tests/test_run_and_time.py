@@ -123,6 +123,17 @@ def test_several_nodes_without_a_launcher_are_refused(box):
     assert not (box.notes / "argv").exists()
 
 
+@pytest.mark.parametrize("word", ["--print-config", "--help", "-h"])
+def test_a_question_is_answered_by_one_process_without_a_result(box, word):
+    done = box.run(word, DGXNGPU="8", DGXNNODES="8")
+    assert done.returncode == 0 and done.stdout == "" and box.argv() == [*PLAIN, word]
+
+
+@pytest.mark.parametrize("words", [("--mode", "evaluate"), ("--mode=predict",), ("--test-only",)])
+def test_only_a_training_has_a_result(box, words):
+    assert box.run(*words).stdout == ""
+
+
 def test_threads_of_a_single_rank_are_left_alone(box):
     box.run(DGXNGPU="1")
     assert "OMP_NUM_THREADS" not in box.env()
