@@ -206,3 +206,16 @@ def test_resuming_nothing_says_so(scenes, tmp_path):
 def test_missing_imagenet_weights_name_the_script(scenes, tmp_path):
     result = run(scenes, tmp_path / "out", "--pretrained", "--weights", str(tmp_path / "none.pth"))
     assert result.returncode == 2 and "download_backbone.sh" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.dali
+def test_the_program_trains_with_dali_as_with_torch(scenes, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    options = ["--epochs", "1", "--log-interval", "1", "--lr", "1e-5"]
+    losses = []
+    for loader in ("torch", "dali"):
+        result = run(scenes, tmp_path / loader, *options, "--loader", loader)
+        assert result.returncode == 3, result.stderr[-3000:]
+        lines = [json.loads(line) for line in _whole_lines(tmp_path / loader / "progress.jsonl")]
+        losses.append([line["loss"] for line in lines if line["kind"] == "step"])
+    assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], rel=0.02)  # pixels differ by a level
