@@ -198,6 +198,7 @@ def test_signals_reach_the_program_once_and_its_code_comes_back(box, sent, heard
     process = subprocess.Popen(
         ["bash", "-c", f'exec 3>&{write}; exec "{SCRIPT}"'], env=box.environ(), pass_fds=[write],
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
     )  # fmt: skip
     os.close(write)
     try:
