@@ -48,7 +48,8 @@ section, .tile, .charts figure { background: var(--card); border: 1px solid var(
 section { padding: 16px; margin-top: 16px; } figure { margin: 0; min-width: 0; } .charts figure { padding: 16px; }
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 16px 0; }
 .tile { padding: 12px 14px; display: flex; flex-direction: column; } .tile strong { font-size: 26px; line-height: 1.3; }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; } .charts svg { width: 100%; height: auto; }
+.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
+.charts svg { display: block; width: 100%; height: auto; }
 .charts text { font-size: 12px; fill: var(--soft); } .end { text-anchor: end; } .mid { text-anchor: middle; }
 .grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .line.c0 { stroke: var(--c0); stroke-width: 2.5; } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
@@ -68,15 +69,17 @@ section { padding: 16px; margin-top: 16px; } figure { margin: 0; min-width: 0; }
 .t6 { fill: var(--t6); background: var(--t6); }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 500; } .sum > * { font-weight: 600; border: 0; }
-.facts td { text-align: left; overflow-wrap: anywhere; } .facts th { vertical-align: top; } .wide { overflow-x: auto; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts th { vertical-align: top; } .wide { overflow-x: auto; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 14px; }
 .gallery svg { display: block; width: 100%; height: auto; border-radius: 6px; } .gallery p { margin: 2px 0 0; }
-.gallery rect { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2.5; }
+.gallery rect { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2.5; pointer-events: stroke; }
 .gallery .under { stroke: #000; stroke-width: 3; stroke-opacity: .7; }
-.gallery .truth { stroke: #fff; stroke-width: 1.75; stroke-dasharray: 5 4; pointer-events: all; }
+.gallery .truth { stroke: #fff; stroke-width: 1.75; stroke-dasharray: 5 4; }
 .gallery text { font-weight: 700; paint-order: stroke; stroke: #000; stroke-width: .22em; stroke-linejoin: round; }
-.bars { columns: 2; column-gap: 32px; } .bar { display: grid; grid-template-columns: 9em 1fr 3.5em; gap: 10px;
+.bars { columns: 2; column-gap: 32px; } .bar { display: grid; grid-template-columns: 12em 1fr 3.5em; gap: 10px;
   align-items: center; padding: 3px 0; break-inside: avoid; font-size: 14px; }
 .bar span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .bar svg { width: 100%; height: 12px; background: var(--line); border-radius: 3px; } .bar rect { fill: var(--c1); }
@@ -146,7 +149,10 @@ def chart(name: str, unit: str, x_name: str, xs: list[float], series: list[Serie
     for t in y.ticks:
         parts.append(el("path", d=f"M{x.start},{y.at(t)}H{x.end}", class_="grid"))
         parts.append(el("text", f"{t:.10g}", x=40, y=y.at(t) + 4, class_="end", data_y=t, data_at=y.at(t)))
-    parts += [el("text", f"{t:,.10g}", x=x.at(t), y=246, class_="mid", data_x=t, data_at=x.at(t)) for t in x.ticks]
+    for t in x.ticks:
+        words = f"{t:,.10g}"
+        place = {"x": 478, "class_": "end"} if x.at(t) + 4 * len(words) > 478 else {"x": x.at(t), "class_": "mid"}
+        parts.append(el("text", words, **place, y=246, data_x=t, data_at=x.at(t)))
     if target is not None:
         parts.append(el("path", d=f"M{x.start},{y.at(target)}H{x.end}", class_="target"))
     for s in reversed(series):
@@ -209,7 +215,7 @@ def time_section(run: Run) -> Markup:
     for i, (kind, words) in enumerate(TIMES.items()):
         value = run.seconds[kind]
         width = value / total * 1000
-        if kind == "unknown" and not value:
+        if not value:
             continue
         title = el("title", f"{words}: {value:,.1f} s, {value / total:.1%}")
         bars.append(el("rect", title, x=round(left, 2), y=0, width=round(width, 2), height=40, class_=f"t{i}"))
@@ -225,7 +231,10 @@ def time_section(run: Run) -> Markup:
 
 
 def picture(entry: dict[str, Any], colours: dict[str, str]) -> Markup:
-    """One image with its true boxes dashed and the best detections solid, in the image's own pixels."""
+    """One image with its true boxes dashed and the best detections solid, in the image's own pixels.
+
+    Detections come best first; the words of one that finds no free place are only shown to the pointer.
+    """
     width, height = entry["size"]
     size = round(width * 0.042, 2)
     suffix = Path(entry["image"]).suffix.lower().lstrip(".").replace("jpg", "jpeg")
@@ -234,13 +243,21 @@ def picture(entry: dict[str, Any], colours: dict[str, str]) -> Markup:
         place = {"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0}
         title = el("title", f"truth: {label}")
         parts += [el("rect", **place, class_="under"), el("rect", title, **place, class_="truth")]
-    for x0, y0, x1, y1, label, score in reversed(entry["detections"][:MOST_BOXES]):
+    boxes, texts, taken = [], [], []
+    for x0, y0, x1, y1, label, score in entry["detections"][:MOST_BOXES]:
         words = f"{label} {score:.2f}"
-        at_x = max(min(x0, width - 0.6 * size * len(words)), 0)  # a letter is about 0.6 of its height wide
-        at_y = y0 - 0.3 * size if y0 > 1.3 * size else min(y1 + size, height - 2)
-        parts.append(el("rect", el("title", f"found: {words}"), x=x0, y=y0, width=x1 - x0, height=y1 - y0,
+        boxes.append(el("rect", el("title", f"found: {words}"), x=x0, y=y0, width=x1 - x0, height=y1 - y0,
                         stroke=colours[label], class_="found"))  # fmt: skip
-        parts.append(el("text", words, x=round(at_x, 1), y=round(at_y, 1), font_size=size, fill=colours[label]))
+        wide = 0.65 * size * len(words)  # a letter of the bold face is about 0.65 of its height wide
+        left = max(min(x0, width - wide), 0)
+        for base in (y0 - 0.3 * size, y1 + size, y0 + size):  # above the box, below it, inside
+            free = all(abs(y - base) > size or x > left + wide or x + w < left for x, y, w in taken)
+            if size <= base <= height and free:
+                taken.append((left, base, wide))
+                place = {"x": round(left, 1), "y": round(base, 1), "font_size": size}
+                texts.append(el("text", words, **place, fill=colours[label]))
+                break
+    parts += [*reversed(boxes), *texts]
     more = f", the best {MOST_BOXES} drawn" if len(entry["detections"]) > MOST_BOXES else ""
     svg = el("svg", *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label="validation image with boxes")
     words = f"{len(entry['truth'])} true, {len(entry['detections'])} detections{more}"
@@ -253,7 +270,8 @@ def gallery_section(run: Run) -> Markup:
     labels = sorted({box[4] for e in run.gallery for box in e["truth"] + e["detections"]})
     colours = {label: BOX_COLOURS[i % len(BOX_COLOURS)] for i, label in enumerate(labels)}
     least = run.start["config"].get("score_threshold", 0)
-    words = f"Validation images. Dashed: true boxes. Solid: what best.pt finds with a score of {least:g} or more."
+    words = f"Validation images. Dashed: true boxes. Solid: what best.pt finds with a score of {least:g} or more; "
+    words += "where boxes crowd, only the best have room for their words."
     pictures = [picture(entry, colours) for entry in run.gallery]
     return el("section", el("h2", "Detections"), el("p", words), el("div", *pictures, class_="gallery"))
 
@@ -277,7 +295,7 @@ def class_section(run: Run) -> Markup:
         body = [first, el("details", el("summary", f"{len(rows) - 2 * half} classes between"), middle), last]
     empty = len(per_class) - len(ranked)
     words = f"After epoch {run.best['epoch']}, the best one. A full bar is {full:g}."
-    words += f" {empty} classes have no boxes in the validation set." if empty else ""
+    words += f" Without boxes in the validation set, so without a bar: {empty}." if empty else ""
     return el("section", el("h2", "AP of each class"), el("p", words), *body)
 
 

@@ -1,6 +1,7 @@
 """The report's page against the numbers it was made from."""
 
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -86,6 +87,14 @@ class Tags(HTMLParser):
         self.text += data
 
 
+def console(tool, folder: Path, capsys) -> str:
+    """What the program prints: five lines."""
+    page(tool, folder)
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 5
+    return said
+
+
 def parse(text: str) -> Tags:
     tags = Tags()
     tags.feed(text)
@@ -108,6 +117,42 @@ def test_the_charts_show_the_numbers(tool, tmp_path):
     assert values_of(text, "total") == pytest.approx(LOSSES, abs=0.02)
     assert values_of(text, "cls") == pytest.approx([loss / 4 for loss in LOSSES], abs=0.02)
     assert values_of(text, "AP50") == pytest.approx([m + 0.2 for m in METRICS], abs=0.01)
+
+
+def test_points_stand_over_their_steps(tool, tmp_path):
+    text = page(tool, make(tmp_path, lines()))
+    figure = re.search(r"<figure><h2>Loss.*?</figure>", text, re.S)[0]
+    (zero, low), *_, (last, high) = [
+        (float(value), float(at)) for value, at in re.findall(r'data-x="([^"]+)" data-at="([^"]+)"', figure)
+    ]
+    across = [float(p.split(",")[0]) for p in re.search(r'd="M([^"]+)" class="line c0"', figure)[1].split("L")]
+    assert [zero + (x - low) * (last - zero) / (high - low) for x in across] == pytest.approx([10, 20, 30, 40], abs=0.1)
+    assert "step 30, epoch 2\ntotal 0.5000\ncls 0.1250\nbox 0.3750" in parse(figure).text
+
+
+def test_the_bar_of_time_has_the_seconds_as_lengths(tool, tmp_path):
+    text = page(tool, make(tmp_path, lines()))
+    bar = re.search(r'<svg[^>]*class="stack".*?</svg>', text, re.S)[0]
+    lengths = [float(w) for w in re.findall(r'width="([^"]+)" height="40"', bar)]
+    seconds = [1.0, 17.0, 2.0, 2.0, 0.5, 22.5 - 21.5]  # the last: what the clock saw beyond the four kinds
+    assert lengths == pytest.approx([1000 * s / sum(seconds) for s in seconds], abs=0.02)
+
+
+def test_boxes_lie_where_the_gallery_says(tool, tmp_path):
+    text = page(tool, make(tmp_path, lines(), gallery=True))
+    place = 'x="4.0" y="5.0" width="16.0" height="20.0"'
+    assert re.search(rf'<rect {place} class="truth">', text)
+    assert re.search(rf'<rect {place} stroke="#[0-9a-f]+" class="found">', text)
+    assert 'viewBox="0 0 40 30"' in text
+
+
+def test_words_in_a_crowd_do_not_lie_on_each_other(tool):
+    found = [(4.0, 20.0 + i / 10, 60.0, 80.0, "star", 0.9 - i / 100) for i in range(20)]
+    entry = {"image": "0.jpg", "data": "", "size": (100.0, 100.0), "truth": [], "detections": found}
+    drawn = tool.picture(entry, {"star": "#fff"})
+    heights = sorted(float(y) for y in re.findall(r'<text x="[^"]+" y="([^"]+)"', drawn))
+    assert drawn.count('class="found"') == 20 and "star 0.90</text>" in drawn
+    assert len(heights) > 1 and all(b - a > 4.2 for a, b in itertools.pairwise(heights))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(tool, tmp_path, capsys):
@@ -143,6 +188,48 @@ def test_a_resumed_run_is_one_run(tool, tmp_path):
 def test_a_run_before_its_first_step_has_a_page(tool, tmp_path):
     tags = parse(page(tool, make(tmp_path, lines()[:1])))
     assert "No evaluation was recorded" in tags.text and "No training step was recorded" in tags.text
+
+
+def test_a_run_resumed_behind_a_cut_line_is_read(tool, tmp_path):
+    first, second = lines(end=False)[:4], lines()
+    text = "".join(json.dumps(line) + "\n" for line in first) + '{"kind": "step", "st'
+    make(tmp_path, second)
+    (tmp_path / "progress.jsonl").write_text(text + (tmp_path / "progress.jsonl").read_text())
+    tags = parse(page(tool, tmp_path))
+    assert "sum of the run's 2 parts" in tags.text and "parts that ended without a record15.0 s" in tags.text
+    assert "left out of progress.jsonl, because unreadable or cut: 1 line" in tags.text
+
+
+def test_an_aborted_run_says_where(tool, tmp_path):
+    found = lines(target=0.9)
+    found = [*found[:4], {**found[-1], "status": "aborted"}]
+    tags = parse(page(tool, make(tmp_path, found)))
+    assert "Aborted after step 30; target AP 0.9 not reached" in tags.text
+
+
+def test_the_time_is_that_of_the_log(tool, tmp_path, capsys):
+    make(tmp_path, lines())
+    events = [("run_start", 1_000_000), ("run_stop", 1_083_000)]
+    log = [":::MLLOG " + json.dumps({"key": key, "time_ms": time, "value": None}) for key, time in events]
+    (tmp_path / "result_0.txt").write_text("\n".join([*log, ':::MLLOG {"key": "sta']))
+    assert "time to train 1:23 (from RUN_START to RUN_STOP in the log)" in console(tool, tmp_path, capsys)
+    assert "left out of result_0.txt, because unreadable or cut: 1 line" in (tmp_path / "report.html").read_text()
+
+
+def test_a_gallery_of_another_run_or_cut_is_left_out(tool, tmp_path):
+    make(tmp_path, lines(), gallery=True)
+    event = {"key": "run_start", "time_ms": (tmp_path / "gallery.json").stat().st_mtime * 1000 + 60_000, "value": None}
+    (tmp_path / "result_0.txt").write_text(":::MLLOG " + json.dumps(event))
+    assert "gallery.json is older than this run" in page(tool, tmp_path)
+    (tmp_path / "result_0.txt").unlink()
+    (tmp_path / "gallery.json").write_text((tmp_path / "gallery.json").read_text()[:50])
+    text = page(tool, tmp_path)
+    assert "the gallery can&#x27;t be read and is left out" in text and "data:image" not in text
+
+
+def test_a_folder_that_is_not_there_is_refused(tool, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        tool.main([str(tmp_path / "nothing")])
 
 
 @pytest.mark.parametrize("content", [None, "", "no json\n", "[1, 2]\n"])
