@@ -200,14 +200,13 @@ def clutter(random: np.random.RandomState, height: int, width: int, unit: float)
     centre = random.uniform(0, width), random.uniform(0, height)
     angle = random.uniform(0, 2 * math.pi)
     if kind == 0:
-        points, scale = unit_outline("square"), (random.uniform(15, 60) * unit, random.uniform(0.8, 2) * unit)
+        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+        scale = (random.uniform(15, 60) * unit, random.uniform(0.8, 2) * unit)
     elif kind == 1:
         long = random.uniform(8, 20) * unit
         points, scale = unit_outline("circle"), (long, long * random.uniform(0.15, 0.4))
     else:
         points, scale = random.uniform(-1, 1, (4, 2)), (random.uniform(3, 7) * unit,) * 2
-    if kind == 0:
-        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
     outline = place(points, centre, scale, angle)
     return Item(outline, fill(outline, height, width), None)
 
