@@ -127,17 +127,6 @@ def link_or_copy(src: str | os.PathLike, dst: str | os.PathLike) -> None:
             part.unlink(missing_ok=True)
 
 
-def rng_state(device_state: torch.Tensor | None = None) -> dict[str, torch.Tensor | None]:
-    """The state of this process' random numbers: torch's CPU generator, and the device's as the caller read it."""
-    return {"cpu": torch.get_rng_state(), "device": device_state}
-
-
-def set_rng_state(state: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
-    """Restore the CPU generator from `rng_state`'s dict; returns the device's part, for the caller to restore."""
-    torch.set_rng_state(state["cpu"])
-    return state["device"]
-
-
 class _Sink:
     """What torch.save writes to: counts and hashes, and after an error only counts.
 

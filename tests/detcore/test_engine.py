@@ -423,6 +423,15 @@ def test_scaler_and_precision_follow_the_config():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
+def test_random_numbers_continue_from_their_state():
+    device = backend.select("cpu", "fp32")
+    torch.rand(5)
+    state = device.rng_state()
+    expected = torch.rand(5)
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_ema_restores_the_trained_values_after_an_error():
     model = Line()
     ema = optim.Ema(model, 0.9)
