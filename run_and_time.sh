@@ -5,10 +5,13 @@
 #   ./run_and_time.sh [options of the program, after those of EXTRA_PARAMS]
 #
 # Under srun or mpirun, call it once for each GPU. Without them, where DGXNGPU is more than 1, it starts all ranks of this
-# machine through torchrun, which turns every failure of a rank into exit code 1.
+# machine through torchrun, which turns every failure of a rank into exit code 1. On several machines (DGXNNODES) without
+# srun, call it once on each, with NODE_RANK=0..., and MASTER_ADDR and MASTER_PORT the same everywhere.
 #
 # PYTHON: the interpreter (default: python, else python3). BIND=1: run on the cores of the GPU's socket.
-# SIGTERM, SIGUSR1, SIGINT and SIGHUP reach the program, which writes a checkpoint and ends with code 4.
+# EXITS_FILE: gets the line "rank host exit-code unix-seconds" at the end (run.sub reads it).
+# SIGTERM, SIGUSR1, SIGINT and SIGHUP reach the program, which writes a checkpoint and ends with code 4. SIGQUIT makes
+# each of several ranks print its stacks.
 set -euo pipefail
 
 fail() {
@@ -59,7 +62,10 @@ done
 if ((asks)); then # one process can answer
     gpus=1
 elif ((! launched && ${DGXNNODES:-1} > 1)); then
-    fail "DGXNNODES=$DGXNNODES: several nodes need srun or mpirun, which call this script once for each GPU"
+    [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} ]] ||
+        fail "DGXNNODES=$DGXNNODES: several nodes need srun or mpirun, which call this script once for each GPU; or call" \
+            "it once on each machine with NODE_RANK=0, 1, ..., MASTER_ADDR (machine 0) and MASTER_PORT"
+    ((NODE_RANK == 0)) || rank=$((NODE_RANK * gpus))
 fi
 
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
@@ -67,10 +73,14 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 ((gpus == 1)) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 command=("$python" -m "$BENCHMARK.train")
-if ((! launched && gpus > 1)); then
+if ((! launched && ! asks && gpus * ${DGXNNODES:-1} > 1)); then
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
-    command=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus")
+    together=(--standalone)
+    if ((${DGXNNODES:-1} > 1)); then
+        together=(--nnodes="$DGXNNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
+    fi
+    command=("$python" -m torch.distributed.run "${together[@]}" --nproc_per_node="$gpus")
     [[ ${BIND:-0} != 1 ]] || command+=(--numa-binding socket)
     command+=(-m "$BENCHMARK.train")
 elif [[ ${BIND:-0} == 1 ]]; then
@@ -91,6 +101,7 @@ forward() {
 trap 'forward TERM' TERM HUP
 trap 'forward USR1' USR1
 trap 'forward INT' INT
+trap '' QUIT # the program prints its stacks
 begin=$(date '+%Y-%m-%d %H:%M:%S')
 SECONDS=0
 set -m
@@ -102,6 +113,14 @@ while ((again)); do # a signal interrupts wait before the program has ended
     wait "$!" || status=$?
 done
 
+host=${SLURMD_NODENAME:-$HOSTNAME}
+if ((status > 128)); then
+    echo "run_and_time.sh: rank $rank on $host: the program was killed by signal $((status - 128))" \
+        "($(kill -l "$status"))" >&2
+fi
+if [[ -n ${EXITS_FILE:-} ]]; then
+    echo "$rank $host $status $(date +%s)" >>"$EXITS_FILE"
+fi
 if ((status == 0 && rank == 0 && trains)); then
     echo "RESULT,${BENCHMARK^^},,$SECONDS,$(id -un),$begin"
 fi

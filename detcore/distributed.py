@@ -3,8 +3,10 @@
 With one process there is no process group, and every function here works without one.
 """
 
+import faulthandler
 import os
 import secrets
+import signal
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -20,12 +22,14 @@ _MASK = 2**64 - 1
 def init(backend: str, timeout_s: float, environ: Mapping[str, str] = os.environ) -> World:
     """Join the other processes that the launcher started; with one process, do nothing.
 
-    `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. Raises
+    `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. From here
+    on SIGQUIT prints the stacks of this process. Raises
     `UserError` for missing or contradictory variables and when the processes do not find each other in time.
     """
     world, port = discover(environ)
     if world.size == 1:
         return world
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # shows where this process stands, to whoever asks
     # torchrun's agent itself opens the port, which only env:// knows about; otherwise rank 0 opens it.
     method = "env://" if "TORCHELASTIC_RUN_ID" in environ else f"tcp://{world.master}:{port}"
     try:

@@ -285,6 +285,8 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         stack.callback(progress.close)
         stop = stack.enter_context(cli.StopRequest())
 
+        if config.caches_cleared:
+            log.event(keys.CACHE_CLEAR, True)
         if config.drop_file_cache:
             dropped = drop_file_cache(config.data_paths()) if world.local_rank == 0 else 0
             if dropped:

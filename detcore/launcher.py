@@ -29,7 +29,8 @@ def discover(environ: Mapping[str, str]) -> tuple[World, int]:
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         launcher, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        local_size = environ.get("LOCAL_WORLD_SIZE")
+        # Enroot's PyTorch hook sets all but this one from Slurm's variables.
+        local_size = environ.get("LOCAL_WORLD_SIZE") or _slurm_local_size(environ)
     elif "SLURM_PROCID" in environ and (environ.get("SLURM_NTASKS", "1") != "1" or "SLURM_STEP_ID" in environ):
         launcher, names = "srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         if "SLURM_STEP_ID" not in environ:

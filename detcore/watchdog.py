@@ -19,13 +19,14 @@ from detcore.distributed import agree
 from detcore.launcher import World
 
 _LAST_WORDS = ("done", "failed", "ending")
+_FAMILIAR = 50  # times after which it is known how long a phase takes
 
 
 class _Beat(NamedTuple):
     """Where the training thread is; (round, step, place) is its order in time, the same on every rank.
 
     `round` counts how often the step went back (an evaluation counts its own), `place` the beats within the step, and
-    `count` all beats.
+    `count` all beats. `patience`: seconds until the next beat must have come.
     """
 
     round: int = 0
@@ -33,6 +34,7 @@ class _Beat(NamedTuple):
     place: int = 0
     phase: str = "start"
     count: int = 0
+    patience: float = float("inf")
 
 
 def _record(rank: int, host: str, pid: int, state: str, words: str, alive: int, beat: _Beat) -> dict:
@@ -71,8 +73,9 @@ class Watchdog:
 
     * a rank gave no sign of life, or the store did not answer, for `dead_timeout_s` (killed, stopped, host gone), or a
       rank left with an exception and this one has not ended by then;
-    * the training thread of a rank that has not finished did not beat for `hang_timeout_s` (0: no limit). Where several
-      stand still, those at the earliest step and phase are named: the others wait for them.
+    * the training thread of a rank that has not finished did not beat for `hang_timeout_s` (0: no limit), or, in a
+      phase that came fifty times already, for 20 times as long as it ever took and `quick_hang_s`. Where several stand
+      still, those at the earliest step and phase are named: the others wait for them.
 
     Python's stacks of this process go to `folder`/stacks_rank<k>.txt first. Time in which this process was itself
     stopped does not count. A call into C code that holds the interpreter's lock for `dead_timeout_s` looks like death.
@@ -82,13 +85,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, world: World, hang_timeout_s, dead_timeout_s=30.0, folder=Path("."), device="cpu", last_words=lambda: None
-    ):
+        self, world: World, hang_timeout_s, dead_timeout_s=30.0, folder=Path("."), device="cpu",
+        last_words=lambda: None, quick_hang_s=40.0,
+    ):  # fmt: skip
         self._world, self._device, self._last_words = world, device, last_words
-        self._hang_s, self._dead_s = hang_timeout_s or float("inf"), dead_timeout_s
+        self._hang_s, self._dead_s, self._quick_s = hang_timeout_s or float("inf"), dead_timeout_s, quick_hang_s
         self._folder = Path(folder)
         self._interval = min(1.0, self._hang_s / 5, self._dead_s / 5)
-        self._beat, self._state, self._words, self._exchanges = _Beat(), "running", "", 0
+        self._beat, self._state, self._words, self._exchanges = _Beat(patience=self._hang_s), "running", "", 0
+        self._since, self._spans = time.monotonic(), {}  # of the last beat; phase: (times, longest seconds)
         self._host = socket.gethostname()
         self._seen = [_Seen(rank) for rank in range(world.size)]
         self._latest: list[dict] = []
@@ -97,10 +102,15 @@ class Watchdog:
         self._threads = [threading.Thread(target=self._judge, name="watchdog judge", daemon=True)]
 
     def beat(self, phase: str, step: int) -> None:
-        """Say where the training thread is. Costs about a microsecond."""
-        last = self._beat
+        """Say where the training thread is. Costs a few microseconds."""
+        last, now = self._beat, time.monotonic()
+        times, longest = self._spans.get(last.phase, (0, 0.0))
+        longest = max(longest, now - self._since) if times > 1 else 0.0  # the first ones warm up
+        self._spans[last.phase], self._since = (times + 1, longest), now
+        times, longest = self._spans.get(phase, (0, 0.0))
+        patience = min(self._hang_s, max(self._quick_s, 20 * longest)) if times >= _FAMILIAR else self._hang_s
         place = last.place + 1 if step == last.step else 0
-        self._beat = _Beat(last.round + (step < last.step), step, place, phase, last.count + 1)
+        self._beat = _Beat(last.round + (step < last.step), step, place, phase, last.count + 1, patience)
 
     def __enter__(self) -> "Watchdog":
         if self._world.size > 1:
@@ -214,15 +224,17 @@ class Watchdog:
 
     def _hang_verdict(self) -> str | None:
         running = [seen for seen in self._seen if seen.record["state"] == "running"]
-        if not any(seen.still >= self._hang_s for seen in running):
+        over = [seen for seen in running if seen.still >= seen.record["patience"]]
+        if not over:
             return None
-        standing = [seen for seen in running if seen.still >= self._hang_s / 2]
+        limit = max(seen.record["patience"] for seen in over)
+        standing = [seen for seen in running if seen.still >= limit / 2]
         earliest = min(seen.time for seen in standing)
         behind = [seen for seen in standing if seen.time == earliest]
         names = "; ".join(map(str, behind[:8])) + (" and more" if len(behind) > 8 else "")
         several = "no single rank is behind the others; " if len(behind) == len(standing) > 1 else ""
         return (
-            f"{names} stood still for {self._hang_s:g} s ({several}the stacks in {self._folder}/stacks_rank"
+            f"{names} stood still for {limit:g} s ({several}the stacks in {self._folder}/stacks_rank"
             f"{behind[0].record['rank']}.txt show where). A slow disk, a stuck loader or a network fault are usual"
         )
 

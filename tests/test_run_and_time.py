@@ -123,6 +123,24 @@ def test_several_nodes_without_a_launcher_are_refused(box):
     assert not (box.notes / "argv").exists()
 
 
+@pytest.mark.parametrize("gpus", ["1", "8"])
+def test_several_machines_by_torchrun(box, gpus):
+    machine = {"DGXNGPU": gpus, "DGXNNODES": "2", "MASTER_ADDR": "m0", "MASTER_PORT": "29501"}
+    done = box.run("--lr", "1", NODE_RANK="1", **machine)
+    assert done.returncode == 0 and done.stdout == "", "the result line is machine 0's"
+    together = ["--nnodes=2", "--node_rank=1", "--master_addr=m0", "--master_port=29501", f"--nproc_per_node={gpus}"]
+    assert box.argv() == ["python", "-m", "torch.distributed.run", *together, *PLAIN[1:], "--lr", "1"]
+    assert box.run(NODE_RANK="0", **machine).stdout.startswith("RESULT,")
+
+
+def test_how_each_rank_ended_is_noted(box):
+    exits = box.notes / "exits file.txt"
+    box.run(EXITS_FILE=str(exits), SLURMD_NODENAME="n3", CODE="3", **SLURM)
+    done = box.run(EXITS_FILE=str(exits), SLURMD_NODENAME="n3", CODE="137", **SLURM)
+    assert done.stderr == "run_and_time.sh: rank 5 on n3: the program was killed by signal 9 (KILL)\n"
+    assert re.fullmatch(r"5 n3 3 \d{10}\n5 n3 137 \d{10}\n", exits.read_text())
+
+
 @pytest.mark.parametrize("word", ["--print-config", "--help", "-h"])
 def test_a_question_is_answered_by_one_process_without_a_result(box, word):
     done = box.run(word, DGXNGPU="8", DGXNNODES="8")

@@ -54,13 +54,21 @@ def sleeping_for_ever() -> None:
 
 def work(scenario: str, world, folder: Path) -> int:
     hang_s = HANG_S if scenario[:-1].removeprefix("alone_") in ("asleep", "behind", "late") else 1000
-    with watchdog.Watchdog(world, hang_s, DEAD_S, folder) as dog:
+    with watchdog.Watchdog(world, hang_s, DEAD_S, folder, quick_hang_s=5.0) as dog:
         if "late" in scenario:
             late = world.rank == int(scenario[-1])
             for step in range(70 if late else 3):
                 dog.beat("data", step)
                 time.sleep(0.2)
             return 0
+        if scenario.startswith("familiar"):
+            for step in range(60):
+                dog.beat("step", step)
+                time.sleep(0.01)
+            if world.rank == int(scenario[-1]):
+                sleeping_for_ever()
+            dog.beat("other", 60)  # never seen before: 1000 s for it
+            distributed.agree([0])
         for step in range(BAD_STEP + 1):
             dog.beat("data", step)
             if step == BAD_STEP:

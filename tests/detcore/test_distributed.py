@@ -68,13 +68,15 @@ def test_three_processes_agree():
     port = free_port()
     places = [place(rank, 3, port) for rank in range(3)]
     program = f"""
-import os, sys
+import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 from detcore import distributed
 places = {places}
 r = next((rank for rank in (1, 2) if os.fork() == 0), 0)
 world = distributed.init('gloo', 60, places[r])
+if r == 2:
+    os.kill(os.getpid(), signal.SIGQUIT)
 assert distributed.agree([r, -r, 5]) == [2, 0, 5]
 os.write(1, b'%d\\n' % distributed.choose_seed(None if r != 1 else 99))
 assert distributed.choose_seed(7 + r) == 7
@@ -99,6 +101,7 @@ if r == 0:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 3 and len(set(done.stdout.split())) == 1
+    assert 'File "<string>", line 10 in <module>' in done.stderr, "SIGQUIT shows where the process is"
 
 
 def test_who_cannot_join_says_where():

@@ -140,6 +140,12 @@ def test_events_come_in_the_order_of_the_rules(tmp_path):
     assert events[0] == "open" and events[-1] == "close"
 
 
+def test_caches_that_the_launcher_dropped_are_logged_first_and_no_others(tmp_path):
+    assert "cache_clear" not in [entry["key"] for entry in run(tmp_path, make_task())[1]]
+    _, log = run(tmp_path, make_task(), caches_cleared=True, output_dir=tmp_path / "second")
+    assert (log[0]["key"], log[0]["value"]) == ("cache_clear", True)
+
+
 def test_weights_are_those_of_gradient_descent(tmp_path):
     outcome, _ = run(tmp_path, make_task(target=None))
     saved = torch.load(tmp_path / "out/last.pt", weights_only=True)

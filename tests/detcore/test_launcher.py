@@ -31,7 +31,7 @@ def ompi(rank=1, size=2, local=1, local_size=2):
         (torchrun(0, 1, 0, MASTER_ADDR=None, MASTER_PORT=None), (World(0, 1, 0, 1), 29500)),
         (torchrun(LOCAL_WORLD_SIZE=2), (World(1, 4, 1, 2, "h0"), 1234)),
         (torchrun(), (World(1, 4, 1, 4, "h0"), 1234)),
-        ({**slurm(), **torchrun()}, (World(1, 4, 1, 4, "h0"), 1234)),
+        ({**slurm(SLURM_STEP_TASKS_PER_NODE="2(x2)"), **torchrun()}, (World(1, 4, 1, 2, "h0"), 1234)),
         (slurm(MASTER_ADDR="m", MASTER_PORT=7), (World(5, 8, 1, 4, "m"), 7)),
         (slurm(MASTER_ADDR="m"), (World(5, 8, 1, 4, "m"), 29500)),
         (slurm(SLURM_NODELIST="n1,n2"), (World(5, 8, 1, 4, "n1"), 29500)),

@@ -17,7 +17,7 @@ import pytest
 from detcore.cli import CRASH, OK, WATCHDOG
 
 SCENARIOS = """killed1 killed0 stopped1 stopped0 asleep1 asleep0 behind0 raising1 raising0 in_c1 late1 late0
-alone_asleep0 alone_late0"""
+alone_asleep0 alone_late0 familiar1"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,13 @@ def test_hanging(worlds, scenario, culprit):
         assert "step 5, phase data" in text and "stood still for 7 s" in text
     assert "sleeping_for_ever" in (folder / f"stacks_rank{culprit}.txt").read_text()
     assert "sleeping_for_ever" not in (folder / f"stacks_rank{1 - culprit}.txt").read_text()
+
+
+def test_a_phase_that_is_known_to_be_short_is_not_waited_for_as_long(worlds):
+    codes, errors, _ = worlds("familiar1")
+    assert codes == [WATCHDOG, WATCHDOG]
+    for error in errors:
+        assert named(error) == {"1"} and "step 59, phase step) stood still for 5 s" in error
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
