@@ -111,6 +111,10 @@ while ((again)); do # a signal interrupts wait before the program has ended
     again=0
     status=0
     wait "$!" || status=$?
+    if ((! again)) && kill -0 "$!" 2>/dev/null; then # it is only stopped (SIGSTOP), which ends a wait too
+        again=1
+        sleep 1
+    fi
 done
 
 host=${SLURMD_NODENAME:-$HOSTNAME}

@@ -13,7 +13,7 @@ export LOG_INTERVAL=${LOG_INTERVAL:-10}
 export WARMUP_EPOCHS=${WARMUP_EPOCHS:-0.4}
 export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 \
 --no-pretrained --fpn-channels 64 --head-convs 1 --image-size 128 128 --anchor-sizes 16,32,64,128,256 --max-boxes 32 \
---ema-decay 0.98 --target-map 0.42 --workers 1 --drop-file-cache --gallery 12 --overwrite \
+--ema-decay 0.98 --target-map 0.42 --workers 1 --drop-file-cache --gallery 12 --overwrite --device cpu \
 --precision $(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)"} # bf16 where the processor multiplies it fast
 
 # Threads spin only briefly while they wait: without a limit, one other busy process on these cores slows training tenfold.

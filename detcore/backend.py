@@ -60,6 +60,8 @@ class Backend:
         """
         if world_size == 1:
             return model
+        # It copies the gradients of 1x1 convolutions, whose two layouts are one; every rank would say so.
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
         learns_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         with warnings.catch_warnings():  # newer torch announces another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)

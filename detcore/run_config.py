@@ -41,8 +41,9 @@ class RunConfig:
         check=at_least(1), group="Run",
     )  # fmt: skip
     hang_timeout: float = option(
-        900.0, "seconds without progress until a process counts as hung (sooner, from 40 s on, where a familiar step takes "
-        "20 times as long as it ever did); 0: no limit", env="HANG_MONITOR_TIMEOUT", check=at_least(0), group="Run",
+        900.0, "seconds without progress until a process counts as hung (sooner, from 40 s on, where a familiar step "
+        "takes 20 times as long as it ever did); 0: no limit", env="HANG_MONITOR_TIMEOUT", check=at_least(0),
+        group="Run",
     )  # fmt: skip
     dead_timeout: float = option(
         30.0, "seconds without a sign of life until a process counts as dead", check=above(2), group="Run"

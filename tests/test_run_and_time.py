@@ -32,7 +32,7 @@ class Sandbox:
         self.bin, self.notes = folder / "bin", folder / "notes with space"
         self.bin.mkdir()
         self.notes.mkdir()
-        for tool in ("bash", "env", "dirname", "date", "id", "cat"):
+        for tool in ("bash", "env", "dirname", "date", "id", "cat", "sleep"):
             (self.bin / tool).symlink_to(shutil.which(tool))
 
     def put(self, name: str, text: str = NOTE) -> None:
@@ -228,3 +228,26 @@ def test_signals_reach_the_program_once_and_its_code_comes_back(box, sent, heard
         process.kill()
     assert (process.returncode, out) == (4, "")
     assert (box.notes / "signals").read_text().split() == [heard]
+
+
+def test_a_stopped_program_has_not_ended(box):
+    box.put(
+        "python",
+        '#!/bin/bash\necho $$ >&3\nuntil [[ -e $NOTES/go ]]; do read -r -t 0.05 <>"$NOTES/pipe"; done\nexit 3\n',
+    )
+    os.mkfifo(box.notes / "pipe")
+    read, write = os.pipe()
+    process = subprocess.Popen(["bash", "-c", f'exec 3>&{write}; exec "{SCRIPT}"'], env=box.environ(), pass_fds=[write])
+    os.close(write)
+    program = int(os.read(read, 100))
+    os.close(read)
+    try:
+        os.kill(program, signal.SIGSTOP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        (box.notes / "go").touch()
+        os.kill(program, signal.SIGCONT)
+        assert process.wait(30) == 3
+    finally:
+        os.kill(program, signal.SIGCONT) if process.poll() is None else None
+        process.kill()

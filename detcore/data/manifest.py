@@ -92,10 +92,10 @@ def write(
     if path.exists() and not force:
         differences = _compare(read(path), counts, full=True)
         if differences:
+            more = f" and {len(differences) - 1} more" if differences[1:] else ""
             raise UserError(
-                f"{path} is there already and differs from {folder}: {differences[0]}"
-                f"{f' and {len(differences) - 1} more' if differences[1:] else ''}. Nothing was written; if the data is "
-                f"right and the manifest is not: python -m detcore.data.manifest write {folder} --force"
+                f"{path} is there already and differs from {folder}: {differences[0]}{more}. Nothing was written; if "
+                f"the data is right and the manifest is not: python -m detcore.data.manifest write {folder} --force"
             )
         return counts
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
