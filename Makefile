@@ -9,10 +9,10 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
-SHELL_FILES := run_and_time.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
+SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-slow lint bench gpu clean
+.PHONY: help setup demo test test-slow test-slurm test-docker lint bench gpu clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -37,19 +37,26 @@ demo: $(READY) ## train a small RetinaNet on generated scenes, check its log, dr
 	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
 
 test: $(READY) ## every CPU test but the slow ones
-	@$(PYTEST) -m "not slow and not gpu and not slurm and not dali"
+	@$(PYTEST) -m "not slow and not gpu and not slurm and not docker and not dali"
 
 test-slow: $(READY) ## the CPU tests that take minutes, and those of DALI
-	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm"
+	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm and not docker"
+
+test-slurm: $(READY) ## run.sub on a real Slurm of two nodes on this machine (root; Debian's slurm packages)
+	@$(PYTEST) -n 0 -m slurm
+
+test-docker: $(READY) ## the image, really built (root; Debian's buildah and debootstrap)
+	@$(PYTEST) -n 0 -m docker
 
 gpu: $(READY) ## the tests that want a GPU, one after the other
 	@$(PYTEST) -n 0 -m gpu
 
-lint: $(READY) ## ruff, shellcheck, shfmt
+lint: $(READY) ## ruff, shellcheck, shfmt, hadolint
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
 	@"$(BIN)/shellcheck" --shell=bash --external-sources --source-path=SCRIPTDIR $(SHELL_FILES)
 	@"$(BIN)/shfmt" -i 4 -d $(SHELL_FILES)
+	@"$(BIN)/hadolint" Dockerfile
 
 bench: $(READY) ## every tools/bench_*.py: ours beside its baseline
 	@for bench in tools/bench_*.py; do echo "== $$bench"; "$(BIN)/python" "$$bench"; done

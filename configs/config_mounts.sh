@@ -1,6 +1,8 @@
+# shellcheck disable=SC2034  # the scripts that source this read the variables
 # Sourced by run.sub and run_with_docker.sh: checks the variables of a job and says what lies where in a container.
 # Takes DATADIR, BACKBONE_DIR, LOGDIR, CONT, EXTRA_MOUNTS and the config's exports; sets the arrays problems (what is
-# wrong, all of it) and mounts (SOURCE:TARGET[:ro]), and data, weights and LOGDIR as absolute paths of this host.
+# wrong, all of it), mounts (SOURCE:TARGET[:ro]) and drop_caches (a command), and data, weights and LOGDIR as absolute
+# paths of this host.
 
 problems=()
 for name in BENCHMARK DGXSYSTEM DGXNNODES DGXNGPU WALLTIME_RUNANDTIME; do
@@ -10,6 +12,12 @@ for name in DGXNNODES DGXNGPU WALLTIME_RUNANDTIME NEXP MASTER_PORT SEED; do
     [[ ${!name:-0} =~ ^[0-9]+$ ]] || problems+=("$name=${!name} is not a whole number")
 done
 [[ -n ${CONT+set} ]] || problems+=("CONT is missing: the container image, or CONT= (empty) to run without containers")
+case ${VERIFY_MOUNTS:-0} in
+0 | no) verify=no ;;
+1 | quick) verify=quick ;;
+full) verify=full ;;
+*) problems+=("VERIFY_MOUNTS=$VERIFY_MOUNTS: choose 0, quick (or 1) or full") ;;
+esac
 synthetic=${USE_SYNTHETIC_DATA:-0} parameters=" ${EXTRA_PARAMS:-} "
 if [[ -z ${DATADIR:-} && $synthetic != 1 ]]; then
     problems+=("DATADIR is missing: the folder of the data set")
@@ -42,6 +50,9 @@ if [[ -n ${CONT:-} ]]; then
         mounts+=("$mount")
     done
 fi
+drop_caches=(/sbin/sysctl vm.drop_caches=3)
+((EUID == 0)) || drop_caches=(sudo -n "${drop_caches[@]}")
+[[ -z ${DROPCACHE_CMD:-} ]] || read -ra drop_caches <<<"$DROPCACHE_CMD"
 for name in NVTX_FLAG TIME_TAGS EPOCH_PROF DISABLE_CG LOCALDISK_FROM_SQUASHFS TELEMETRY_SCRIPT POWERCMDDIR; do
     [[ ${!name:-0} == 0 ]] || echo "warning: $name=${!name} has no effect here"
 done

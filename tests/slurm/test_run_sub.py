@@ -1,0 +1,342 @@
+"""run.sub on a real Slurm of two nodes: trials that succeed, and every failure that a cluster has, provoked.
+
+Every path has a space. The model is tiny and the data 64 scenes, so that an epoch of 2 x 2 ranks takes a second or two.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.slurm.cluster import Cluster, children
+
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 --no-pretrained --fpn-channels 16 "
+    "--head-convs 1 --image-size 64 64 --anchor-sizes 16,32,64,128,256 --max-boxes 32 --workers 1 --device cpu "
+    "--ema-decay 0.9 --target-map"
+)
+SUCCESS, NEVER = f"{TINY} 0", f"{TINY} 1"
+WHOLE = re.compile(r':::MLLOG \{"namespace": .*"metadata": \{.*\}\}')
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """KillWait is what a rank has to write its checkpoint when the job is cancelled; Slurm's default is 30 s."""
+    with Cluster(tmp_path_factory.mktemp("slurm"), kill_wait=20) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "the scenes"
+    command = [sys.executable, ROOT / "tools/make_scenes.py", "--out", folder, "--train", "64", "--val", "16"]
+    subprocess.run([*command, "--size", "64"], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+class Submission:
+    """A job of run.sub: its environment, what it wrote, and ways to hurt it."""
+
+    def __init__(self, cluster, folder: Path, environ: dict, words=(), source=True):
+        self.cluster, self.folder = cluster, folder
+        self.logs = Path(environ["LOGDIR"])
+        config = "source configs/config_cpu_demo_002x02x002.sh" if source else "true"
+        script = f'{config} && exec sbatch --parsable -N 2 "$@" run.sub'
+        done = subprocess.run(
+            ["bash", "-euc", script, "bash", f"--output={folder}/slurm %j.out", *words],
+            env=cluster.env(**environ), cwd=folder / "work tree", capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        self.id = int(done.stdout)
+
+    @property
+    def stem(self) -> str:
+        return next(path.name for path in self.logs.iterdir() if path.is_dir()).removesuffix("_1")
+
+    def trial(self, k=1) -> Path:
+        return self.logs / f"{self.stem}_{k}"
+
+    def said(self) -> str:
+        return self.cluster.output(self.id)
+
+    def wait(self, timeout=240) -> int:
+        """The job's exit code."""
+        return int(self.cluster.wait(self.id, timeout)["ExitCode"].split(":")[0])
+
+    def until(self, condition, what: str, timeout=180):
+        deadline = time.monotonic() + timeout
+        while not condition():
+            state = self.cluster.job(self.id)["JobState"]
+            assert time.monotonic() < deadline and state in ("PENDING", "RUNNING", "CONFIGURING"), (
+                f"no {what}; {state}\n{self.said()}\n{self.rank(0) if any(self.logs.iterdir()) else ''}"
+            )
+            time.sleep(0.2)
+
+    def until_step(self, steps=1, k=1):
+        def trained():
+            with contextlib.suppress(StopIteration, FileNotFoundError):
+                return (self.trial(k) / "progress.jsonl").read_text().count('"kind": "step"') >= steps
+            return False
+
+        self.until(trained, f"training step {steps}")
+
+    def rank(self, rank: int, k=1) -> str:
+        return (self.trial(k) / f"rank_{rank}.log").read_text(errors="replace")
+
+    def program(self, rank: int) -> int:
+        """The process id of a rank's Python: the child of run_and_time.sh."""
+        return children(self.cluster.task(self.id, rank))[0]
+
+    def events(self, k=1) -> list[dict]:
+        lines = (self.trial(k) / f"result_{k - 1}.txt").read_text().splitlines()
+        assert all(WHOLE.fullmatch(line) for line in lines)
+        return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+
+    def status(self, k=1) -> str:
+        (stop,) = [event for event in self.events(k) if event["key"] == "run_stop"]
+        return stop["metadata"]["status"]
+
+
+@pytest.fixture
+def submit(cluster, data, tmp_path):
+    jobs = []
+
+    def submit(*words, source=True, **environ):
+        folder = tmp_path / f"user {len(jobs)}"
+        folder.mkdir()
+        (folder / "work tree").symlink_to(ROOT)
+        (folder / "my logs").mkdir()
+        defaults = {
+            "DATADIR": data, "LOGDIR": folder / "my logs", "CONT": "", "DROPCACHE_CMD": "true", "NUMEPOCHS": 2,
+            "LOG_INTERVAL": 2, "WARMUP_EPOCHS": 0, "EVALBATCHSIZE": 4, "EXTRA_PARAMS": SUCCESS,
+            "MLPERF_SUBMISSION_PLATFORM": "test",
+        }  # fmt: skip
+        jobs.append(Submission(cluster, folder, defaults | environ, ("-t", "30", *words), source))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        cluster.run("scancel", job.id, check=False)
+        cluster.wait(job.id, 60)
+
+
+def weights(folder: Path) -> dict:
+    saved = torch.load(folder / "last.pt", weights_only=False)
+    return saved["model"] | {f"ema {name}": value for name, value in saved["ema"].items()}
+
+
+def test_two_trials_succeed_and_equal_torchrun(submit, cluster, data, tmp_path):
+    job = submit(NEXP=2, SEED=11, NUMEPOCHS=3, EXTRA_PARAMS=SUCCESS.replace("-map 0", "-map none"))
+    assert job.wait() == 0, job.said()
+    for k in (1, 2):
+        events = job.events(k)
+        assert (events[0]["key"], events[0]["value"]) == ("cache_clear", True)
+        assert [e["value"] for e in events if e["key"] == "seed"] == [10 + k]
+        assert [e["value"] for e in events if e["key"] == "submission_platform"] == ["2xtest"]
+        assert [e["value"] for e in events if e["key"] == "global_batch_size"] == [8]
+        assert job.status(k) == "success"
+        log = job.logs / f"{job.stem}_{k}.log"
+        assert log.is_symlink() and not os.path.isabs(os.readlink(log))
+        text = log.read_text()
+        result = (job.trial(k) / f"result_{k - 1}.txt").read_text()
+        assert [line for line in text.splitlines() if ":::MLLOG" in line] == result.splitlines()
+        assert text.startswith(f":::DLPAL none {job.id} 2 n[1-2] unknown cpu_demo_002x02x002\n:::SYSJSON {{")
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        assert f":::GITCOMMITID {commit or 'unknown'}\n" in text
+        assert (job.trial(k) / "exit_code").read_text() == "0\n"
+    said = job.said()
+    assert len(re.findall("^compliance .*: SUCCESS$", said, re.MULTILINE)) == 2 and "no score" in said
+    assert "all-reduce" in said and "everything is in place" in said
+
+    # The same on one machine: torchrun, four ranks.
+    other = tmp_path / "torchrun"
+    environ = cluster.env(
+        DATASET_DIR=data, OUTPUT_DIR=other, SEED=11, NUMEPOCHS=3, LOG_INTERVAL=2, WARMUP_EPOCHS=0, EVALBATCHSIZE=4,
+        BATCHSIZE=2, EXTRA_PARAMS=SUCCESS.replace("-map 0", "-map none"),
+    )  # fmt: skip
+    script = "source configs/config_cpu_demo_002x02x002.sh; DGXNNODES=1 DGXNGPU=4 exec ./run_and_time.sh"
+    subprocess.run(["bash", "-euc", script], cwd=ROOT, env=environ, check=True, capture_output=True, timeout=240)
+    ours, theirs = weights(job.trial(1)), weights(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_failed_trial_does_not_stop_the_next(submit):
+    job = submit(NEXP=2, EXTRA_PARAMS=NEVER, NUMEPOCHS=60)
+    job.until_step()
+    began = time.monotonic()
+    os.kill(job.program(3), signal.SIGKILL)
+    job.until(lambda: (job.trial() / "exit_code").exists(), "end of trial 1", 60)
+    assert time.monotonic() - began < 60
+    assert (job.trial() / "exit_code").read_text() == "137\n"
+    assert job.status() == "aborted"
+    said = job.said()
+    verdict = re.search(r"trial.*rank 3.*n2.*", said)
+    assert verdict and re.search(r"SIGKILL|signal 9", verdict[0]), said
+    for rank in (0, 1, 2):
+        assert "watchdog" in job.rank(rank)
+        assert "Thread" in (job.trial() / f"stacks_rank{rank}.txt").read_text()
+    job.until_step(k=2)
+    job.cluster.run("scancel", job.id)
+
+
+def test_a_stopped_rank_ends_the_trial_and_shows_its_stacks(submit):
+    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500)
+    job.until_step()
+    began = time.monotonic()
+    os.kill(job.program(1), signal.SIGSTOP)
+    assert job.wait(75) != 0
+    assert time.monotonic() - began < 65  # a minute, and the end of the job
+    said = job.said()
+    assert re.search(r"rank 1 .*n1", said) and "no sign of life" in said, said
+    assert "most recent call first" in job.rank(1), "stacks of the stopped rank"
+    assert job.status() == "aborted"
+
+
+def test_a_hanging_rank_is_named_and_all_stacks_are_kept(submit, data, tmp_path):
+    own = tmp_path / "hanging data"
+    shutil.copytree(data, own)
+    for image in sorted((own / "train").glob("*.jpg"))[:4]:
+        image.unlink()
+        os.mkfifo(image)  # a read that never returns, as on a dead file server
+    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, DATADIR=own, HANG_MONITOR_TIMEOUT=15)
+    assert job.wait(150) == 6
+    said = job.said()
+    assert "stood still for 15 s" in said and "waiting for data" in said, said
+    for rank in range(4):
+        assert "detcore/engine.py" in (job.trial() / f"stacks_rank{rank}.txt").read_text()
+    assert job.status() == "aborted"
+
+
+@pytest.mark.parametrize("how", ["set down", "power cut"])
+def test_a_node_that_disappears(submit, cluster, how):
+    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2)
+    try:
+        job.until_step()
+        began = time.monotonic()
+        if how == "power cut":
+            cluster.power_off("n2")
+        else:
+            cluster.set_node("n2", "down")
+        job.until(lambda: (job.trial() / "exit_code").exists(), "end of trial 1", 75)
+        assert time.monotonic() - began < 65
+        assert job.wait(60) != 0
+        said = job.said()
+        assert "n2" in said and re.search(r"rank [23]", said), said
+        assert job.status() == "aborted"
+    finally:
+        if how == "power cut":
+            cluster.power_on("n2")
+        cluster.set_node("n2", "resume")
+        deadline = time.monotonic() + 60
+        while not cluster.node_state("n2").startswith("IDLE") and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+
+def test_scancel(submit):
+    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, REQUEUE=1)
+    job.until_step()
+    job.cluster.run("scancel", job.id)
+    job.wait(60)
+    assert job.cluster.job(job.id)["JobState"] == "CANCELLED"
+    assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
+    assert "Stopped by SIGTERM" in job.rank(0)
+    assert "SIGTERM" in job.said() and "requeued" not in job.said()
+    assert not (job.logs / f"{job.stem}_2").exists()
+
+
+def test_time_limit(submit):
+    job = submit("-t", "1", "--signal=B:USR1@60", EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2)
+    assert job.wait(120) == 4
+    assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
+    assert "Stopped by SIGUSR1" in job.rank(0)
+    assert not (job.logs / f"{job.stem}_2").exists()
+
+
+def test_requeue_resumes_to_the_same_weights(submit):
+    environ = {"EXTRA_PARAMS": SUCCESS.replace("-map 0", "-map none"), "NUMEPOCHS": 12, "SEED": 3}
+    whole = submit(**environ)
+    assert whole.wait() == 0, whole.said()
+    job = submit(REQUEUE=1, **environ)
+    job.until_step(steps=9)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.cluster.requeue_now(job.id, 90)
+    assert job.wait() == 0, job.said()
+    assert job.cluster.job(job.id)["Restarts"] == "1"
+    text = job.rank(0)
+    assert "Stopped by SIGUSR1" in text and "--resume" in job.said() and "requeued" in job.said()
+    steps = [json.loads(line)["step"] for line in (job.trial() / "progress.jsonl").open() if '"step"' in line]
+    assert max(steps) == 12 * 8
+    ours, theirs = weights(job.trial()), weights(whole.trial())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_full_log_folder_is_said(submit, tmp_path):
+    small = tmp_path / "small disk"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", small], check=True)
+    try:
+        job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, LOGDIR=small)
+        assert job.wait() != 0
+        assert re.search(r"disk.*full|no space left|free", job.said(), re.IGNORECASE), job.said()
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_mistakes_are_said_before_anything_starts(submit, tmp_path):
+    def refused(*words, **environ) -> str:
+        job = submit(*words, **environ)
+        assert job.wait(60) == 2, job.said()
+        assert not any(job.logs.glob("*_1"))
+        return job.said()
+
+    said = refused("--export=NONE")
+    for name in ("BENCHMARK", "DGXSYSTEM", "DGXNNODES", "DGXNGPU", "WALLTIME_RUNANDTIME", "CONT", "DATADIR"):
+        assert f"error: {name} is missing" in said
+    assert "--export=NONE" in said and said.rstrip().endswith("nothing was started")
+    assert "--lrr" in refused(EXTRA_PARAMS=f"{SUCCESS} --lrr 1") and "BATCHSIZE" in refused(BATCH_SIZE="4")
+    assert "no such folder" in refused(DATADIR=tmp_path / "nowhere")
+    assert "BACKBONE_DIR is missing" in refused(EXTRA_PARAMS=SUCCESS.replace("--no-pretrained", ""))
+    assert "2 nodes" in refused(DGXNNODES=3, source=False, BENCHMARK="single_stage_detector", DGXSYSTEM="x", DGXNGPU=2,
+                                WALLTIME_RUNANDTIME=5)  # fmt: skip
+    assert "NEXP=two" in refused(NEXP="two")
+
+
+def test_two_jobs_share_the_nodes(submit):
+    words = ("--oversubscribe", "--mem=3000", "--ntasks-per-node=2")
+    jobs = [submit(*words, NEXP=1) for _ in range(2)]
+    jobs[1].until_step()
+    jobs[0].until_step()
+    assert [job.wait() for job in jobs] == [0, 0]
+
+
+def test_no_permission_to_drop_caches_is_said_and_no_event_is_made_up(submit):
+    job = submit(DROPCACHE_CMD="false", NUMEPOCHS=1)
+    assert job.wait() == 0
+    assert "warning: the page cache was not dropped" in job.said()
+    assert "cache_clear" not in [event["key"] for event in job.events()]
+    assert re.search(r"compliance .*cache_clear", job.said(), re.DOTALL)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("config_*_*.sh")), ids=lambda path: path.stem)
+def test_slurm_accepts_every_config(config, tmp_path):
+    if config.name in ("config_common.sh", "config_mounts.sh"):
+        return
+    exports = 'set -eu; source "$0"; echo $DGXNNODES $DGXNGPU $WALLTIME'
+    count, gpus, _ = map(int, subprocess.check_output(["bash", "-c", exports, config], text=True).split())
+    with Cluster(tmp_path / "c", nodes=[f"n{i}" for i in range(1, count + 1)], gpus=gpus) as many:
+        line = 'source "$0" && sbatch --test-only -N $DGXNNODES -t $WALLTIME --gpus-per-node=$DGXNGPU run.sub'
+        done = subprocess.run(
+            ["bash", "-euc", line, config], env=many.env(), cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and "to start at" in done.stderr, done.stderr

@@ -1,0 +1,223 @@
+"""run.sub without Slurm, with a stand-in for the interpreter; on a real Slurm: tests/slurm/test_run_sub.py."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON = r"""#!/bin/bash
+printf '%s\n' "$*" >>"$NOTES/calls"
+case $* in
+*tools/preflight.py*) echo '{"submitter": "x"}' >"$LOGDIR"/"$(ls "$NOTES/stamp")"_system.json; exit "${PREFLIGHT:-0}" ;;
+*--print-config*) exit "${CONFIG:-0}" ;;
+*single_stage_detector.train*)
+    env -0 >"$NOTES/env_$RESULT_INDEX"
+    echo "words of trial $RESULT_INDEX"
+    echo ':::MLLOG {"key": "seed"}' | tee "$OUTPUT_DIR/result_$RESULT_INDEX.txt"
+    if [[ -n ${STAYS:-} ]]; then
+        trap 'exit 4' USR1 TERM
+        echo ready >"$NOTES/fifo"
+        while :; do read -rt 0.1 <>"$NOTES/pipe"; done
+    fi
+    read -ra codes <<<"${CODES:-0 0 0 0 0}"
+    exit "${codes[$RESULT_INDEX]}" ;;
+esac
+"""
+
+
+class Machine:
+    """A machine with a data set, weights and a stand-in for Python."""
+
+    def __init__(self, folder: Path):
+        self.notes, self.logs = folder / "notes", folder / "my logs"
+        for name in ("notes/stamp", "bin", "my data/set/train", "weights"):
+            (folder / name).mkdir(parents=True)
+        (self.notes / "stamp/S").touch()
+        python = folder / "bin/python"
+        python.write_text(PYTHON)
+        python.chmod(0o755)
+        self.data = folder / "my data"
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MLPERF"))}
+        self.environ = keep | {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "NOTES": str(self.notes), "LOGDIR": str(self.logs),
+            "DATADIR": str(self.data), "BACKBONE_DIR": str(folder / "weights"), "CONT": "", "DATESTAMP": "S",
+            "DROPCACHE_CMD": "true", "BENCHMARK": "single_stage_detector", "DGXSYSTEM": "box_001x01x002",
+            "DGXNNODES": "1", "DGXNGPU": "1", "WALLTIME_RUNANDTIME": "5",
+        }  # fmt: skip
+
+    def started(self, **more: str | None) -> subprocess.Popen:
+        environ = {name: value for name, value in (self.environ | more).items() if value is not None}
+        return subprocess.Popen(
+            [ROOT / "run.sub"], env=environ, cwd=self.notes, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def run(self, **more: str | None) -> tuple[int, str]:
+        process = self.started(**more)
+        said, _ = process.communicate(timeout=120)
+        return process.returncode, said
+
+    def calls(self) -> list[str]:
+        file = self.notes / "calls"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def trial_environ(self, index=0) -> dict[str, str]:
+        return dict(e.split("=", 1) for e in (self.notes / f"env_{index}").read_text().split("\0") if "=" in e)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def test_everything_missing_is_named_at_once(machine):
+    names = ("BENCHMARK", "DGXSYSTEM", "DGXNGPU", "WALLTIME_RUNANDTIME", "CONT", "DATADIR", "BACKBONE_DIR")
+    code, said = machine.run(**dict.fromkeys(names), NEXP="two")
+    assert code == 2 and machine.calls() == []
+    for name in names:
+        assert f"error: {name} is missing" in said
+    assert "NEXP=two is not a whole number" in said and said.endswith("nothing was started\n")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"DATADIR": "/nowhere at all"}, "DATADIR=/nowhere at all: there is no such folder"),
+        ({"DGXNNODES": "2"}, "this job has 1 nodes, DGXNNODES=2"),
+        ({"CONT": "image"}, "run_with_docker.sh"),
+        ({"LOGDIR": "/proc/logs"}, "LOGDIR=/proc/logs can't be written"),
+        ({"LOGDIR": "a%j"}, "holds % or"),
+        ({"VERIFY_MOUNTS": "most"}, "VERIFY_MOUNTS=most: choose"),
+    ],
+)
+def test_what_is_wrong_is_said(machine, more, words):
+    code, said = machine.run(**more)
+    assert code == 2 and words in said and machine.calls() == [], said
+
+
+def test_weights_and_data_are_asked_for_only_where_needed(machine):
+    assert machine.run(BACKBONE_DIR=None, EXTRA_PARAMS="--workers 1 --no-pretrained")[0] == 0
+    assert machine.run(BACKBONE_DIR=None, DATADIR=None, USE_SYNTHETIC_DATA="1", DATESTAMP="T")[0] == 0
+    train = [call for call in machine.calls() if "single_stage_detector.train" in call and "--print" not in call]
+    assert train[-1].endswith("--synthetic")
+
+
+def test_a_failed_trial_does_not_stop_the_others(machine):
+    code, said = machine.run(NEXP="4", CODES="0 6 3 0", SEED="5")
+    assert code == 6
+    calls = machine.calls()
+    assert "--print-config" in calls[0] and "tools/preflight.py" in calls[1]
+    kinds = [
+        next(k for k in ("train", "explain", "check", "summary") if f" {k}" in c or f".{k}" in c) for c in calls[2:]
+    ]
+    assert kinds == [
+        "train",
+        "check",
+        "train",
+        "explain",
+        "check",
+        "train",
+        "explain",
+        "check",
+        "train",
+        "check",
+        "summary",
+    ]
+    assert [machine.trial_environ(k)["SEED"] for k in range(4)] == ["5", "6", "7", "8"]
+    assert [(machine.logs / f"S_{k}/exit_code").read_text() for k in (1, 2, 3, 4)] == ["0\n", "6\n", "3\n", "0\n"]
+    log = (machine.logs / "S_1.log").read_text()
+    commit = r"(:::GITCOMMITID ([0-9a-f]{40}|unknown))"
+    assert re.fullmatch(
+        rf":::DLPAL none none 1 \S+ unknown \S+\n:::SYSJSON {{.*}}\n{commit}\nwords of trial 0\n.*\n.*\n", log
+    )
+    assert re.search(r"trial 4 of 4: .*S_4\.log", said)
+
+
+def test_what_a_trial_gets_to_know(machine):
+    assert machine.run(MLPERF_SUBMISSION_PLATFORM="DGX")[0] == 0
+    found = machine.trial_environ()
+    assert found["DATASET_DIR"] == str(machine.data / "set"), "the data set inside DATADIR"
+    assert found["OUTPUT_DIR"] == str(machine.logs / "S_1") and found["RESULT_INDEX"] == "0"
+    assert found["TORCH_HOME"].endswith("/weights") and found["MLPERF_SUBMISSION_PLATFORM"] == "1xDGX"
+    assert found["CACHES_CLEARED"] == "1" and "SEED" not in found
+    preflight = machine.calls()[1]
+    assert f"--data {machine.data / 'set'} --verify no --manifest {machine.logs}/expected-mounts.csv" in preflight
+
+
+def test_no_event_without_dropped_caches(machine):
+    code, said = machine.run(DROPCACHE_CMD="false")
+    assert code == 0 and "warning: the page cache was not dropped" in said
+    assert machine.trial_environ()["CACHES_CLEARED"] == "0"
+    code, said = machine.run(DROPCACHE_CMD="false", CLEAR_CACHES="0", DATESTAMP="T")
+    assert code == 0 and "warning" not in said
+    machine.run(DROPCACHE_CMD="false", CLEAR_CACHES="files", DATESTAMP="U")
+    assert machine.calls()[-3].endswith("--drop-file-cache")
+
+
+@pytest.mark.parametrize("what", ["CONFIG", "PREFLIGHT"])
+def test_no_trial_after_a_failed_preflight(machine, what):
+    code, said = machine.run(**{what: "2"})
+    assert code == 2 and "no trial was started" in said
+    assert not (machine.notes / "env_0").exists()
+
+
+def test_an_earlier_job_is_not_overwritten(machine):
+    assert machine.run()[0] == 0
+    code, said = machine.run()
+    assert code == 2 and "choose another DATESTAMP" in said
+    assert machine.run(DATESTAMP=None, NOTES=str(machine.notes), PREFLIGHT="2")[0] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_trial_and_no_other_starts(machine, number):
+    for name in ("fifo", "pipe"):
+        os.mkfifo(machine.notes / name)
+    process = machine.started(NEXP="3", STAYS="1")
+    assert (machine.notes / "fifo").read_text() == "ready\n"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 4 and "every rank writes a checkpoint" in said and "no further trial" in said
+    assert not (machine.logs / "S_2").exists() and "summary" in machine.calls()[-1]
+
+
+def test_the_readme_lists_every_variable_that_the_launchers_read():
+    scripts = [
+        "run.sub",
+        "run_and_time.sh",
+        "run_with_docker.sh",
+        "configs/config_common.sh",
+        "configs/config_mounts.sh",
+    ]
+    read = set()
+    for name in scripts:
+        text = re.sub(r"(^|\s)#.*", "", (ROOT / name).read_text())
+        read |= set(re.findall(r"\$\{?!?#?([A-Z][A-Z0-9_]{2,})\b", text))
+        for words in re.findall(r"^for name in ((?:[A-Z_]+ ?)+); do", text, re.MULTILINE):
+            read |= set(words.split())
+    given = {"SECONDS", "BASH_SOURCE", "EUID", "HOSTNAME", "PYTHONPATH", "RANDOM", "NAME", "OMP_NUM_THREADS"}
+    given |= {
+        "CACHES_CLEARED",
+        "RESULT_INDEX",
+        "OUTPUT_DIR",
+        "DATASET_DIR",
+        "TORCH_HOME",
+        "EXITS_FILE",
+        "RANK",
+        "LOCAL_RANK",
+    }
+    given |= {name for name in read if name.startswith(("SLURM", "OMPI_", "PET_", "NCCL_"))} - {"NCCL_TEST"}
+    section = (ROOT / "README.md").read_text().split("## Variables of a job")[1].split("\n## ")[0]
+    listed = {
+        name
+        for row in section.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", row.split("|")[1])
+    }
+    assert read - given - listed == set(), "missing in the README"
+    programs = {"SEED", "BATCHSIZE", "EVALBATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS", "LOG_INTERVAL",
+                "MLPERF_SUBMISSION_ORG", "MLPERF_DIVISION", "MLPERF_STATUS", "MLPERF_SYSTEM_NAME", "SYSTEM_DESCRIPTION",
+                "HANG_MONITOR_TIMEOUT", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK"}  # fmt: skip
+    assert listed - read - programs == set(), "read by nobody"
