@@ -76,7 +76,7 @@ command=("$python" -m "$BENCHMARK.train")
 if ((! launched && ! asks && gpus * ${DGXNNODES:-1} > 1)); then
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
-    together=(--standalone)
+    together=(--standalone --local-addr=127.0.0.1) # also where this machine's own name does not resolve
     if ((${DGXNNODES:-1} > 1)); then
         together=(--nnodes="$DGXNNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
     fi

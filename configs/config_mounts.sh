@@ -50,6 +50,11 @@ if [[ -n ${CONT:-} ]]; then
         mounts+=("$mount")
     done
 fi
+clock= # MHz to lock the GPUs at
+[[ ${SET_MAXQ_CLK:-0} == 0 ]] || clock=${MAXQ_CLK:-}
+[[ ${SET_MINEDP_CLK:-0} == 0 ]] || clock=${MINEDP_CLK:-}
+[[ -n $clock || ${SET_MAXQ_CLK:-0}${SET_MINEDP_CLK:-0} == 00 ]] ||
+    problems+=("SET_MAXQ_CLK or SET_MINEDP_CLK is 1, but this config has no MAXQ_CLK or MINEDP_CLK")
 drop_caches=(/sbin/sysctl vm.drop_caches=3)
 ((EUID == 0)) || drop_caches=(sudo -n "${drop_caches[@]}")
 [[ -z ${DROPCACHE_CMD:-} ]] || read -ra drop_caches <<<"$DROPCACHE_CMD"

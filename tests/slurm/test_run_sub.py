@@ -309,7 +309,7 @@ def test_mistakes_are_said_before_anything_starts(submit, tmp_path):
     assert "BACKBONE_DIR is missing" in refused(EXTRA_PARAMS=SUCCESS.replace("--no-pretrained", ""))
     assert "2 nodes" in refused(DGXNNODES=3, source=False, BENCHMARK="single_stage_detector", DGXSYSTEM="x", DGXNGPU=2,
                                 WALLTIME_RUNANDTIME=5)  # fmt: skip
-    assert "NEXP=two" in refused(NEXP="two")
+    assert "VERIFY_MOUNTS=all" in refused(VERIFY_MOUNTS="all")
 
 
 def test_two_jobs_share_the_nodes(submit):
