@@ -12,8 +12,9 @@ from detcore.config import load
 from single_stage_detector.config import IGNORED_FLAGS, Config
 
 FOLDER = Path(__file__).parents[1] / "configs"
-FILES = sorted(path for path in FOLDER.glob("config_*.sh") if path.name != "config_common.sh")
-SYSTEMS = [path for path in FILES if path.name != "config_cpu_demo.sh"]
+FILES = sorted(set(FOLDER.glob("config_*.sh")) - {FOLDER / "config_common.sh", FOLDER / "config_mounts.sh"})
+DEMOS = [path for path in FILES if "cpu_demo" in path.name]
+SYSTEMS = [path for path in FILES if path not in DEMOS]
 PROGRAM = {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(Config)} - {None}
 LAUNCHER = {
     "BENCHMARK", "EXTRA_PARAMS", "DGXNNODES", "DGXNGPU", "DGXSYSTEM", "DGXSOCKETCORES", "DGXNSOCKET", "DGXHT",
@@ -102,13 +103,19 @@ def test_header_says_what_to_expect_and_that_it_was_not_measured(path):
     assert "published by" in header and "not measured here" in header.lower() and "Expected: " in header
 
 
-def test_demo_is_small_open_and_named_so():
-    exported = exports(FOLDER / "config_cpu_demo.sh")
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_demo_is_small_open_and_named_so(path):
+    exported = exports(path)
     config = settings(exported)
-    assert (exported["DGXNNODES"], exported["DGXNGPU"]) == ("1", "1")
+    nodes, gpus = int(exported["DGXNNODES"]), int(exported["DGXNGPU"])
+    assert (nodes, gpus) == ((1, 1) if path.stem == "config_cpu_demo" else (2, 2)) and config.device == "cpu"
+    if triple := re.search(r"_(\d{3})x(\d{2})x(\d{3})$", path.stem):
+        assert tuple(map(int, triple.groups())) == (nodes, gpus, config.batch_size)
     assert config.mlperf_division == "open" and config.departures() and config.mlperf_org == "demonstration"
     assert config.dataset == "custom" and str(config.dataset_path) == "build/demo-data"
-    assert config.norm == "batch" and not config.pretrained and config.overwrite and config.gallery > 0
+    assert config.norm == "batch" and not config.pretrained
+    if nodes == 1:  # make demo runs it again and again
+        assert config.overwrite and config.gallery > 0
     assert re.fullmatch(r"\d+ CPU cores \S+", config.mlperf_platform)
 
 

@@ -113,19 +113,7 @@ def test_a_failed_trial_does_not_stop_the_others(machine):
     kinds = [
         next(k for k in ("train", "explain", "check", "summary") if f" {k}" in c or f".{k}" in c) for c in calls[2:]
     ]
-    assert kinds == [
-        "train",
-        "check",
-        "train",
-        "explain",
-        "check",
-        "train",
-        "explain",
-        "check",
-        "train",
-        "check",
-        "summary",
-    ]
+    assert " ".join(kinds) == "train check train explain train explain check train check summary"
     assert [machine.trial_environ(k)["SEED"] for k in range(4)] == ["5", "6", "7", "8"]
     assert [(machine.logs / f"S_{k}/exit_code").read_text() for k in (1, 2, 3, 4)] == ["0\n", "6\n", "3\n", "0\n"]
     log = (machine.logs / "S_1.log").read_text()

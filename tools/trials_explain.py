@@ -35,7 +35,10 @@ _STACK = re.compile(
     r"|Extension modules: |  \.\.\.$"
 )
 # Of Python and bash after a kill; the configuration that every run prints first.
-_HOUSEKEEPING = re.compile(r"resource_tracker|run_and_time\.sh: line \d+: +\d+ |^\w+ += .*\)$")
+_HOUSEKEEPING = re.compile(
+    r"resource_tracker|run_and_time\.sh: line \d+: +\d+ |^\w+ += .*\)$"
+    r"|^frame #\d+: |^<omitting python frames>|^Exception raised from .* \(most recent call first\):"  # torch's C++
+)
 _SLURM = re.compile(r"^(srun|slurmstepd|slurmd|pyxis|enroot)\b.*?: ")
 _TORCHRUN_ROOT = re.compile(
     r"Root Cause.*?host\s*: (\S+).*?rank\s*: (\d+) .*?exitcode\s*: (-?\d+)",

@@ -180,6 +180,14 @@ def test_stopped_process_on_a_living_node(trial, explain):
     )
 
 
+def test_frames_of_cpp_code_are_no_last_words(trial, explain):
+    frames = "".join(f"frame #{i}: <unknown function> + 0x{i}\n" for i in range(20)) + "<omitting python frames>\n"
+    thrown = "Exception raised from sendBytes at Utils.hpp:761 (most recent call first):\n"
+    trial.put({0: 6, 1: 6, 3: 6}, {r: watchdog(r, DEAD) if r != 2 else f"telling\n{thrown}{frames}" for r in range(4)})
+    _, text = explain(6)
+    assert "| telling" in text and "frame #" not in text and "Exception raised" not in text
+
+
 def test_killed_because_another_hung(trial, explain):
     """run.sub lets every process print its stacks and kills them 45 s after the first one failed."""
     words = "rank 1 (host n1, pid 9, step 7, phase s) stood still for 40 s (the stacks in x show where). A slow disk"

@@ -1,14 +1,14 @@
-# The demonstration of config_cpu_demo.sh as 2 nodes x 2 ranks x 2 images: global batch 8. For trying a Slurm cluster.
+# The demonstration of config_cpu_demo.sh as 2 nodes x 2 ranks x 4 images: global batch 16. For trying a Slurm cluster.
 # Expected: AP 0.42 after EPOCHS epochs; 2 cores a node are enough. No MLPerf result.
 # Division open: the model, the image size and the data set are not the benchmark's. Caches are dropped by run.sub.
 
 export BENCHMARK=single_stage_detector
 
 export DATASET_DIR=${DATASET_DIR:-build/demo-data}
-export BATCHSIZE=${BATCHSIZE:-2}
-export EVALBATCHSIZE=${EVALBATCHSIZE:-25}
+export BATCHSIZE=${BATCHSIZE:-4}
+export EVALBATCHSIZE=${EVALBATCHSIZE:-45}
 export NUMEPOCHS=${NUMEPOCHS:-14}
-export LR=${LR:-0.0005}
+export LR=${LR:-0.0007}
 export LOG_INTERVAL=${LOG_INTERVAL:-10}
 export WARMUP_EPOCHS=${WARMUP_EPOCHS:-0.4}
 export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 \
