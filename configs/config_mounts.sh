@@ -46,7 +46,7 @@ if [[ -n ${CONT:-} ]]; then
     [[ $data$weights$LOGDIR != *[,:]* ]] || problems+=("a , or : in DATADIR, BACKBONE_DIR or LOGDIR can't be mounted")
     IFS=, read -ra more <<<"${EXTRA_MOUNTS:-}"
     for mount in "${more[@]}"; do
-        [[ -e ${mount%%:*} ]] || problems+=("EXTRA_MOUNTS: ${mount%%:*} is not there on $HOSTNAME")
+        [[ $mount != /* || -e ${mount%%:*} ]] || problems+=("EXTRA_MOUNTS: ${mount%%:*} is not there on $HOSTNAME")
         mounts+=("$mount")
     done
 fi

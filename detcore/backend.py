@@ -65,12 +65,14 @@ class Backend:
         learns_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         with warnings.catch_warnings():  # newer torch announces another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
+            parallel = DistributedDataParallel(
                 model,
                 device_ids=[self.device] if self.is_gpu else None,
                 broadcast_buffers=learns_statistics,
                 gradient_as_bucket_view=True,
             )
+        _settle_buckets(parallel)
+        return parallel
 
     def sync_batch_norm(self, model: nn.Module) -> nn.Module:
         """Batch statistics over all processes instead of each one's own. Raises UserError where torch has none."""
@@ -136,6 +138,20 @@ class Backend:
             "processor": _processor_name(),
             "system": f"{platform.system()} {platform.release()}",
         }
+
+
+def _settle_buckets(parallel: DistributedDataParallel) -> None:
+    """Lets DistributedDataParallel group the gradients for their exchange now, with a backward pass of zeros.
+
+    It does so for good after the first backward pass, and how gradients are grouped decides the order of the sums: the
+    first step of a resumed run would be rounded unlike the same step of a run that was never stopped.
+    """
+    model = parallel.module
+    # Created last, differentiated first: so the exchange begins with the last parameters, whose gradients come first.
+    model.forward = lambda: sum((p * 0).sum() for p in model.parameters() if p.requires_grad)
+    parallel().backward()
+    del model.forward
+    model.zero_grad(set_to_none=True)
 
 
 def select(device: str, precision: str, local_rank: int = 0) -> Backend:

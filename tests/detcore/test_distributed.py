@@ -1,5 +1,6 @@
 """Agreement between processes, seeds; with real gloo processes where there are several."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -123,3 +124,40 @@ def test_torchrun_starts_a_world(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")[:2]) == ["rank 0 ok", "rank 1 ok"]
+
+
+def test_four_processes_resume_to_the_same_weights():
+    """The order in which gradients are summed over four processes must not depend on where a run was interrupted."""
+    port = free_port()
+    places = [place(rank, 4, port) for rank in range(4)]
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from detcore import backend, distributed
+places = {places}
+r = next((rank for rank in (1, 2, 3) if os.fork() == 0), 0)
+distributed.init('gloo', 60, places[r])
+device = backend.select('cpu', 'fp32')
+def train(parts):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+    optimizer = torch.optim.Adam(model.parameters())
+    for part in parts:
+        parallel = device.parallel(model, 4)
+        assert all(p.grad is None for p in model.parameters())
+        for step in part:
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step * 10 + r))
+            optimizer.zero_grad()
+            parallel(x).square().mean().backward()
+            optimizer.step()
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+assert torch.equal(train([range(6)]), train([range(3), range(3, 6)]))
+distributed.barrier()
+distributed.shutdown()
+if r == 0:
+    assert [os.wait()[1] for _ in range(3)] == [0, 0, 0]
+"""
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environ)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.containers import make_image
+from tests.slurm.jobs import make_data, start
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,33 @@ def image(tmp_path_factory):
     """A .sqsh that sets two variables; it wants host_mounts() to run anything."""
     path = tmp_path_factory.mktemp("image") / "tiny.sqsh"
     return make_image(path, {"FROM_IMAGE": "yes", "PYTORCH_VERSION": "2.9"})
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The scenes that jobs.py trains on."""
+    return make_data(tmp_path_factory.mktemp("data") / "the scenes")
+
+
+@pytest.fixture
+def submit_to(data, tmp_path):
+    """submit_to(cluster)(*words, **environ) submits a job of run.sub (jobs.start); all are cancelled after the test."""
+    jobs = []
+
+    def submit_to(cluster):
+        def submit(*words, **more):
+            jobs.append(start(cluster, data, tmp_path / f"user {len(jobs)}", *words, **more))
+            return jobs[-1]
+
+        return submit
+
+    yield submit_to
+    for job in jobs:
+        if job.cluster.daemons:  # else the test has stopped its own cluster
+            job.end()
+
+
+@pytest.fixture
+def submit(cluster, submit_to):
+    """submit_to the module's cluster."""
+    return submit_to(cluster)

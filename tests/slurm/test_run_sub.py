@@ -10,24 +10,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.slurm.cluster import Cluster, children
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import NEVER, ROOT, SUCCESS
 
 pytestmark = pytest.mark.slurm
-ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    "--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 --no-pretrained --fpn-channels 16 "
-    "--head-convs 1 --image-size 64 64 --anchor-sizes 16,32,64,128,256 --max-boxes 32 --workers 1 --device cpu "
-    "--ema-decay 0.9 --target-map"
-)
-SUCCESS, NEVER = f"{TINY} 0", f"{TINY} 1"
-WHOLE = re.compile(r':::MLLOG \{"namespace": .*"metadata": \{.*\}\}')
 
 
 @pytest.fixture(scope="module")
@@ -35,106 +27,6 @@ def cluster(tmp_path_factory):
     """KillWait is what a rank has to write its checkpoint when the job is cancelled; Slurm's default is 30 s."""
     with Cluster(tmp_path_factory.mktemp("slurm"), kill_wait=20) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "the scenes"
-    command = [sys.executable, ROOT / "tools/make_scenes.py", "--out", folder, "--train", "64", "--val", "16"]
-    subprocess.run([*command, "--size", "64"], check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-class Submission:
-    """A job of run.sub: its environment, what it wrote, and ways to hurt it."""
-
-    def __init__(self, cluster, folder: Path, environ: dict, words=(), source=True):
-        self.cluster, self.folder = cluster, folder
-        self.logs = Path(environ["LOGDIR"])
-        config = "source configs/config_cpu_demo_002x02x004.sh" if source else "true"
-        script = f'{config} && exec sbatch --parsable -N 2 "$@" run.sub'
-        done = subprocess.run(
-            ["bash", "-euc", script, "bash", f"--output={folder}/slurm %j.out", *words],
-            env=cluster.env(**environ), cwd=folder / "work tree", capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        self.id = int(done.stdout)
-
-    @property
-    def stem(self) -> str:
-        return next(path.name for path in self.logs.iterdir() if path.is_dir()).removesuffix("_1")
-
-    def trial(self, k=1) -> Path:
-        return self.logs / f"{self.stem}_{k}"
-
-    def said(self) -> str:
-        return self.cluster.output(self.id)
-
-    def wait(self, timeout=240) -> int:
-        """The job's exit code."""
-        return int(self.cluster.wait(self.id, timeout)["ExitCode"].split(":")[0])
-
-    def until(self, condition, what: str, timeout=180):
-        deadline = time.monotonic() + timeout
-        while True:
-            state = self.cluster.job(self.id)["JobState"]
-            if condition():
-                return
-            assert time.monotonic() < deadline and state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), (
-                f"no {what}; {state}\n{self.said()}\n{self.rank(0) if any(self.logs.iterdir()) else ''}"
-            )
-            time.sleep(0.2)
-
-    def until_step(self, steps=1, k=1):
-        def trained():
-            with contextlib.suppress(StopIteration, FileNotFoundError):
-                return (self.trial(k) / "progress.jsonl").read_text().count('"kind": "step"') >= steps
-            return False
-
-        self.until(trained, f"training step {steps}")
-
-    def until_end(self, timeout=60):
-        """Until run.sub has said its last line; Slurm itself waits for lost nodes before the job has ended."""
-        self.until(lambda: re.search(r"^\d of \d trials reached", self.said(), re.MULTILINE), "last line", timeout)
-
-    def rank(self, rank: int, k=1) -> str:
-        return (self.trial(k) / f"rank_{rank}.log").read_text(errors="replace")
-
-    def program(self, rank: int) -> int:
-        """The process id of a rank's Python: the child of run_and_time.sh."""
-        return children(self.cluster.task(self.id, rank))[0]
-
-    def events(self, k=1) -> list[dict]:
-        lines = (self.trial(k) / f"result_{k - 1}.txt").read_text().splitlines()
-        assert all(WHOLE.fullmatch(line) for line in lines)
-        return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
-
-    def status(self, k=1) -> str:
-        (stop,) = [event for event in self.events(k) if event["key"] == "run_stop"]
-        return stop["metadata"]["status"]
-
-
-@pytest.fixture
-def submit(cluster, data, tmp_path):
-    jobs = []
-
-    def submit(*words, source=True, **environ):
-        folder = tmp_path / f"user {len(jobs)}"
-        folder.mkdir()
-        (folder / "work tree").symlink_to(ROOT)
-        (folder / "my logs").mkdir()
-        defaults = {
-            "DATADIR": data, "LOGDIR": folder / "my logs", "CONT": "", "DROPCACHE_CMD": "true", "NUMEPOCHS": 2,
-            "LOG_INTERVAL": 2, "WARMUP_EPOCHS": 0, "EVALBATCHSIZE": 4, "EXTRA_PARAMS": SUCCESS,
-            "MLPERF_SUBMISSION_PLATFORM": "test",
-        }  # fmt: skip
-        jobs.append(Submission(cluster, folder, defaults | environ, ("-t", "30", *words), source))
-        return jobs[-1]
-
-    yield submit
-    for job in jobs:
-        cluster.run("scancel", job.id, check=False)
-        cluster.wait(job.id, 60)
 
 
 def weights(folder: Path) -> dict:
@@ -288,14 +180,23 @@ def test_requeue_resumes_to_the_same_weights(submit):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_full_log_folder_is_said(submit, tmp_path):
+def test_a_full_log_folder_is_said(submit_to, tmp_path):
     small = tmp_path / "small disk"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", small], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100m", "tmpfs", small], check=True)
     try:
-        job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, LOGDIR=small)
-        assert job.wait() != 0
-        assert re.search(r"disk.*full|no space left|free", job.said(), re.IGNORECASE), job.said()
+        with Cluster(tmp_path / "c") as cluster:  # its nodes see only mounts that were there before them
+            submit = submit_to(cluster)
+            job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, LOGDIR=small)
+            job.until_step(2)
+            with contextlib.suppress(OSError), open(small / "other data", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**20))
+            assert job.wait() != 0
+            assert re.search(r"trial ended .*disk is full|No space left|disk.* full", job.said(), re.DOTALL), job.said()
+            job = submit(LOGDIR=small / "next")
+            assert job.wait() == 2
+            assert re.search(r"small disk/next.*GiB", job.said()) and not list(small.glob("next/*_1")), job.said()
     finally:
         subprocess.run(["umount", "-l", small], check=True)
 

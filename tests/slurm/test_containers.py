@@ -1,0 +1,185 @@
+"""run.sub with CONT: the options of every step and what runs inside, on the test double of Pyxis (containers.py).
+
+The image holds no programs: EXTRA_MOUNTS brings the machine's, this Python and the repository. It sets PYTORCH_VERSION,
+so that Enroot's hook for PyTorch gives each task its own MASTER_PORT, RANK and so on, over those of run.sub.
+"""
+
+import errno
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, environment
+from tests.slurm.containers import host_mounts, records
+from tests.slurm.jobs import NEVER, ROOT, start
+
+pytestmark = pytest.mark.slurm
+FLAGS = dict.fromkeys(("no-container-mount-home", "container-remap-root", "container-writable"), True)
+DATA, WEIGHTS = "/datasets/open-images-v6", "/torch-home"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """KillWait is what a rank has to write its checkpoint when the job is cancelled."""
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers=True, kill_wait=20) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def foreign(cluster, image):
+    """A container of somebody else on each node, whose name begins like ours."""
+    return make_container(cluster, image, "detector-")
+
+
+@pytest.fixture(scope="module")
+def inside(image, tmp_path_factory):
+    """The variables of a job in containers."""
+    weights = tmp_path_factory.mktemp("weights") / "the weights"
+    weights.mkdir()
+    (weights / "resnet.pth").write_text("unused\n")
+    extra = f"{ROOT}:/workspace/ssd:ro,{host_mounts()}"
+    return {"CONT": image, "EXTRA_MOUNTS": extra, "BACKBONE_DIR": weights}
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, data, foreign, inside, tmp_path_factory):
+    """A job of two trials that has ended, for several tests."""
+    job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
+                **inside)  # fmt: skip
+    assert job.wait() == 0, job.said()
+    return job
+
+
+def containers(cluster) -> dict[str, list[str]]:
+    """What `enroot list` says on each node; its folder is a mount of the node's own."""
+    folders = {
+        node: Path(f"/proc/{cluster.daemons[node].pid}/root{cluster.folder}/containers") for node in cluster.nodes
+    }
+    return {node: sorted(path.name for path in folder.iterdir()) for node, folder in folders.items()}
+
+
+def make_container(cluster, image, name, node=None) -> str:
+    """On one node or both; it holds the file /stale."""
+    where = ["-w", node] if node else ["-N2", "--ntasks-per-node=1"]
+    options = [f"--container-image={image}", f"--container-name={name}", f"--container-mounts={host_mounts()}"]
+    cluster.run("srun", *where, *options, "--container-writable", "touch", "/stale")
+    return f"pyxis_{name}"
+
+
+def only_on(cluster, node: str, source: Path, folder: Path) -> Path:
+    """A copy of a file or folder that the other node does not see; its path is the same for both."""
+    folder.mkdir()
+    script = 'mount -t tmpfs tmpfs "$1" && cp -r "$0" "$1"'
+    cluster.run("srun", "-w", node, "bash", "-c", script, source, folder)
+    return folder / source.name
+
+
+def test_trials_reach_their_target_and_the_logs_are_on_the_host(whole, image):
+    for k in (1, 2):
+        assert whole.status(k) == "success"
+        assert [e["value"] for e in whole.events(k) if e["key"] == "seed"] == [4 + k]
+        assert whole.events(k)[0]["key"] == "cache_clear"
+        assert f":::DLPAL {image} {whole.id} 2 n[1-2] " in (whole.logs / f"{whole.stem}_{k}.log").read_text()
+        assert {f"rank_{rank}.log" for rank in range(4)} < {path.name for path in whole.trial(k).iterdir()}
+    said = whole.said()
+    assert len(re.findall("^compliance .*: SUCCESS$", said, re.MULTILINE)) == 2
+    assert "2 of 2 trials reached the target" in said and "warning" not in said and "couldn't" not in said
+    assert {f"{whole.stem}_system.json", f"compliance_{whole.stem}.out"} < {path.name for path in whole.logs.iterdir()}
+
+
+def test_every_step_says_which_container_it_wants(whole, inside, data, image):
+    name = f"detector-{whole.id}"
+    mounts = f"{whole.logs}:/results,{data}:{DATA}:ro,{inside['BACKBONE_DIR']}:{WEIGHTS}:ro,{inside['EXTRA_MOUNTS']}"
+    ours = {"container-name": name, "container-mounts": mounts, "container-workdir": "/workspace/ssd", **FLAGS}
+    steps = {}
+    for line in records(whole.cluster.folder, whole.id):
+        if line["step"] != "batch":
+            steps.setdefault(line["step"], []).append(line)
+    seen = []
+    for number in sorted(steps):
+        lines = sorted(steps[number], key=lambda line: line["rank"])
+        argv, options = lines[0]["argv"], lines[0]["options"]
+        nodes = [line["node"] for line in lines]
+        assert all(line["argv"] == argv and line["options"] == options for line in lines)
+        words = " ".join(Path(word).name if i == 0 else word for i, word in enumerate(argv))
+        kind = "bash" if words.startswith("bash") else " ".join(words.split()[:2])
+        if kind in ("sync", "true drop", "enroot remove", "bash"):
+            assert options == {} and nodes == ["n1", "n2"] and not any(line["entered"] for line in lines)
+        elif kind == "true":
+            assert options == {"container-image": str(image), **ours} and nodes == ["n1", "n2"]
+        else:
+            assert options == ours
+            wide = kind in ("python tools/preflight.py", "run_and_time.sh") and "--print-config" not in argv
+            assert nodes == (["n1", "n1", "n2", "n2"] if wide else ["n1"])
+        assert all(line["entered"] and line["cwd"] == "/workspace/ssd" for line in lines) or options == {}
+        seen.append(kind)
+    assert [kind for kind in seen if kind not in ("bash", "enroot remove")] == [
+        "true", "run_and_time.sh --print-config", "python tools/preflight.py",
+        *["sync", "true drop", "run_and_time.sh", "python tools/trials.py"] * 2, "python tools/trials.py",
+    ]  # fmt: skip
+    assert seen[0] == "enroot remove" and seen.count("true") == 1
+
+
+def test_its_containers_are_removed_and_no_others(whole, foreign):
+    assert containers(whole.cluster) == {"n1": [foreign], "n2": [foreign]}
+
+
+def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_rank(
+    submit, cluster, image, inside, foreign
+):
+    last = int(cluster.run("srun", "bash", "-c", 'echo "$SLURM_JOB_ID"').stdout)
+    stale = make_container(cluster, image, f"my_odd_job__1_____a_-{last + 2}", "n2")
+    job = submit('--job-name=my odd,job: 1/$()"a"', EXTRA_PARAMS=NEVER, NUMEPOCHS=500, **inside)
+    job.until_step()
+    assert job.id == last + 2
+    assert containers(cluster) == {"n1": [foreign, stale], "n2": [foreign, stale]}
+    for rank in range(4):
+        root = Path(f"/proc/{job.program(rank)}/root")
+        assert (root / "etc/image").read_text() == "inside\n" and not (root / "stale").exists()
+        for folder in (DATA, WEIGHTS, "/workspace/ssd"):
+            with pytest.raises(OSError) as error:
+                (root / folder[1:] / "x").touch()
+            assert error.value.errno == errno.EROFS
+        values = environment(job.program(rank))
+        assert (values["FROM_IMAGE"], values["RANK"], values["LOCAL_RANK"]) == ("yes", str(rank), str(rank % 2))
+        assert (values["MASTER_ADDR"], values["MASTER_PORT"]) == ("n1", str(61000 + job.id % 4536))
+        assert values["DATASET_DIR"] == DATA and values["OUTPUT_DIR"] == f"/results/{job.stem}_1"
+    os.kill(job.program(3), signal.SIGKILL)
+    assert job.wait(90) == 137
+    said = job.said()
+    assert re.search(r"trial.*rank 3.*n2.*(SIGKILL|signal 9)", said), said
+    assert job.status() == "aborted" and "0 of 1 trials" in said
+    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}
+
+
+def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, foreign):
+    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, FROM_IMAGE="no", **inside)
+    job.until_step()
+    cluster.run("scancel", job.id)
+    job.wait(60)
+    assert cluster.job(job.id)["JobState"] == "CANCELLED"
+    assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
+    assert "Stopped by SIGTERM" in job.rank(0)
+    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
+
+
+@pytest.mark.parametrize(
+    ("variable", "node"),
+    [("CONT", None), ("CONT", "n1"), ("CONT", "n2"), ("EXTRA_MOUNTS", None), ("EXTRA_MOUNTS", "n1"), ("DATADIR", "n1")],
+)
+def test_what_a_node_lacks_is_named_before_any_trial(submit, cluster, image, inside, foreign, data, tmp_path, variable,
+                                                     node):  # fmt: skip
+    source = {"CONT": image, "EXTRA_MOUNTS": Path(shutil.__file__), "DATADIR": data}[variable]
+    path = only_on(cluster, node, source, tmp_path / f"only {node}") if node else tmp_path / "no where"
+    value = f"{inside['EXTRA_MOUNTS']},{path}:/more" if variable == "EXTRA_MOUNTS" else path
+    job = submit(**inside | {variable: value})
+    assert job.wait(60) == 2, job.said()
+    said = job.said()
+    assert str(path) in said and ("n2" if node == "n1" else "on n1") in said
+    assert said.rstrip().endswith("no trial was started" if node == "n1" else "nothing was started")
+    assert not any(job.logs.glob("*_1*")) and ":::MLLOG" not in said
+    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}
