@@ -1,8 +1,11 @@
 """The one batch contract: what every loader yields and every loss reads."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the tools for data sets start without torch
+    from torch import Tensor
 
 
 class Batch(NamedTuple):
