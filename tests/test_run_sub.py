@@ -185,7 +185,18 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
         read |= set(re.findall(r"\$\{?!?#?([A-Z][A-Z0-9_]{2,})\b", text))
         for words in re.findall(r"^for name in ((?:[A-Z_]+ ?)+); do", text, re.MULTILINE):
             read |= set(words.split())
-    given = {"SECONDS", "BASH_SOURCE", "EUID", "HOSTNAME", "PYTHONPATH", "RANDOM", "NAME", "OMP_NUM_THREADS"}
+    given = {
+        "KEEPER",
+        "KEEPER_PID",
+        "SECONDS",
+        "BASH_SOURCE",
+        "EUID",
+        "HOSTNAME",
+        "PYTHONPATH",
+        "RANDOM",
+        "NAME",
+        "OMP_NUM_THREADS",
+    }
     given |= {
         "CACHES_CLEARED",
         "RESULT_INDEX",
