@@ -149,6 +149,7 @@ class _Run:
             f"epoch {epoch + 1}/{self.config.epochs} [{bar}] {done}/{steps}  loss {total:.3f} ({parts})  "
             f"{rate:.1f} images/s  data wait {wait:.0%}  {left}"
         )
+        progress.advise(rate, wait, self.data.advise)
 
     def explain(self, names: list[str], losses: Tensor, finite: list[bool], weights: bool, epoch: int) -> str:
         rank, steps = self.context.world.rank, [step for step, _, _ in self.window]

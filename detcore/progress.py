@@ -4,11 +4,12 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+WAIT, ADVICE_EVERY = 0.1, 300.0  # of the time; seconds
 KINDS = ("start_up", "data", "train", "evaluation", "checkpoint")
 
 
@@ -29,6 +30,7 @@ class Progress:
         self._mark = (0, 0.0, 0.0)  # step, time and data seconds of the last interval
         self._step_seconds = 0.0  # of one step, lately
         self.evaluations = 0  # of this process
+        self._advise_at: float | None = None  # seconds since the start; None until the first interval is over
 
     def elapsed(self) -> float:
         """Seconds since the run started (since construction before that)."""
@@ -87,6 +89,22 @@ class Progress:
             self._step_seconds = (self._step_seconds + each) / 2 if self._step_seconds else each
         return (step - last_step) * images_per_step / span, min((data - last_data) / span, 1.0)
 
+    def advise(self, rate: float, wait: float, words: Callable[[float, float], str]) -> None:
+        """Says what holds the loader back where more than WAIT of an interval went by waiting, every ADVICE_EVERY.
+
+        Not in the first interval, in which the workers start. words: see `Data.advise`; it is called each time, for it
+        counts from call to call.
+        """
+        text = words(rate, wait)
+        now, first = self.elapsed(), self._advise_at is None
+        if first:
+            self._advise_at = 0.0
+        if first or wait <= WAIT or now < self._advise_at or not text:
+            return
+        self._advise_at = now + ADVICE_EVERY
+        self.say(text)
+        self.write("loader", time_s=now, data_wait=wait, text=text)
+
     def pause(self, step: int) -> None:
         """Leaves out what just passed (evaluation, checkpoint) from the next interval's rate."""
         self._mark = (step, self.elapsed(), self.seconds["data"])
@@ -105,6 +123,54 @@ class Progress:
             self._bar_open = False
         if self._file:
             self._file.close()
+
+
+class Meter:
+    """How far a long job is, on stderr: done of total, rate, megabytes per second, time left.
+
+    total 0: not known. A line that replaces itself on a terminal, else one of its own every half a minute. Leave it
+    with `close`.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self.bytes = what, total, 0, 0
+        self._tty = sys.stderr.isatty()
+        self._begin = self._said = time.perf_counter()
+        self._skipped = 0
+
+    def skip(self, done: int) -> None:
+        """What an earlier run had done; it counts as done, not for the rate."""
+        self.done += done
+        self._skipped += done
+
+    def add(self, done: int, size: int = 0) -> None:
+        self.done += done
+        self.bytes += size
+        now = time.perf_counter()
+        if now - self._said > (0.3 if self._tty else 30):
+            self._said = now
+            self._write(self.text())
+
+    def text(self) -> str:
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        rate = (self.done - self._skipped) / seconds
+        left = f"ETA {duration((self.total - self.done) / rate)}" if rate else "ETA unknown"
+        size = f", {self.bytes / seconds / 1e6:,.0f} MB/s" if self.bytes else ""
+        if not self.total:
+            return f"{self.what}: {self.done:,}, {rate:,.0f}/s{size}"
+        done = f"{self.done:,} of {self.total:,} ({self.done / self.total:.0%})"
+        return f"{self.what}: {done}, {rate:,.0f}/s{size}, {left}"
+
+    def close(self) -> None:
+        """The last state, on a line of its own."""
+        self._write(self.text())
+        if self._tty:
+            sys.stderr.write("\n")
+
+    def _write(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns
+        sys.stderr.write("\r" + text[: width - 1].ljust(width - 1) if self._tty else text + "\n")
+        sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

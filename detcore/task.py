@@ -28,6 +28,7 @@ class Data:
     evaluate(model, beat): runs the model over this rank's evaluation images; returns a Pending on rank 0, None
     elsewhere. Its result holds the metrics by name. beat(phase, count) tells the watchdog of progress.
     classes: (the file's category id, name) of each class index; kept in checkpoints, for prediction.
+    advise(images per second, fraction of the time spent waiting for data): what holds the loader back, in words.
     """
 
     train_samples: int
@@ -38,6 +39,7 @@ class Data:
     close: Callable[[], None]
     summary: str = ""
     classes: tuple[tuple[int, str], ...] = ()
+    advise: Callable[[float, float], str] = lambda rate, wait: ""
 
 
 @dataclass(frozen=True)

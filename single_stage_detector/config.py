@@ -106,6 +106,13 @@ class Config(RunConfig):
     antialias: bool = option(False, "anti-aliased resizing; the reference does without", group="Data")
     drop_last: bool = option(True, "leave out an epoch's last, incomplete batch instead of filling it", group="Data")
     loader: str = option("torch", "what decodes the images", choices=("torch", "dali"), group="Data")
+    shards: Path | None = option(
+        None, "folder that public-scripts/pack_dataset.py wrote: read the images from its shards; none: from files",
+        group="Data",
+    )  # fmt: skip
+    read_ahead: bool = option(
+        False, "read all shards into the page cache while training begins, where memory holds them", group="Data"
+    )
     workers: int = option(4, "loader processes per rank", flags=("-j",), check=at_least(0), group="Data")
     synthetic: bool = option(
         False, "random images and boxes instead of a data set; no evaluation", env="USE_SYNTHETIC_DATA", group="Data"
@@ -127,8 +134,8 @@ class Config(RunConfig):
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
         "target_map", "dataset_path", "train_data_path", "train_annotations_file", "val_data_path",
-        "val_annotations_file", "workers", "cache_dir", "gallery", "images", "score_threshold", "weights", "pretrained",
-        "benchmark_warmup", "benchmark_iterations",
+        "val_annotations_file", "shards", "read_ahead", "workers", "cache_dir", "gallery", "images", "score_threshold",
+        "weights", "pretrained", "benchmark_warmup", "benchmark_iterations",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -140,6 +147,8 @@ class Config(RunConfig):
                 "--no-pretrained with --norm frozen: a frozen normalisation cannot learn from random weights. "
                 "Add --norm batch --trainable-backbone-layers 5, or give weights."
             )
+        if self.read_ahead and not self.shards:
+            raise UserError("--read-ahead: only shards are read ahead; say where they are with --shards FOLDER")
         if self.mode == "predict" and not self.images:
             raise UserError("--mode predict: say what to look at with --images FILE_OR_FOLDER")
         if self.mode in ("predict", "evaluate") and not self.checkpoint:
@@ -151,17 +160,19 @@ class Config(RunConfig):
 
     def root(self) -> Path:
         """The data set's folder: dataset_path, or its one child that holds the layout (a DATADIR around the set)."""
-        path = self.dataset_path
-        if (path / self.layout.train_images).exists() or not path.is_dir():
+        path, sign = self.dataset_path, self.layout.train_annotations if self.shards else self.layout.train_images
+        if (path / sign).exists() or not path.is_dir():
             return path
-        inside = [child for child in path.iterdir() if (child / self.layout.train_images).exists()]
+        inside = [child for child in path.iterdir() if (child / sign).exists()]
         return inside[0] if len(inside) == 1 else path
 
     def split(self, name: str) -> tuple[Path, Path]:
-        """Annotation file and image folder of "train" or "val"."""
+        """Annotation file and image folder (of files or of shards) of "train" or "val"."""
         annotations = getattr(self, f"{name}_annotations_file")
         images = getattr(self, f"{name}_data_path")
         annotations = annotations or self.root() / getattr(self.layout, f"{name}_annotations")
+        if not images and self.shards:
+            images = self.shards / name
         return annotations, images or self.root() / getattr(self.layout, f"{name}_images")
 
     def data_paths(self) -> list[Path]:
@@ -186,7 +197,7 @@ class Config(RunConfig):
 ADOPTED = (
     "backbone", "trainable_backbone_layers", "norm", "fpn_channels", "head_convs", "image_size", "anchor_sizes",
     "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file", "val_data_path",
-    "val_annotations_file",
+    "val_annotations_file", "shards",
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 

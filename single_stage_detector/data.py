@@ -10,6 +10,8 @@ from detcore import UserError, distributed
 from detcore.backend import Backend
 from detcore.data import Batch, loader, synthetic
 from detcore.data.coco import CocoIndex
+from detcore.data.pace import Pace
+from detcore.data.shards import ReadAhead
 from detcore.distributed import World
 from detcore.evaluation.background import BackgroundEvaluator
 from detcore.task import Beat, Context, Data, Pending
@@ -45,8 +47,10 @@ def class_count(config: Config) -> int:
     return count
 
 
-def train_stream(config: Config, index: CocoIndex, context: Context, epoch: int, step: int) -> Iterator[Batch]:
-    """The loader's endless stream of training batches from a position on."""
+def train_stream(
+    config: Config, index: CocoIndex, context: Context, epoch: int, step: int, pace: Pace | None = None
+) -> Iterator[Batch]:
+    """The loader's endless stream of training batches from a position on. pace: told how long each part takes."""
     world, backend = context.world, context.backend
     batches, extra = loader.train_batches, {"pin_memory": backend.is_gpu}
     if config.loader == "dali":
@@ -68,6 +72,7 @@ def train_stream(config: Config, index: CocoIndex, context: Context, epoch: int,
         hflip=0.5 if config.data_augmentation == "hflip" else 0.0,
         antialias=config.antialias,
         crowd=config.layout.crowd,
+        pace=pace,
         **extra,
     )
 
@@ -153,12 +158,16 @@ def open_data(config: Config, context: Context) -> Data:
         raise UserError(f"{len(train)} images do not fill one step of {config.accumulate} micro-batches (--accumulate)")
     evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
     names = class_names(val)
+    pace = _pace(config, context, train)
+    packs = [index.shards for index in (train, val) if index.shards]
+    ahead = ReadAhead(packs, world.local_rank, world.local_size) if config.read_ahead and packs else None
 
     def train_batches(epoch: int, step: int) -> Iterator[Batch]:
         if steps * config.accumulate == per_rank:
-            yield from train_stream(config, train, context, epoch, step)
+            yield from train_stream(config, train, context, epoch, step, pace)
         while True:  # an epoch ends before the loader's: go on with the next one from its beginning
-            yield from islice(train_stream(config, train, context, epoch, step), steps * config.accumulate - step)
+            stream = train_stream(config, train, context, epoch, step, pace)
+            yield from islice(stream, steps * config.accumulate - step)
             epoch, step = epoch + 1, 0
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
@@ -166,16 +175,31 @@ def open_data(config: Config, context: Context) -> Data:
         everyone = distributed.gather_rows(mine.to(context.backend.device))
         return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
 
+    def close() -> None:
+        for part in (ahead, evaluator):
+            if part:
+                part.close()
+
+    summary = f"training: {train.summary()}\nvalidation: {val.summary()}"
     return Data(
         train_samples=len(train),
         eval_samples=len(val),
         steps_per_epoch=steps,
         train_batches=train_batches,
         evaluate=evaluate,
-        close=evaluator.close if evaluator else lambda: None,
+        close=close,
         classes=tuple(names.items()),
-        summary=f"training: {train.summary()}\nvalidation: {val.summary()}",
+        summary=f"{summary}\n{ahead.words}" if ahead else summary,
+        advise=pace.words,
     )
+
+
+def _pace(config: Config, context: Context, index: CocoIndex) -> Pace:
+    """The clocks of the training loader, and what its advice has to know."""
+    dali, world = config.loader == "dali", context.world
+    more = "" if dali or not context.backend.is_gpu else "--loader dali decodes on the GPU"
+    workers = 1 if dali else loader.usable_workers(config.workers)  # DALI's reading is measured as a whole
+    return Pace(workers, world.size, world.local_size, index.shards is not None, dali, more)
 
 
 def class_names(index: CocoIndex) -> dict[int, str]:

@@ -167,15 +167,18 @@ def _detect_files(
     device: backend.Backend,
     classes: list,
     skipped: list[str] | None = None,
+    read: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[tuple[Path, Tensor, Tensor]]:
     """(path, uint8 image [3, h, w], float64 [d, 6] x, y, w, h, score, category_id by falling score) of each file.
 
-    Files that do not decode go to `skipped`; without it they raise UserError.
+    Files that do not decode go to `skipped`; without it they raise UserError. read(n): the bytes of paths[n], where
+    they are not those of the file.
     """
     ids = torch.tensor([i for i, _ in classes], device=device.device)
     for number, path in enumerate(paths):
         try:
-            image = transforms.decode(transforms.read_bytes(path, number), path=path, image_id=number)
+            data = read(number) if read else transforms.read_bytes(path, number)
+            image = transforms.decode(data, path=path, image_id=number)
         except UserError as error:
             if skipped is None:
                 raise
@@ -226,9 +229,9 @@ def gallery(config: Config, build_model: BuildModel) -> None:
     folder = config.output_dir / "gallery"
     folder.mkdir(exist_ok=True)
     entries = []
-    for i, (_, image, found) in zip(
-        chosen, _detect_files(best, model, [index.path(i) for i in chosen], device, classes)
-    ):
+    paths = [index.path(i) for i in chosen]
+    detected = _detect_files(best, model, paths, device, classes, read=lambda number: index.read(chosen[number]))
+    for i, (_, image, found) in zip(chosen, detected):
         name = f"gallery/{len(entries):03}.jpg"
         (config.output_dir / name).write_bytes(encode_jpeg(image, quality=90).numpy().tobytes())
         boxes, labels, _ = index.boxes(i)

@@ -16,32 +16,24 @@ Treatments, each with its count in `CocoIndex.counts`:
 Evaluation sees every box as it stands in the file (`CocoIndex.ground_truth`).
 
 The cache is trusted when the annotation file's path, size and modification time, the image folder and the length and
-checksums of the cache agree. Columns up to 1 MiB are checked whole, larger ones in 64 evenly spread places, so that a
-start takes the same time for any file. Anything else is rebuilt. The SHA-256 of the annotation file stands in it.
+checksums of the cache (`detcore.data.columns`) agree. Anything else is rebuilt. The SHA-256 of the annotation file
+stands in it. The image folder may hold shards instead of files (`detcore.data.shards`); then its index counts too.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import json
-import math
-import mmap
 import os
-import struct
-import uuid
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from detcore import UserError
-from detcore.data import coco_json
+from detcore.data import coco_json, shards, transforms
+from detcore.data import columns as columns_file
 
 _MAGIC = b"detcore index 1\n"
-_PREFIX = struct.Struct("<16sQI")  # magic, length of the header, its CRC-32
-_ALIGN = 4096
-_WHOLE = 1 << 20
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -61,6 +53,7 @@ class CocoIndex:
         self.counts: dict[str, int] = dict(header["counts"])
         self.content_hash: str = header["content_hash"]
         self.missing = np.empty(0, np.int64)
+        self.shards = shards.open_folder(self.image_dir) if key["shards"] else None
         self._cache_file, self._key, self._columns = cache_file, key, columns
 
     @classmethod
@@ -86,11 +79,14 @@ class CocoIndex:
             raise UserError(f"{file}: cannot read the annotation file ({error.strerror}); check the path.") from error
         if not images.is_dir():
             raise UserError(f"{images}: the image folder of {file.name} is not a directory; check the path.")
+        if pack := shards.open_folder(images):
+            pack.check()
         key = {
             "annotation_file": str(file),
             "image_dir": str(images),
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
+            "shards": pack.content_hash if pack else None,
         }
         places = [Path(cache_dir).absolute()] if cache_dir is not None else [file.parent, _user_cache()]
         name = f".{file.name}.{hashlib.sha256(f'{file}|{images}'.encode()).hexdigest()[:12]}.index"
@@ -119,7 +115,16 @@ class CocoIndex:
         return self._columns["names"][ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
 
     def path(self, i: int) -> Path:
-        return self.image_dir / self.file_name(i)
+        """The image's file; in shards, where there is none, SHARD/NAME for messages. `read` opens either."""
+        name = self.file_name(i)
+        return self.shards.place(name) if self.shards else self.image_dir / name
+
+    def read(self, i: int) -> np.ndarray:
+        """The bytes of the image's file, uint8 [n]. UserError, naming file (or shard and member) and image."""
+        image_id = int(self.image_ids[i])
+        if self.shards:
+            return self.shards.read(self.file_name(i), image_id)
+        return transforms.read_bytes(self.image_dir / self.file_name(i), image_id)
 
     def box_count(self) -> np.ndarray:
         """int64 [I]: the number of annotations of each image as the file lists them, before any treatment."""
@@ -135,6 +140,15 @@ class CocoIndex:
         boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[i], self.widths[i])
         rows = rows[keep]
         return boxes[keep], self._columns["ann_class"][rows].astype(np.int64), self._columns["iscrowd"][rows] != 0
+
+    def annotations(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The annotations of images first..last-1 as the file has them, image after image.
+
+        Returns int [n] position of the image, int [n] class index, float64 [n, 4] x, y, w, h.
+        """
+        column = self._columns
+        rows = column["order"][column["starts"][first] : column["starts"][last]]
+        return column["ann_image"][rows], column["ann_class"][rows], column["bbox"][rows]
 
     def ground_truth(self):
         """All annotations as they stand in the file: a `detcore.evaluation.coco.GroundTruth`, in the file's order."""
@@ -231,7 +245,7 @@ def _build(places: list[Path], name: str, key: dict) -> CocoIndex:
             with _only_one_builder(place):
                 index = _load(place / name, key)
                 if index is None:
-                    _write(place / name, *_collect(key))
+                    columns_file.save(place / name, _MAGIC, *_collect(key))
                     index = _load(place / name, key)
         except OSError as error:
             refusals.append(str(error))
@@ -296,6 +310,9 @@ def _collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
 
 def _scan(names: list[str], image_dir: Path) -> tuple[np.ndarray, int]:
     """Read each folder once: int64 positions of the names that are not there, and the number of images not named."""
+    if pack := shards.open_folder(image_dir):
+        rows = pack.find(names)
+        return np.flatnonzero(rows < 0), len(pack) - len(np.unique(rows[rows >= 0]))
     folders: dict[str, set[str]] = {}
     listed: dict[str, set[str]] = {}
     missing = []
@@ -316,74 +333,7 @@ def _scan(names: list[str], image_dir: Path) -> tuple[np.ndarray, int]:
     return np.array(missing, np.int64), unlisted
 
 
-def _checksum(length: int, read: Callable[[int, int], bytes | memoryview]) -> int:
-    """CRC-32 of a column of `length` bytes; read(at, n) gives n bytes of it."""
-    places = (
-        [(0, length)] if length <= _WHOLE else [(at, _ALIGN) for at in np.linspace(0, length - _ALIGN, 64, dtype=int)]
-    )
-    crc = 0
-    for at, n in places:
-        crc = zlib.crc32(read(at, n), crc)
-    return crc
-
-
-def _checksum_of(column: np.ndarray) -> int:
-    data = column.reshape(-1).view(np.uint8).data
-    return _checksum(len(data), lambda at, n: data[at : at + n])
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGN) * _ALIGN
-
-
-def _write(path: Path, header: dict, columns: dict[str, np.ndarray]) -> None:
-    """Write the cache under another name and rename it, so that nobody ever reads half of one."""
-    table, end = {}, 0
-    for name, column in columns.items():
-        start = _aligned(end)
-        table[name] = [column.dtype.str, list(column.shape), start, column.nbytes, _checksum_of(column)]
-        end = start + column.nbytes
-    text = json.dumps({**header, "columns": table, "length": end}).encode()
-    base = _aligned(_PREFIX.size + len(text))
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(temporary, "xb") as out:
-            out.write(_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
-            for name, column in columns.items():
-                out.seek(base + table[name][2])
-                column.tofile(out)
-            out.truncate(base + end)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _load(path: Path, key: dict) -> CocoIndex | None:
     """The cache at path, or None if there is none for this key or it is damaged."""
-    try:
-        with open(path, "rb") as file:
-            magic, length, crc = _PREFIX.unpack(file.read(_PREFIX.size))
-            size = os.fstat(file.fileno()).st_size
-            if magic != _MAGIC or _PREFIX.size + length > size:
-                return None
-            text = file.read(length)
-            if zlib.crc32(text) != crc:
-                return None
-            header = json.loads(text)
-            base = _aligned(_PREFIX.size + length)
-            if header["key"] != key or size != base + header["length"]:
-                return None
-            # Read, not mapped: a mapped page brings its whole neighbourhood into this process's memory.
-            for _, _, start, nbytes, check in header["columns"].values():
-                if _checksum(nbytes, lambda at, n, begin=base + start: os.pread(file.fileno(), n, begin + at)) != check:
-                    return None
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError, KeyError, struct.error):
-        return None
-    columns = {
-        name: np.frombuffer(mapped, dtype, count=math.prod(shape), offset=base + start).reshape(shape)
-        for name, (dtype, shape, start, _, _) in header["columns"].items()
-    }
-    return CocoIndex(path, key, header, columns)
+    found = columns_file.load(path, _MAGIC, lambda header: header["key"] == key)
+    return CocoIndex(path, key, *found) if found else None

@@ -6,6 +6,7 @@ the resize rounds differently. The GPU decoder's inverse transform and colour up
 Files are read by a few threads and handed to DALI as bytes; DALI's own shuffling is not used.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from detcore import UserError
 from detcore.data import Batch, transforms
 from detcore.data.coco import CocoIndex
 from detcore.data.loader import EvalPlan, TrainPlan
+from detcore.data.pace import Pace
 
 
 def train_batches(
@@ -39,11 +41,12 @@ def train_batches(
     crowd: str = "keep",
     min_box: float = 0.0,
     device_id: int | None = None,
+    pace: Pace | None = None,
 ) -> Iterator[Batch]:
     """As `detcore.data.loader.train_batches`. workers: DALI's CPU threads. device_id: the GPU that decodes and holds
     the images (the other fields stay in host memory); None does all on the CPU. UserError where DALI is missing."""
     plan = TrainPlan(index, image_size, batch_size, max_boxes, seed, rank, world_size, drop_last, hflip, crowd, min_box)
-    return _stream(plan, plan.keys(epoch, step), image_size, workers, antialias, device_id)
+    return _stream(plan, plan.keys(epoch, step), image_size, workers, antialias, device_id, pace)
 
 
 def eval_batches(
@@ -69,11 +72,15 @@ class _Source:
         self.plan, self.keys = plan, keys
         self.fed: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self.pool = ThreadPoolExecutor(threads)
+        self.seconds, self.bytes = 0.0, 0  # reading, since the last batch that came out
         self.blank = encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)).numpy()
 
     def __call__(self) -> tuple[list[np.ndarray], np.ndarray]:
         images, flips = self.plan.choose(*next(self.keys))
-        files = list(self.pool.map(self._read, images.tolist()))
+        begin = time.perf_counter()
+        files = list(self.pool.map(self.plan.index.read, images.tolist()))
+        self.seconds += time.perf_counter() - begin
+        self.bytes += sum(map(len, files))
         padding = self.plan.batch_size - len(files)
         self.fed.append((images, flips))
         return files + [self.blank] * padding, np.pad(flips.astype(np.int32), (0, padding))
@@ -88,13 +95,10 @@ class _Source:
         for images, _ in self.fed:
             for i in images.tolist():
                 try:
-                    transforms.decode(self._read(i), **self._facts(i))
+                    transforms.decode(self.plan.index.read(i), **self._facts(i))
                 except UserError as reason:
                     return reason
         return UserError(f"DALI failed, though every file of the batch decodes without it: {error}")
-
-    def _read(self, i: int) -> np.ndarray:
-        return transforms.read_bytes(self.plan.index.path(i), int(self.plan.index.image_ids[i]))
 
     def _facts(self, i: int) -> dict[str, Any]:
         index = self.plan.index
@@ -109,6 +113,7 @@ def _stream(
     workers: int,
     antialias: bool,
     device_id: int | None,
+    pace: Pace | None = None,
 ) -> Iterator[Batch]:
     try:
         import nvidia.dali  # noqa: F401
@@ -116,11 +121,16 @@ def _stream(
         raise UserError(
             f"the DALI loader wants NVIDIA DALI ({error}): pip install .[dali], or take --loader torch."
         ) from error
-    return _batches(_Source(plan, keys, max(workers, 1)), image_size, max(workers, 1), antialias, device_id)
+    return _batches(_Source(plan, keys, max(workers, 1)), image_size, max(workers, 1), antialias, device_id, pace)
 
 
 def _batches(
-    source: _Source, image_size: tuple[int, int], threads: int, antialias: bool, device_id: int | None
+    source: _Source,
+    image_size: tuple[int, int],
+    threads: int,
+    antialias: bool,
+    device_id: int | None,
+    pace: Pace | None,
 ) -> Iterator[Batch]:
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -129,12 +139,17 @@ def _batches(
     try:
         pipeline = _pipeline(source, image_size, threads, antialias, device_id)
         while True:
+            begin = time.perf_counter()
             try:
                 pixels, shapes = pipeline.run()
             except StopIteration:
                 return
             except RuntimeError as error:
                 raise source.blame(error) from error
+            if pace:  # what DALI does beside the training step does not hold it back and is not seen here
+                waited = max(time.perf_counter() - begin - source.seconds, 0.0)
+                pace.add(batch_size, source.bytes, [source.seconds, waited, 0.0], 0.0)
+                source.seconds, source.bytes = 0.0, 0
             images, flips = source.fed.popleft()
             source.check(images, np.asarray(shapes.as_tensor()))
             # DALI reuses its buffers, so the values are copied out.

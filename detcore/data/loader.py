@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from detcore import UserError
 from detcore.data import Batch, transforms
 from detcore.data.coco import CocoIndex
+from detcore.data.pace import Pace
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -191,18 +193,20 @@ def train_batches(
     crowd: str = "keep",
     min_box: float = 0.0,
     pin_memory: bool = False,
+    pace: Pace | None = None,
 ) -> Iterator[Batch]:
     """An endless stream of this rank's micro-batches, from micro-batch `step` of `epoch` on (both from 0).
 
     image_size: (height, width) of every image. hflip: the probability of mirroring. crowd: "keep" crowd boxes as
     ordinary ones or "drop" them. Boxes not wider and higher than min_box pixels of the resized image are left out.
     workers: processes that decode; 0 decodes in this one. Images come in channels_last memory, pinned if asked.
+    pace: told how long the workers took for each batch.
 
     Raises UserError, before the first batch, for missing images, more boxes than max_boxes and too few images for a
     batch; later for files that do not decode and for a worker that was killed.
     """
     plan = TrainPlan(index, image_size, batch_size, max_boxes, seed, rank, world_size, drop_last, hflip, crowd, min_box)
-    return _stream(_Batches(plan, image_size, antialias), plan.keys(epoch, step), workers, pin_memory)
+    return _stream(_Batches(plan, image_size, antialias), plan.keys(epoch, step), workers, pin_memory, pace)
 
 
 def eval_batches(
@@ -231,8 +235,9 @@ class _Batches(Dataset):
     def __init__(self, plan: TrainPlan | EvalPlan, image_size: tuple[int, int], antialias: bool) -> None:
         self.plan, self.image_size, self.antialias = plan, image_size, antialias
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor] | str:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
         images, flips = self.plan.choose(*key)
+        self.clock, self.bytes, cpu = [0.0, 0.0, 0.0], 0, time.thread_time()
         try:
             pixels = [self._image(i, flip) for i, flip in zip(images.tolist(), flips.tolist())]
             targets = self.plan.targets(images, flips)
@@ -241,21 +246,30 @@ class _Batches(Dataset):
         blank = torch.zeros(*self.image_size, 3, dtype=torch.uint8)
         pixels += [blank] * (self.plan.batch_size - len(pixels))
         # default_collate stacks straight into shared memory when it runs in a worker.
-        return {"images": default_collate(pixels), **targets}
+        spent = (len(images), self.bytes, self.clock, time.thread_time() - cpu)
+        return {"images": default_collate(pixels), **targets, "spent": spent}
 
     def _image(self, i: int, flip: bool) -> torch.Tensor:
         index = self.plan.index
-        path, image_id = index.path(i), int(index.image_ids[i])
-        data = transforms.read_bytes(path, image_id)
         size = (int(index.heights[i]), int(index.widths[i]))
-        image = transforms.decode(data, path=path, image_id=image_id, size=size)
-        return transforms.resize(image, self.image_size, flip=flip, antialias=self.antialias)
+        times = [time.perf_counter()]
+        data = index.read(i)
+        times.append(time.perf_counter())
+        image = transforms.decode(data, path=index.path(i), image_id=int(index.image_ids[i]), size=size)
+        times.append(time.perf_counter())
+        resized = transforms.resize(image, self.image_size, flip=flip, antialias=self.antialias)
+        times.append(time.perf_counter())
+        self.clock = [sum(so_far) for so_far in zip(self.clock, np.diff(times).tolist(), strict=True)]
+        self.bytes += len(data)
+        return resized
 
 
-def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _stream(
+    dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pin_memory: bool, pace: Pace | None = None
+) -> Iterator[Batch]:
     generator = torch.Generator()  # the default one would be advanced, and training with it
     more: dict[str, Any] = {}
-    workers = min(workers, len(os.sched_getaffinity(0)))
+    workers = usable_workers(workers)
     if workers:
         more = {"multiprocessing_context": _fork_server(), "worker_init_fn": _begin_worker, "prefetch_factor": 2}
     loader = DataLoader(
@@ -269,6 +283,9 @@ def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pi
         for item in batches:
             if isinstance(item, str):
                 raise UserError(item)
+            spent = item.pop("spent")
+            if pace:
+                pace.add(*spent)
             yield Batch(**{**item, "images": item["images"].permute(0, 3, 1, 2)})
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error):
@@ -281,6 +298,11 @@ def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], workers: int, pi
         if workers:
             end_workers()
             atexit.unregister(end_workers)
+
+
+def usable_workers(workers: int) -> int:
+    """No more than there are processors."""
+    return min(workers, len(os.sched_getaffinity(0)))
 
 
 def _fork_server() -> Any:

@@ -90,7 +90,7 @@ def write(
     if not counts:
         raise UserError(f"{folder} holds no files; mount the data there first")
     if path.exists() and not force:
-        differences = _compare(read(path), counts, full=True)
+        differences = compare(read(path), counts, full=True)
         if differences:
             more = f" and {len(differences) - 1} more" if differences[1:] else ""
             raise UserError(
@@ -128,10 +128,11 @@ def check(
     """
     path = path or folder / NAME
     expected = read(path)
-    return _compare(expected, build(folder, sizes=full, manifest=path, progress=progress), full)
+    return compare(expected, build(folder, sizes=full, manifest=path, progress=progress), full)
 
 
-def _compare(expected: dict[str, Count], found: dict[str, Count], full: bool) -> list[str]:
+def compare(expected: dict[str, Count], found: dict[str, Count], full: bool) -> list[str]:
+    """The folders whose counts differ, in words; their bytes too if `full`."""
     differences = []
     for name in sorted(expected.keys() | found.keys()):
         want, have = expected.get(name, Count(0, 0)), found.get(name, Count(0, 0))

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from detcore import UserError
-from detcore.data import coco as coco_module
-from detcore.data import coco_json
+from detcore.data import coco_json, columns
 from detcore.data.coco import CocoIndex
 
 
@@ -63,10 +62,10 @@ def test_a_cache_damaged_anywhere_is_rebuilt(coco, builds):
     good = coco.simple().open()
     cache = cache_of(coco)
     data = cache.read_bytes()
-    header = coco_module._PREFIX.unpack(data[: coco_module._PREFIX.size])[1]
-    base = coco_module._aligned(coco_module._PREFIX.size + header)
-    table = json.loads(data[coco_module._PREFIX.size :][:header])["columns"]
-    used = [*range(0, coco_module._PREFIX.size + header, 11)]
+    header = columns.PREFIX.unpack(data[: columns.PREFIX.size])[1]
+    base = columns.aligned(columns.PREFIX.size + header)
+    table = json.loads(data[columns.PREFIX.size :][:header])["columns"]
+    used = [*range(0, columns.PREFIX.size + header, 11)]
     for _, _, start, length, _ in table.values():
         used += [base + start, base + start + length - 1] * bool(length)
     assert same(good, coco.open()) and len(builds) == 1
@@ -86,11 +85,11 @@ def test_a_truncated_or_grown_cache_is_rebuilt(coco, builds, length):
 
 def test_large_columns_are_sampled_at_both_ends():
     column = np.arange(1 << 20, dtype=np.float64)
-    whole = coco_module._checksum_of(column)
+    whole = columns.checksum_of(column)
     for at in (0, -1):
         changed = column.copy()
         changed[at] += 1
-        assert coco_module._checksum_of(changed) != whole
+        assert columns.checksum_of(changed) != whole
 
 
 def test_a_folder_that_cannot_be_written(coco, builds, monkeypatch, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from detcore import UserError
-from detcore.data import dali, loader
+from detcore.data import dali, loader, pack
 from detcore.data.coco import CocoIndex
+from detcore.data.pace import Pace
 
 SIZE = (48, 64)
 TRAIN = {"image_size": SIZE, "max_boxes": 6, "seed": 11, "epoch": 0, "workers": 2}
@@ -63,6 +64,27 @@ class TestWithDali:
         theirs = list(dali.eval_batches(index, workers=1, **arguments))
         assert len(theirs) == loader.eval_steps(13, 4, world_size)
         assert_close(list(loader.eval_batches(index, workers=0, **arguments)), theirs)
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_shards_give_the_batches_of_the_files(self, thirteen, index, tmp_path, workers):
+        pack.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
+        packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
+        arguments = {**TRAIN, "batch_size": 3, "rank": 1, "world_size": 2, "step": 0, "workers": workers}
+        clock = Pace(1, dali=True)
+        first = list(itertools.islice(dali.train_batches(index, **arguments), 9))
+        second = list(itertools.islice(dali.train_batches(packed, **arguments, pace=clock), 9))
+        for a, b in zip(first, second, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert clock.images == 27 and clock.bytes and "DALI could give reading" not in clock.words(1.0, 0.5)
+
+    def test_a_damaged_shard_is_named(self, thirteen, index, tmp_path):
+        pack.pack(index, tmp_path / "shards", shard_bytes=1)
+        path = tmp_path / "shards" / "00004.tar"
+        path.write_bytes(path.read_bytes().replace(b"\xff\xda", b"\xff\xdb"))
+        packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
+        stream = dali.eval_batches(packed, image_size=SIZE, batch_size=3, rank=0, world_size=1, workers=2)
+        with pytest.raises(UserError, match=r"00004\.tar: member 000128\.jpg \(image 128\).*CRC-32"):
+            list(stream)
 
     def test_grey_cmyk_png_and_exif(self, coco):
         from PIL import Image
