@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 
 .PHONY: help setup demo test test-slow test-slurm test-docker lint bench gpu clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo "  PYTHON=python3.12   the interpreter of .venv (now: $(PYTHON)); 3.11 or newer"
 	@echo "  PIP_INDEX_URL=URL   the package index, as pip reads it"

@@ -8,18 +8,18 @@
 # DOCKER_ARGS: more words for its run command, such as "--privileged --user 0:0", which lets run.sub drop the page cache.
 # The engine takes this script's place, so that SIGTERM, SIGINT and SIGUSR1 reach run.sub and its exit code comes back.
 set -euo pipefail
+(($# == 0)) || { sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | head -n 8 && [[ $1 == -*h* ]] && exit; } # --help
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # What the container gets to know of this environment: variables that run.sub and the program read. Their paths of this
 # host are replaced by those in the container, and nothing else of the environment is told.
 passed='BENCHMARK|BATCHSIZE|EVALBATCHSIZE|NUMEPOCHS|LR|WARMUP_EPOCHS|LOG_INTERVAL|EXTRA_PARAMS|SEED|USE_SYNTHETIC_DATA'
 passed+='|DGX[A-Z]+|MAXQ_CLK|MINEDP_CLK|SET_MAXQ_CLK|SET_MINEDP_CLK|WALLTIME|WALLTIME_RUNANDTIME|BIND|MASTER_PORT'
-passed+='|MLPERF_[A-Z_]+|NEXP|DATESTAMP|CLEAR_CACHES|DROPCACHE_CMD|CHECK_COMPLIANCE|VERIFY_MOUNTS|INIT_EXPECTED_MOUNTS'
+passed+='|MLPERF_[A-Z_]+|NEXP|DATESTAMP|RESUME|CLEAR_CACHES|DROPCACHE_CMD|CHECK_COMPLIANCE|VERIFY_MOUNTS|INIT_EXPECTED_MOUNTS'
 passed+='|NCCL_[A-Z_0-9]+|HANG_MONITOR_TIMEOUT|OMP_NUM_THREADS|GOMP_SPINCOUNT|SYSTEM_DESCRIPTION'
 passed+='|NVTX_FLAG|TIME_TAGS|EPOCH_PROF|DISABLE_CG|LOCALDISK_FROM_SQUASHFS|TELEMETRY_SCRIPT|POWERCMDDIR'
 
 # --- Everything that is wrong is said at once, before anything starts.
-problems=() mounts=() data='' weights=''
 source "$here/configs/config_mounts.sh"
 docker=${DOCKER:-docker}
 command -v "$docker" >/dev/null || problems+=("DOCKER=$docker is not on PATH")
@@ -36,8 +36,13 @@ fi
 # --- The container: the user's own uid, this host's network and shared memory, no limit on locked memory.
 options=(--rm --init --network=host --ipc=host --ulimit=memlock=-1 --ulimit=stack=67108864 --stop-timeout=300)
 user=(--user "$(id -u):$(id -g)") gpus=(--gpus all)
+[[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || gpus=(--gpus "\"device=$CUDA_VISIBLE_DEVICES\"")
 if [[ ${docker##*/} == podman ]]; then
-    gpus=(--device nvidia.com/gpu=all)
+    gpus=()
+    IFS=, read -ra chosen <<<"${CUDA_VISIBLE_DEVICES:-all}"
+    for gpu in "${chosen[@]}"; do
+        gpus+=(--device "nvidia.com/gpu=$gpu")
+    done
     ((EUID == 0)) || user=(--userns=keep-id) # without root, only this maps the user to itself
 fi
 options+=("${user[@]}")

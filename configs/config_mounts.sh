@@ -5,19 +5,31 @@
 # paths of this host.
 
 problems=()
+missing=()
 for name in BENCHMARK DGXSYSTEM DGXNNODES DGXNGPU WALLTIME_RUNANDTIME; do
-    [[ -n ${!name:-} ]] || problems+=("$name is missing: source configs/config_<system>.sh first (sbatch --export=NONE drops it)")
+    [[ -n ${!name:-} ]] || missing+=("$name")
 done
-for name in DGXNNODES DGXNGPU WALLTIME_RUNANDTIME NEXP MASTER_PORT SEED; do
-    [[ ${!name:-0} =~ ^[0-9]+$ ]] || problems+=("$name=${!name} is not a whole number")
+[[ ${#missing[@]} == 0 ]] ||
+    problems+=("${missing[*]} missing: source configs/config_<system>.sh first (sbatch --export=NONE drops what it exports)")
+for name in DGXNNODES DGXNGPU WALLTIME_RUNANDTIME NEXP MASTER_PORT; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || problems+=("$name=${!name} is not a whole number above 0")
 done
+[[ ${SEED:-0} =~ ^[0-9]+$ ]] || problems+=("SEED=$SEED is not a whole number")
+for name in REQUEUE RESUME NCCL_TEST CHECK_COMPLIANCE BIND USE_SYNTHETIC_DATA INIT_EXPECTED_MOUNTS SET_MAXQ_CLK SET_MINEDP_CLK; do
+    [[ ${!name:-0} == [01] ]] || problems+=("$name=${!name}: choose 0 or 1")
+done
+[[ ${CLEAR_CACHES:-1} =~ ^(0|1|files)$ ]] || problems+=("CLEAR_CACHES=$CLEAR_CACHES: choose 0, 1 or files")
 [[ -n ${CONT+set} ]] || problems+=("CONT is missing: the container image, or CONT= (empty) to run without containers")
+checks=(--ranks-per-node "${DGXNGPU:-1}") # of the preflight
 case ${VERIFY_MOUNTS:-0} in
-0 | no) verify=no ;;
-1 | quick) verify=quick ;;
-full) verify=full ;;
+0 | no) ;;
+1 | quick) checks+=(--verify quick) ;;
+full) checks+=(--verify full) ;;
 *) problems+=("VERIFY_MOUNTS=$VERIFY_MOUNTS: choose 0, quick (or 1) or full") ;;
 esac
+[[ -z ${DATADIR:-} || ${INIT_EXPECTED_MOUNTS:-0} == 0 ]] || checks+=(--write-manifest)
+[[ ${NCCL_TEST:-1} == 1 ]] || checks+=(--bandwidth-mib 0)
+[[ " ${EXTRA_PARAMS:-} " != *" --device cpu "* ]] || checks+=(--device cpu)
 synthetic=${USE_SYNTHETIC_DATA:-0} parameters=" ${EXTRA_PARAMS:-} "
 if [[ -z ${DATADIR:-} && $synthetic != 1 ]]; then
     problems+=("DATADIR is missing: the folder of the data set")
@@ -50,6 +62,17 @@ if [[ -n ${CONT:-} ]]; then
         mounts+=("$mount")
     done
 fi
+nodes=("$HOSTNAME")
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    for cores in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do # such as 2(x2),4
+        ((${cores%%(*} >= ${DGXNGPU:-1})) ||
+            problems+=("this job has ${cores%%(*} cores of a node for $DGXNGPU processes: sbatch --ntasks-per-node=$DGXNGPU")
+    done
+    [[ ! -f ${CONT:-} ]] || CONT=$(realpath "$CONT")
+    [[ ${CONT:-} != /* && ${CONT:-} != *.sqsh || -f $CONT ]] || problems+=("CONT=$CONT: no such image on $HOSTNAME")
+fi
+
 clock= # MHz to lock the GPUs at
 [[ ${SET_MAXQ_CLK:-0} == 0 ]] || clock=${MAXQ_CLK:-}
 [[ ${SET_MINEDP_CLK:-0} == 0 ]] || clock=${MINEDP_CLK:-}
@@ -58,6 +81,7 @@ clock= # MHz to lock the GPUs at
 drop_caches=(/sbin/sysctl vm.drop_caches=3)
 ((EUID == 0)) || drop_caches=(sudo -n "${drop_caches[@]}")
 [[ -z ${DROPCACHE_CMD:-} ]] || read -ra drop_caches <<<"$DROPCACHE_CMD"
-for name in NVTX_FLAG TIME_TAGS EPOCH_PROF DISABLE_CG LOCALDISK_FROM_SQUASHFS TELEMETRY_SCRIPT POWERCMDDIR; do
+for name in NVTX_FLAG TIME_TAGS EPOCH_PROF DISABLE_CG LOCALDISK_FROM_SQUASHFS SCRATCH_SPACE TELEMETRY_SCRIPT POWERCMDDIR \
+    POWERLOGDIR MLPERF_POWER_TRAIN_AFTER_RUN_STOP NCCL_TEST_WALLTIME; do
     [[ ${!name:-0} == 0 ]] || echo "warning: $name=${!name} has no effect here"
 done

@@ -22,7 +22,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ def load(cls, argv: Sequence[str], environ: Mapping[str, str], ignored: Mapping 
     ignored = ignored or {}
     options = _options(cls)
     values, sources = {}, dict.fromkeys((o.name for o in options), DEFAULT)
-    _refuse_near_misses(options, environ)
+    refuse_near_misses([o.env for o in options if o.env], environ)
     for opt in options:
         text = environ.get(opt.env, "").strip() if opt.env else ""
         if text:
@@ -258,9 +258,9 @@ def _suggest(name: str, known) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _refuse_near_misses(options: list[_Option], environ: Mapping[str, str]) -> None:
-    """A variable one slip away from one of ours would otherwise be ignored in silence."""
-    declared = {opt.env: opt.env.upper().replace("_", "") for opt in options if opt.env}
+def refuse_near_misses(known: Iterable[str], environ: Mapping[str, str]) -> None:
+    """Raises UserError for a variable one slip away from a known one: it would otherwise be ignored in silence."""
+    declared = {name: name.upper().replace("_", "") for name in known}
     for name in environ:
         bare = name.upper().replace("_", "")
         for ours, ours_bare in declared.items():

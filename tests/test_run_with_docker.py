@@ -110,6 +110,8 @@ def test_podman(box):
     box.put("nvidia-smi", "#!/bin/bash\n")
     argv = box.argv(DOCKER=str(box.bin / "podman"))
     assert argv[0] == "podman" and after(argv, "--device") == ["nvidia.com/gpu=all"] and "--gpus" not in argv
+    argv = box.argv(DOCKER=str(box.bin / "podman"), CUDA_VISIBLE_DEVICES="2,3")
+    assert after(argv, "--device") == ["nvidia.com/gpu=2", "nvidia.com/gpu=3"]
     assert ("--userns=keep-id" in argv) == (os.geteuid() != 0)
     done = box.run()
     assert done.returncode == 2 and "DOCKER=docker is not on PATH" in done.stderr
@@ -134,7 +136,7 @@ def test_everything_that_is_missing_is_said_at_once(box):
     names = [*MACHINE, "DATADIR", "BACKBONE_DIR"]
     done = box.run(**dict.fromkeys(names))
     assert done.returncode == 2 and "nothing was started" in done.stderr and not (box.notes / "argv").exists()
-    assert [name for name in names if f"error: {name} is missing" not in done.stderr] == []
+    assert [name for name in names if not re.search(rf"error: .*\b{name}\b.* missing", done.stderr)] == []
 
 
 def test_what_is_wrong_is_refused(box):
@@ -165,7 +167,9 @@ def test_the_config_and_all_that_the_programs_read_is_passed(box):
     program = {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(Config)} - {None}
     text = "".join((ROOT / name).read_text() for name in ("run.sub", "configs/config_mounts.sh"))
     launcher = {name for name in re.findall(r"\$\{!?([A-Z][A-Z_]+):[-+?]", text) if not name.startswith("SLURM_")}
-    wanted = (program | launcher) - INSIDE - HOST - {"GIT_COMMIT", "REQUEUE"}  # the image's; Slurm's
+    wanted = (
+        (program | launcher) - INSIDE - HOST - {"GIT_COMMIT", "VIRTUAL_ENV", "REQUEUE", "KEEPER_PID"}
+    )  # the image's; Slurm's
     assert len(wanted) > 25
     assert wanted - box.passed(**dict.fromkeys(wanted, "1") | MACHINE) == set()
 

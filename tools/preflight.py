@@ -14,6 +14,7 @@ or 2 and, on stderr, all problems of all ranks, each with its nodes and what to 
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,10 @@ from preflight_team import Silent, Team, first_line
 
 from detcore import UserError
 from detcore.cli import BAD_INPUT, run_main
+from detcore.config import refuse_near_misses
 from detcore.data import manifest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -77,8 +81,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def launcher_variables() -> set[str]:
+    """The variables that the launchers read, as their own text has them."""
+    scripts = [ROOT / "run.sub", ROOT / "run_and_time.sh", *(ROOT / "configs").glob("config_[cm]o*.sh")]
+    text = "\n".join(re.sub(r"(^|\s)#.*", "", path.read_text()) for path in scripts if path.exists())
+    return set(re.findall(r"\$\{!?#?([A-Z][A-Z0-9_]{5,})\b", text))
+
+
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    refuse_near_misses(launcher_variables(), os.environ)
     team = preflight_team.join(args.timeout)
     if team is None:
         return BAD_INPUT

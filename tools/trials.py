@@ -354,6 +354,8 @@ def main(argv: list[str]) -> int:
         nodes = [name for name in args.nodes.split(",") if name]
         print(explain(args.folder, args.code, nodes, max(args.ranks_per_node, 1)))
         return cli.OK
+    if not list(args.logdir.glob(f"{args.stamp}_*")):
+        raise UserError(f"{args.logdir} holds nothing of DATESTAMP {args.stamp}; its names begin the logs' there")
     return summary(args.logdir, args.stamp, args.runs, args.json)
 
 

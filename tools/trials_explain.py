@@ -316,8 +316,6 @@ def explain(folder: Path, code: int, nodes: list[str], per_node: int) -> str:
             lines.append(f"  rank {rank.number} left no log: it was never started, or its file could not be written")
         elif rank.last_lines:
             lines += [f"  last lines of {rank.log}:", *(f"  | {line[:LINE_LENGTH]}" for line in rank.last_lines)]
-        else:
-            lines.append(f"  {rank.log} has no line that says more")
     if trial.slurm:
         lines += ["  Slurm said:", *(f"  | {line[:LINE_LENGTH]}" for line in trial.slurm[-4:])]
     table = next((t for r in trial.ranks.values() if (t := _last_table(r.lines))), [])

@@ -71,7 +71,7 @@ def read(path: Path) -> dict[str, Count]:
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such manifest; where the data is known to be whole, write one: "
-            "python -m detcore.data.manifest write DIR"
+            "python -m detcore.data.manifest write DIR (in a job of run.sub: INIT_EXPECTED_MOUNTS=1)"
         ) from error
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a manifest: {getattr(error, 'strerror', None) or error}") from error
