@@ -66,8 +66,8 @@ nodes=("$HOSTNAME")
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     for cores in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do # such as 2(x2),4
-        ((${cores%%(*} >= ${DGXNGPU:-1})) ||
-            problems+=("this job has ${cores%%(*} cores of a node for $DGXNGPU processes: sbatch --ntasks-per-node=$DGXNGPU")
+        [[ ${cores%%[(]*} -ge ${DGXNGPU:-1} ]] ||
+            problems+=("this job has ${cores%%[(]*} cores of a node for $DGXNGPU processes: sbatch --ntasks-per-node=$DGXNGPU")
     done
     [[ ! -f ${CONT:-} ]] || CONT=$(realpath "$CONT")
     [[ ${CONT:-} != /* && ${CONT:-} != *.sqsh || -f $CONT ]] || problems+=("CONT=$CONT: no such image on $HOSTNAME")
