@@ -363,3 +363,15 @@ def test_torchrun_starts_it(tmp_path):
 def test_bad_launcher_variables(tools):
     with pytest.raises(UserError, match="WORLD_SIZE missing"):
         tools.team.join(1, {"RANK": "0", "LOCAL_RANK": "0"})
+
+
+def test_misspelt_variables_of_the_launchers(tools, alone, monkeypatch):
+    known = tools.preflight.launcher_variables()
+    assert {"CLEAR_CACHES", "DATADIR", "LOGDIR", "VERIFY_MOUNTS", "MLPERF_RULESET", "WALLTIME_RUNANDTIME"} <= known
+    assert not {name for name in known if name.startswith(("SLURM", "BASH", "OMPI"))}
+    for name in ("SLURM_JOB_UID", "SLURM_JOB_NODES", "OMPI_COMM_WORLD_NODE_RANK", "VIRTUAL_ENV_PROMPT"):
+        monkeypatch.setenv(name, "1")  # others' variables, near those that the scripts read
+    assert alone()[0] == 0
+    monkeypatch.setenv("CLEAR_CACHE", "0")
+    code, _, err = alone()
+    assert code == 2 and "CLEAR_CACHE='0' is not known: did you mean CLEAR_CACHES?" in err
