@@ -367,7 +367,7 @@ def test_bad_launcher_variables(tools):
 
 def test_misspelt_variables_of_the_launchers(tools, alone, monkeypatch):
     known = tools.preflight.launcher_variables()
-    assert {"CLEAR_CACHES", "DATADIR", "LOGDIR", "VERIFY_MOUNTS", "MLPERF_RULESET", "WALLTIME_RUNANDTIME"} <= known
+    assert {"CLEAR_CACHES", "DATADIR", "LOGDIR", "VERIFY_MOUNTS", "MLPERF_RULESET"} <= known
     assert not {name for name in known if name.startswith(("SLURM", "BASH", "OMPI"))}
     for name in ("SLURM_JOB_UID", "SLURM_JOB_NODES", "OMPI_COMM_WORLD_NODE_RANK", "VIRTUAL_ENV_PROMPT"):
         monkeypatch.setenv(name, "1")  # others' variables, near those that the scripts read
