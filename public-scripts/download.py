@@ -47,11 +47,14 @@ from detcore.progress import duration
 
 HERE = Path(__file__).resolve().parent
 MOUNT = Path("/workspace/ssd_dataset")  # where a container of this project finds the user's disk
+STALL, STALL_OF_IMAGES = 60.0, 20.0  # seconds without data; an archive's server may have to look for it
 MLPERF_CLASSES = HERE / "openimages_mlperf_classes.txt"
 
 
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:  # argparse itself would show the usage without the command
+        args.parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return {
         "openimages": openimages, "coco2014": coco, "coco2017": coco, "backbone": backbone, "file": files
     }[args.command](args)  # fmt: skip
@@ -66,14 +69,22 @@ def openimages(args: argparse.Namespace) -> int:
         _with_fiftyone(folder, splits, names, args)
         _verify(folder, splits, args)
         return OK
-    client = _client(args)
-    _metadata(folder, splits, client, args)
-    for split in splits:
-        _images(folder, split, names, client, args)
-    for split in splits if args.convert else ():
-        _run("openimages_to_coco.py", folder, "--split", split, "--classes", args.classes)
-    if args.convert:
-        _verify(folder, splits, args)
+    _metadata(folder, splits, _client(args), args)
+    client = _client(args, STALL_OF_IMAGES)
+    try:
+        counts = [_images(folder, split, names, client, args) for split in splits]
+        for split in splits if args.convert else ():
+            _run("openimages_to_coco.py", folder, "--split", split, "--classes", args.classes)
+        if args.convert:
+            _verify(folder, splits, args)
+    finally:
+        if client.unstated:
+            words = "this server stated no checksums: sizes and JPEG markers were compared"
+            print(f"note: {words} ({client.unstated:,} images)", file=sys.stderr, flush=True)
+    got, wanted = (sum(column) for column in zip(*counts, strict=True))
+    if got < wanted:
+        words = "; not the MLPerf data set" if args.classes == "mlperf" else ""
+        print(f"{folder}: a part: {got:,} of {wanted:,} images{words}", flush=True)
     return OK
 
 
@@ -89,7 +100,10 @@ def _metadata(folder: Path, splits: list[str], client: Client, args: argparse.Na
         print(f"{folder}: the metadata is already there")
 
 
-def _images(folder: Path, split: str, names: list[str] | None, client: Client, args: argparse.Namespace) -> None:
+def _images(
+    folder: Path, split: str, names: list[str] | None, client: Client, args: argparse.Namespace
+) -> tuple[int, int]:
+    """Fetch the images of one split; how many of them are there, of how many."""
     boxes = folder / split / "labels" / "detections.csv"
     print(f"{split}: selecting images in {boxes}", flush=True)
     mids = None if names is None else class_mids(folder / split / "metadata" / "classes.csv", names)
@@ -100,7 +114,7 @@ def _images(folder: Path, split: str, names: list[str] | None, client: Client, a
     with Journal(data) as journal:
         known = _sizes_of_others(data, split, ids, journal, client, args)
         items = (
-            Item(f"{args.images_url}/{split}/{name}.jpg", data / f"{name}.jpg", known.get(f"{name}.jpg"))
+            Item(f"{args.images_url}/{split}/{name}.jpg", data / f"{name}.jpg", known.get(f"{name}.jpg"), image=True)
             for name in ids
         )
         absent = sum(f"{name}.jpg" not in journal.sizes for name in ids)
@@ -110,6 +124,7 @@ def _images(folder: Path, split: str, names: list[str] | None, client: Client, a
         )
     _say(data, result)
     require_all(result, folder / split / "missing-images.jsonl", allow_missing=args.allow_missing)
+    return result.present + result.fetched, len(ids)
 
 
 def _sizes_of_others(
@@ -216,8 +231,9 @@ def _fetch(items: list[Item], client: Client, args: argparse.Namespace) -> None:
         raise UserError(f"{'; '.join(problems)}. Run again to go on, or choose another server")
 
 
-def _client(args: argparse.Namespace) -> Client:
-    return Client(args.connections, Patience(attempts=args.attempts, delay=args.retry_delay, stall=args.stall))
+def _client(args: argparse.Namespace, stall: float = STALL) -> Client:
+    patience = Patience(attempts=args.attempts, delay=args.retry_delay, stall=args.stall or stall)
+    return Client(args.connections, patience)
 
 
 def _class_names(choice: str) -> list[str] | None:
@@ -272,7 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="download.py", description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    style |= {"parents": [_common()]}
+    parser.set_defaults(parsers=commands.choices)
+    # The shell scripts say by which name they were called.
+    style |= {"parents": [_common()], "prog": os.environ.get("DOWNLOAD_CALLED_AS") or None}
 
     add = commands.add_parser("openimages", help="the MLPerf subset of OpenImages-v6", **style).add_argument
     words = f"the data set; default: $DATASET_PATH, else {MOUNT}/open-images-v6"
@@ -280,7 +298,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", choices=["train", "validation", "all"], default="all", help="what to fetch; default: all")
     words = "only images with a box of these classes; FILE: one name or MID a line; default: mlperf"
     add("--classes", default="mlperf", metavar="mlperf|all|FILE", help=words)
-    add("--allow-missing", action="store_true", help="convert although the server lacks some images")
+    words = "go on although the server says that it has not (404) some images: a part of the data set"
+    add("--allow-missing", action="store_true", help=words)
     add("--no-convert", dest="convert", action="store_false", help="only fetch")
     add("--no-verify", dest="verify", action="store_false", help="no verify_dataset.py at the end")
     words = "the original way: fiftyone downloads and exports; needs fiftyone and many hours"
@@ -327,9 +346,11 @@ def _common() -> argparse.ArgumentParser:
     add("--attempts", type=_number(int, 1, 1000), default=8, metavar="N", help=words)
     words = "seconds before the second try, doubled up to 60; the server's Retry-After wins; default: 1"
     add("--retry-delay", type=_number(float, 0, 3600), default=1.0, metavar="S", help=words)
-    words = "seconds without data until a connection is given up; default: 60"
-    add("--stall", type=_number(float, 0.1, 3600), default=60.0, metavar="S", help=words)
-    words = "do not compare with published sizes and hashes: a mirror with other or fewer files"
+    words = "seconds without data until a connection is given up; "
+    words += f"default: {STALL_OF_IMAGES:g} for images, {STALL:g} for archives"
+    add("--stall", type=_number(float, 0.1, 3600), metavar="S", help=words)
+    words = "do not compare with published sizes and hashes: for a mirror (--*url or the *_URL variables named here)"
+    words += " with other or fewer files"
     add("--trust-server", action="store_true", help=words)
     return common
 

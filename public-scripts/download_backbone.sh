@@ -11,6 +11,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export DOWNLOAD_CALLED_AS=${BASH_SOURCE[0]##*/}
 for python in "${PYTHON:-}" "$here/../.venv/bin/python" python python3; do
     [[ -z $python ]] || ! command -v "$python" >/dev/null || exec "$python" "$here/download.py" backbone "$@"
 done

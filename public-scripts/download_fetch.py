@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from download_headers import content_length, network_words, retry_after, server_md5
+from download_headers import content_length, jpeg_problem, network_words, retry_after, server_md5
 
 from detcore import UserError
 
@@ -61,12 +61,16 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One file to fetch. size: bytes, None if unknown. hashes: (algorithm, beginning of the hex digest)."""
+    """One file to fetch. size: bytes, None if unknown. hashes: (algorithm, beginning of the hex digest).
+
+    image: a JPEG, whose markers are compared; its size, if known, is of the server's own list, else a published one.
+    """
 
     url: str
     path: Path
     size: int | None = None
     hashes: tuple[tuple[str, str], ...] = ()
+    image: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Client:
         if urllib3 is None:
             raise UserError(f"{sys.executable} has no urllib3, which downloads need: pip install 'urllib3>=2.2,<3'")
         self.patience, self.stop = patience, stop or threading.Event()
-        self.retries = 0
+        self.retries, self.last_reason = 0, ""  # why something was tried again, newest
+        self.unstated = 0  # images that came without any checksum
         self._connections = connections
         self._managers: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
@@ -131,7 +136,8 @@ class Client:
     def fetch(self, item: Item, report: Callable[[int], None] = lambda count: None) -> tuple[int, int]:
         """Fetch one file; returns its size and how many bytes came over the network. `report` hears of each chunk.
 
-        Raises Missing, Failed or Stopped; UserError where the disk is full or the folder cannot be written.
+        Raises Missing, Failed or Stopped; UserError where the disk is full, the folder cannot be
+        written, or the server has another file than the published one.
         """
         received = 0
 
@@ -167,7 +173,7 @@ class Client:
                 self._judge(response.status, response, url)
                 return response.read()
             except urllib3.exceptions.HTTPError as error:
-                raise _Again(network_words(error)) from error
+                raise self._again(error) from error
             finally:
                 response.release_conn()
 
@@ -182,19 +188,22 @@ class Client:
             except _Damaged as error:
                 if part:
                     part.remove()
+                words = f"damaged, {error}"
                 damaged += 1
                 if damaged == DAMAGED_LIMIT:
                     raise Failed(f"{item.url} arrived damaged {damaged} times ({error}) and was removed") from error
                 wait = self._backoff(damaged)
             except _Again as error:
                 failures = 1 if received() > before else failures + 1
-                before = received()
+                before, words = received(), str(error)
                 if failures >= self.patience.attempts:
                     raise Failed(f"{item.url} could not be fetched: {error}") from error
                 wait = 0.0 if error.now else self._backoff(failures)
                 if error.after is not None:
                     wait = max(wait, min(error.after, LONGEST_RETRY_AFTER))
                     self._not_before = max(self._not_before, time.monotonic() + wait)
+            host = urlsplit(item.url).hostname or ""
+            self.last_reason = words if host in words else f"{words} ({host})"
             self.retries += 1
             self._wait(wait)
 
@@ -233,7 +242,10 @@ class Client:
         except urllib3.exceptions.LocationValueError as error:
             raise Failed(f"{url} is no address: {error}") from error
         except urllib3.exceptions.HTTPError as error:
-            raise _Again(network_words(error)) from error
+            raise self._again(error) from error
+
+    def _again(self, error: Exception) -> _Again:
+        return _Again(network_words(error, self.patience.stall))
 
     def _judge(self, status: int, response: "urllib3.BaseHTTPResponse", url: str) -> None:
         """Raises for every status that brings no file."""
@@ -269,6 +281,9 @@ class Client:
             response.release_conn()
         if problem := _problem(item, part, response.headers):
             raise _Damaged(problem)
+        if item.image and not item.hashes and not server_md5(response.headers, guess=True):
+            with self._lock:
+                self.unstated += 1
         return _finish(item, part)
 
     def _receive(
@@ -285,7 +300,7 @@ class Client:
                 try:
                     chunk = response.read1(CHUNK)
                 except urllib3.exceptions.HTTPError as error:
-                    raise _Again(network_words(error)) from error
+                    raise self._again(error) from error
                 if not chunk:
                     break
                 view = memoryview(chunk)
@@ -324,22 +339,28 @@ def _agree(item: Item, part: _Part, response: "urllib3.BaseHTTPResponse") -> int
         total = content_length(response.headers)
     part.validator = validator
     if item.size is not None and total is not None and total != item.size:
-        raise _Damaged(f"wrong size: {total:,} bytes at the server, {item.size:,} published")
+        if item.image:  # the server contradicts its list; it may be a moment's trouble
+            raise _Damaged(f"wrong size: {total:,} bytes at the server, {item.size:,} in its list")
+        raise UserError(
+            f"{item.url}: the server's file is another one than published ({total:,} bytes at the server, "
+            f"{item.size:,} published); --trust-server takes it, for a mirror with files of its own"
+        )
     return total
 
 
 def _problem(item: Item, part: _Part, headers) -> str | None:
-    """What is wrong with a part that should be the whole file, by its size, published hashes and the server's md5."""
+    """What is wrong with a part that should be the whole file: size, published hashes, the server's md5, markers."""
     if item.size is not None and part.length != item.size:
-        return f"wrong size: {part.length:,} bytes, {item.size:,} published"
+        return f"wrong size: {part.length:,} bytes, {item.size:,} expected"
     for name, begin in item.hashes:
         found = part.hashes[name].hexdigest()
         if not found.startswith(begin):
             return f"wrong hash: its {name} begins with {found[:8]}, expected {begin[:8]}"
-    promised = server_md5(headers)
+    promised = server_md5(headers, guess=not item.hashes)
     if promised and promised != part.hashes["md5"].hexdigest():
         return f"wrong bytes: its md5 is {part.hashes['md5'].hexdigest()}, the server states {promised}"
-    return None
+    # A published image may lack its end marker: where a checksum was right, that is the file as it is published.
+    return jpeg_problem(part.path, end=not (promised or item.hashes)) if item.image else None
 
 
 def _finish(item: Item, part: _Part) -> int:

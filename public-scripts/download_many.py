@@ -245,7 +245,7 @@ class Progress:
         if bad:
             words.append(f"{bad:,} missing or failed")
         if client.retries:
-            words.append(f"{client.retries:,} retries")
+            words.append(f"{client.retries:,} retries (last: {client.last_reason})")
         return ", ".join(words)
 
     def _write(self, text: str, last: bool = False) -> None:
@@ -268,11 +268,15 @@ def require_all(result: Summary, report: Path, *, allow_missing: bool | None = N
     write_whole(report, lambda file: file.writelines(json.dumps({"file": n, "why": w}) + "\n" for n, w in problems))
     for _, words in problems[:SHOWN]:
         print(words, file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"and {len(problems) - SHOWN:,} more in {report}", file=sys.stderr)
     words = f"{len(result.missing):,} files are not on the server, {len(result.failed):,} could not be fetched"
     if allow_missing and not result.failed:
         print(f"note: {words}; all are listed in {report}", file=sys.stderr)
         return
     hint = "" if result.failed or allow_missing is None else ", or go on without them: --allow-missing"
+    if allow_missing:
+        hint = "; --allow-missing covers only files that the server says it has not (404)"
     raise UserError(f"{words}; all are listed in {report}. Run the same command again to try once more{hint}")
 
 

@@ -27,8 +27,9 @@ class Server(ThreadingHTTPServer):
     wrong: other bytes of the same number. status, headers: an answer without the file. ignore_range: 200 and all of it.
     new=BYTES: from now on the file has this content. ignore_if_range: continues the new version. hang: until the client
     goes away or the test ends. encoding: the header Content-Encoding. no_length: without Content-Length.
-    lists: answers ListObjectsV2 of `bucket`, so many keys an answer.
-    `log` holds (method, path, Range, If-Range) of every request. store: ETags are md5, as object stores give them.
+    silent: no answer at all. lists: answers ListObjectsV2 of `bucket`, so many keys an answer.
+    `log` holds (method, path, Range, If-Range) of every request. store: it says it is an object store.
+    etags: False for none, "nginx" for some that are no md5.
     """
 
     daemon_threads = True
@@ -39,7 +40,8 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.log: list[tuple[str, str, str | None, str | None]] = []
-        self.store, self.etags, self.lists, self.bucket = True, True, 0, ""
+        self.store, self.lists, self.bucket = True, 0, ""
+        self.etags: bool | str = True
         self.end, self.lock = threading.Event(), threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -91,12 +93,17 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.log.append((self.command, path, wanted, condition))
             fault = server.faults[path].pop(0) if body and server.faults.get(path) else {}
+        if "silent" in fault:
+            self.close_connection = True
+            return server.end.wait(60)
         if "new" in fault:
             server.files[path] = fault["new"]
         if "status" in fault or path not in server.files:
             return self._status(fault.get("status", 404), fault.get("headers", {}))
         content = server.files[path]
         tag = f'"{hashlib.md5(content).hexdigest()}"'
+        if server.etags == "nginx":
+            tag = f'"{tag[1:9]}-{len(content):x}"'
         if "wrong" in fault:
             content = bytes(255 - value for value in content)
         content = content[: fault.get("lie")]

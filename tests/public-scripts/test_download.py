@@ -36,7 +36,8 @@ def server():
 def images(count: int) -> dict[str, bytes]:
     """Names of images and their content, of one class or the other; every seventh has an unlisted class only."""
     return {
-        f"{0xFEDC000000000000 + 977 * k:016x}": b"\xff\xd8" + bytes([k % 251]) * (k * 37 % 5000) for k in range(count)
+        f"{0xFEDC000000000000 + 977 * k:016x}": b"\xff\xd8\xff" + bytes([k % 251]) * (k * 37 % 5000) + b"\xff\xd9"
+        for k in range(count)
     }
 
 
@@ -79,10 +80,14 @@ def check(folder: Path, wanted: dict[str, dict[str, bytes]]) -> None:
     assert not [path for path in folder.rglob("*") if ".part" in path.name or "missing" in path.name]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_whole_and_right_in_spite_of_everything(server, tmp_path, seed):
+@pytest.mark.parametrize(("seed", "etags"), [(1, True), (2, True), (3, "nginx")])
+def test_whole_and_right_in_spite_of_everything(server, tmp_path, seed, etags):
     wanted = publish(server)
+    server.etags = etags
+    server.store = etags is True
     server.make_trouble(seed)
+    if not server.store:  # then nothing tells whether a CSV is right
+        server.faults = {path: faults for path, faults in server.faults.items() if "/images/" in path}
     done = openimages(server, tmp_path / "set")
     assert done.returncode == 0, done.stderr
     check(tmp_path / "set", wanted)
@@ -106,7 +111,8 @@ def test_published_sizes_are_held_against_the_server(server, tmp_path):
     words = [word for word in command(server, "openimages", "-d", tmp_path / "set") if word != "--trust-server"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"no_proxy": "*"}, timeout=60)
     assert done.returncode == 2
-    assert "bytes at the server, 12,011 published" in done.stderr
+    assert "another one than published" in done.stderr and "--trust-server takes it" in done.stderr
+    assert done.stderr.count("error") == 1 and len(server.got("/meta/")) <= 8
     assert not list((tmp_path / "set").rglob("*.csv"))
 
 
@@ -330,12 +336,63 @@ def test_default_folder_is_the_container_s_mount(tmp_path, monkeypatch, capsys):
 def test_the_shell_scripts(name):
     script = SCRIPTS / f"download_{name}.sh"
     done = subprocess.run([script, "-h"], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
-    assert done.returncode == 0 and f"download.py {name.removesuffix('_mlperf')}" in done.stdout
+    assert done.returncode == 0 and f"usage: download_{name}.sh [-h]" in done.stdout
+    assert "*_URL variables" in " ".join(done.stdout.split())
     done = subprocess.run([script, "--unheard-of"], capture_output=True, text=True)
     assert done.returncode == 2 and "--unheard-of" in done.stderr
+    assert f"usage: download_{name}.sh" in done.stderr
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["download_fetch"], "urllib3", None)
     with pytest.raises(UserError, match="pip install 'urllib3"):
         download.main(["backbone", "-d", str(tmp_path)])
+
+
+def test_wrong_bytes_of_the_right_length_without_checksums(server, tmp_path):
+    wanted = publish(server)
+    server.store, server.etags = False, "nginx"
+    once, always = (f"/images/train/{name}" for name in list(wanted["train"])[:2])
+    server.faults |= {once: [{"wrong": 1}], always: [{"wrong": 1}] * 3}
+    done = openimages(server, tmp_path / "set", "--split", "train", "--allow-missing")
+    assert done.returncode == 2 and "no JPEG" in done.stderr and "covers only files" in done.stderr
+    note = "this server stated no checksums: sizes and JPEG markers were compared (33 images)"
+    assert done.stderr.count("stated no checksums") == 1 and note in done.stderr
+    data = tmp_path / "set" / "train" / "data"
+    assert contents(data) == {k: v for k, v in wanted["train"].items() if not always.endswith(k)}
+    assert Path(always).name not in (data / download_many.JOURNAL).read_text()
+    done = openimages(server, tmp_path / "set")
+    assert done.returncode == 0 and done.stderr.count("stated no checksums") == 1
+    check(tmp_path / "set", wanted)
+    assert "stated no checksums" not in openimages(server, tmp_path / "set").stderr
+
+
+def test_a_part_is_called_one(server, tmp_path, monkeypatch, capsys):
+    wanted = publish(server)
+    for name in list(wanted["train"])[:8]:
+        del server.files[f"/images/train/{name}"]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "MLPERF_CLASSES", class_file(tmp_path / "set"))
+    monkeypatch.setattr(download.subprocess, "run", Called())
+    words = command(server, "openimages", "-d", tmp_path / "set", "--allow-missing")[2:]
+    assert download.main(words) == 0
+    told = capsys.readouterr()
+    total = sum(map(len, wanted.values()))
+    last = f"a part: {total - 8} of {total} images; not the MLPerf data set"
+    assert told.out.splitlines()[-1] == f"{tmp_path / 'set'}: {last}"
+    assert f"and 3 more in {tmp_path / 'set' / 'train' / 'missing-images.jsonl'}" in told.err
+    with pytest.raises(UserError, match="or go on without them: --allow-missing"):
+        download.main([word for word in words if word != "--allow-missing"])
+
+
+def test_patience_with_images_is_shorter_unless_it_is_given():
+    parse = download._parser().parse_args
+    stall = [download._client(parse(["openimages", *words]), 20.0).patience.stall for words in ([], ["--stall", "90"])]
+    assert stall == [20, 90] and download._client(parse(["coco2017"])).patience.stall == 60
+
+
+def test_the_progress_line_has_the_newest_reason(server, tmp_path):
+    server.files["/a.bin"] = b"a"
+    server.faults["/a.bin"] = [{"status": 500}, {"silent": 1}]
+    done = run(server, "file", f"{server.url}/a.bin", "-d", tmp_path, "--stall", "0.3")
+    assert done.returncode == 0 and "2 retries (last: no data for 0.3 s from 127.0.0.1)" in done.stderr

@@ -115,7 +115,7 @@ def test_wrong_bytes_are_fetched_again(server, client, tmp_path, fault):
     ("known", "words"),
     [
         ({}, "wrong bytes"),
-        ({"size": len(CONTENT) + 1}, "wrong size: 102,400 bytes at the server, 102,401 published"),
+        ({"size": len(CONTENT) + 1, "image": True}, "wrong size: 102,400 bytes at the server, 102,401 in its list"),
         ({"hashes": (("sha256", "01234567"),)}, "wrong hash"),
     ],
 )
@@ -128,7 +128,7 @@ def test_wrong_bytes_are_refused_in_the_end(server, client, tmp_path, known, wor
 
 
 def test_an_etag_that_is_no_md5_is_not_taken_for_one(server, client, tmp_path):
-    server.store = False
+    server.store, server.etags = False, "nginx"
     server.faults[PATH] = [{"wrong": 1}]
     client.fetch(item(server, tmp_path))
     assert contents(tmp_path)["file.bin"] != CONTENT
@@ -204,7 +204,7 @@ def test_range_ignored(server, client, tmp_path):
 
 @pytest.mark.parametrize("obeys", [True, False], ids=["if-range", "if-range ignored"])
 def test_another_version_midway(server, client, tmp_path, obeys):
-    server.store = False  # only the ETag's change can tell, no md5
+    server.store, server.etags = False, "nginx"  # only the ETag's change can tell, no md5
     server.faults[PATH] = [{"drop": 60000}, {"new": OTHER} if obeys else {"new": OTHER, "ignore_if_range": 1}]
     client.fetch(item(server, tmp_path))
     assert contents(tmp_path) == {"file.bin": OTHER}
@@ -215,6 +215,10 @@ def test_a_stalled_connection_is_given_up(server, clock, tmp_path):
     Client(1, Patience(stall=0.2), clock).fetch(item(server, tmp_path))
     assert contents(tmp_path) == {"file.bin": CONTENT}
     assert server.log[1][2] == "bytes=100-"
+    client = Client(1, Patience(stall=0.2), clock)
+    server.faults[PATH] = [{"silent": 1}]
+    client.fetch(item(server, tmp_path))
+    assert client.last_reason == "no data for 0.2 s from 127.0.0.1"
 
 
 def test_a_trickle_is_a_stall(server, clock, tmp_path, monkeypatch):
@@ -291,3 +295,59 @@ def test_size_by_head(server, client):
     with pytest.raises(Missing):
         client.size_of(server.url + "/absent")
     assert server.got(method="GET") == []
+
+
+JPEG = b"\xff\xd8\xff" + b"picture" * 50 + b"\xff\xd9"
+NO_END, NO_BEGIN = JPEG[:-2] + b"..", b"<html>" + JPEG[6:]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(NO_END, "its end marker ff d9 is missing"), (NO_BEGIN, "it begins with 3c 68 74, not"), (b"", "with nothing")],
+)
+@pytest.mark.parametrize("etags", [False, "nginx"])
+def test_an_image_is_known_by_its_markers(server, client, tmp_path, body, words, etags):
+    server.store, server.etags, server.files[PATH] = False, etags, body
+    server.faults[PATH] = [{}, {"new": JPEG}]
+    client.fetch(item(server, tmp_path, image=True, size=len(JPEG) if body else None))
+    assert contents(tmp_path) == {"file.bin": JPEG} and client.unstated == 1
+    assert words in client.last_reason
+    server.files[PATH] = body
+    with pytest.raises(Failed, match=f"arrived damaged 3 times .*{words}"):
+        client.fetch(item(server, tmp_path / "other", image=True))
+    assert contents(tmp_path / "other") == {} and client.unstated == 1
+
+
+@pytest.mark.parametrize("more", [b"", bytes(60), b"camera"])
+def test_a_few_bytes_may_follow_the_end_marker(server, client, tmp_path, more):
+    server.etags, server.files[PATH] = False, JPEG + more
+    client.fetch(item(server, tmp_path, image=True))
+    assert contents(tmp_path) == {"file.bin": JPEG + more}
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_a_right_checksum_excuses_a_missing_end_marker(server, client, tmp_path, store):
+    server.store, server.files[PATH] = store, NO_END
+    client.fetch(item(server, tmp_path, image=True))
+    assert contents(tmp_path) == {"file.bin": NO_END} and client.unstated == 0
+
+
+def test_an_etag_that_looks_like_md5_is_compared(server, client, tmp_path):
+    server.store = False
+    server.faults[PATH] = [{"wrong": 1}]
+    client.fetch(item(server, tmp_path))
+    assert contents(tmp_path) == {"file.bin": CONTENT}
+    assert "wrong bytes" in client.last_reason
+    # Published hashes say more than a guess.
+    wrong = bytes(255 - value for value in CONTENT)
+    server.faults[PATH] = [{"wrong": 1}]
+    client.fetch(item(server, tmp_path, hashes=(("sha256", hashlib.sha256(wrong).hexdigest()),)))
+    assert contents(tmp_path) == {"file.bin": wrong}
+    assert download_headers.server_md5({"ETag": f'W/"{"0" * 32}"'}, guess=True) is None
+
+
+def test_another_file_than_published_is_not_fetched(server, client, tmp_path):
+    words = "another one than published \\(102,400 bytes at the server, 7 published\\); --trust-server takes it"
+    with pytest.raises(UserError, match=words):
+        client.fetch(item(server, tmp_path, size=7))
+    assert len(server.log) == 1 and contents(tmp_path) == {}
