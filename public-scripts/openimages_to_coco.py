@@ -59,6 +59,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import dataset_layouts
+
+if __name__ == "__main__":
+    dataset_layouts.with_packages("numpy", "msgspec", "pyarrow")
+
 import openimages_tables as tables
 from openimages_pieces import Crew, Tally, disk_errors
 from openimages_stages import (
@@ -177,7 +182,7 @@ def convert(
         if job.fingerprint() != before:
             part.unlink()
             raise UserError(f"{source.boxes} or its images changed while they were read; give the command again")
-        same = _same_there(output, digest, size, part, args.force)
+        same = _same_there(output, digest, size, part, args.force, work)
         if same:  # left as it is: what was built from it stays valid
             part.unlink()
             print(f"{output} was there already, with the same content")
@@ -269,7 +274,7 @@ def _write(job: Job, crew: Crew, found: Outcome, part: Path, name: str) -> tuple
     return digest.hexdigest(), size
 
 
-def _same_there(output: Path, digest: str, size: int, part: Path, force: bool) -> bool:
+def _same_there(output: Path, digest: str, size: int, part: Path, force: bool, work: Path) -> bool:
     """Whether `output` is there with the same content. UserError if it has another, unless `force`."""
     try:
         with open(output, "rb") as file:
@@ -283,7 +288,8 @@ def _same_there(output: Path, digest: str, size: int, part: Path, force: bool) -
     raise UserError(
         f"{output} is there already and differs: {old_size:,} bytes, sha256 {old[:16]}; now {size:,} bytes, "
         f"{digest[:16]}. "
-        "Nothing was replaced; with --force it is (quickly: the finished parts are kept)"
+        f"Nothing was replaced; with --force it is (quickly: the finished parts stay in {work}, a folder that may be "
+        "removed)"
     )
 
 

@@ -24,6 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dataset_layouts
 
+if __name__ == "__main__":
+    dataset_layouts.with_packages("numpy", "msgspec", "PIL", "torch", "torchvision")
+
+from dataset_layouts import counted
+
 from detcore import UserError
 from detcore.cli import OK, run_main
 from detcore.data import pack, shards
@@ -54,11 +59,12 @@ def pack_split(split: dataset_layouts.Split, out: Path, args: argparse.Namespace
     made = pack.pack(
         index, out, shard_bytes=args.shard_size, shuffle=args.shuffle, threads=threads, force=args.force, done=done
     )
-    meter.close()
+    if made.written:
+        meter.close()
     seconds = time.perf_counter() - begin
     rate = f", {meter.bytes / seconds / 1e6:,.0f} MB/s read, written and read back" if made.written else ""
-    print(f"{out}: {made.images:,} images in {made.shards:,} shards, {made.bytes:,} bytes")
-    print(f"  written now: {made.written:,} shards in {duration(seconds)}{rate}")
+    print(f"{out}: {counted(made.images, 'image')} in {counted(made.shards, 'shard')}, {made.bytes:,} bytes")
+    print(f"  written now: {counted(made.written, 'shard')} in {duration(seconds)}{rate}")
     print(f"  content {made.content_hash[:16]} (the same for the same images on any machine)")
 
 

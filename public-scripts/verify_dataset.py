@@ -29,8 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dataset_layouts
+
+if __name__ == "__main__":
+    dataset_layouts.with_packages("numpy", "msgspec", "PIL", "torch", "torchvision")
+
 import numpy as np
-from dataset_layouts import Split
+from dataset_layouts import Split, counted
 
 from detcore import UserError
 from detcore.cli import OK, run_main
@@ -96,16 +100,45 @@ def check_classes(findings: Findings, split: Split, index: CocoIndex) -> None:
         findings.add(PROBLEM, split.name, "classes of another name than the benchmark's list", len(wrong), wrong, do)
 
 
-def check_counts(findings: Findings, folder: Path, args: argparse.Namespace) -> dict[str, manifest.Count]:
-    """Files and bytes of each folder, compared with the manifest if there is one."""
+def check_counts(
+    findings: Findings, folder: Path, args: argparse.Namespace
+) -> tuple[dict[str, manifest.Count], manifest.Odd]:
+    """Files and bytes of each folder, compared with the manifest if there is one, and what stood out in counting."""
     meter = Meter(f"counting files of {folder}", 0)
-    counts = manifest.build(folder, progress=lambda files: meter.add(files - meter.done))
-    path = folder / manifest.NAME
-    if path.exists() and not args.write_manifest:
-        wrong = manifest.compare(manifest.read(path), counts, full=True)
-        do = f"copy these folders again; if the data is right: --write-manifest --force ({path})"
-        findings.add(PROBLEM, "", "folders that are not as the manifest says", len(wrong), wrong, do)
-    return counts
+    odd = manifest.Odd([], [])
+    counts: dict[str, manifest.Count] = {}
+    try:
+        counts = manifest.build(folder, progress=lambda files: meter.add(files - meter.done), odd=odd)
+        path = folder / manifest.NAME
+        if path.exists() and not args.write_manifest:
+            wrong = manifest.compare(manifest.read(path), counts, full=True)
+            do = (
+                "replace single files, not folders: --full --list FILE names the damaged ones, or run the downloader "
+                f"again; if the data is right: --write-manifest --force ({path})"
+            )
+            findings.add(PROBLEM, "", "folders that are not as the manifest says", len(wrong), wrong, do)
+    except UserError as error:  # the other checks may still say what is wrong
+        findings.add(PROBLEM, "", "files or a manifest that cannot be read", 1, [str(error)], "mend that first")
+    return counts, odd
+
+
+def check_odd(findings: Findings, folder: Path, splits: list[Split], odd: manifest.Odd) -> dict[str, list[str]]:
+    """Links to nothing and empty files of the data set; returns the latter's names in each split's image folder."""
+    empty: dict[str, list[str]] = {split.name: [] for split in splits}
+    places = {split.name: os.path.relpath(split.images, folder) + "/" for split in splits}
+    for what, names in (("links to nothing", odd.dangling), ("empty files", odd.empty)):
+        for name in names:
+            split = next((s for s, place in places.items() if name.startswith(place)), "")
+            short = name.removeprefix(places.get(split, ""))
+            if what == "links to nothing":
+                do = "mount or fetch what they lead to, or remove them; they count as not there"
+                findings.each(PROBLEM, split, what, [short], do)
+            elif split:
+                findings.each(PROBLEM, split, what, [short], verify.FULL_KINDS[what][1])
+                empty[split].append(short)
+            else:
+                findings.each(NOTE, split, what, [short], "outside of the image folders; is that meant?")
+    return empty
 
 
 def check_bytes(findings: Findings, split: Split, count: manifest.Count, decoded: bool) -> None:
@@ -126,8 +159,11 @@ def check_bytes(findings: Findings, split: Split, count: manifest.Count, decoded
 def look(args: argparse.Namespace, splits: list[Split], findings: Findings) -> list[dict[str, Any]]:
     """All checks; returns one row for each split."""
     folder = None if args.annotations else args.folder
-    counts = check_counts(findings, folder, args) if folder else {}
-    indexes, hashes, rows = {}, {}, []
+    counts, empty = {}, {}
+    if folder:
+        counts, odd = check_counts(findings, folder, args)
+        empty = check_odd(findings, folder, splits, odd)
+    indexes, hashes, seen, rows = {}, {}, {}, []
     for split in splits:
         index = check_annotations(findings, split, args)
         here = counts.get(os.path.relpath(split.images, folder)) if folder else None
@@ -138,7 +174,9 @@ def look(args: argparse.Namespace, splits: list[Split], findings: Findings) -> l
         indexes[split.name] = index
         row |= {"images": len(index), "annotations": index.counts["annotations"], "classes": index.num_classes}
         row |= {"sha256": index.content_hash}
-        there = verify.check_names(findings, split.name, index, args.partial)
+        there, seen[split.name] = verify.check_names(
+            findings, split.name, index, args.partial, empty.get(split.name, ())
+        )
         row["image_files"] = row["image_files"] or there
         verify.check_boxes(findings, split.name, index)
     if {"train", "val"} <= indexes.keys():
@@ -149,7 +187,7 @@ def look(args: argparse.Namespace, splits: list[Split], findings: Findings) -> l
     if args.full:
         for name, index in indexes.items():
             meter = Meter(f"decoding {name}", len(index))
-            hashes[name] = verify.check_images(findings, name, index, args.workers, meter.add)
+            hashes[name] = verify.check_images(findings, name, index, args.workers, meter.add, seen[name])
             meter.close()
         verify.check_leaks(findings, {name: (indexes[name], hashes[name]) for name in indexes})
     for split, row in zip(splits, rows):
@@ -178,8 +216,8 @@ def show(rows: list[dict[str, Any]], findings: Findings, seconds: float, full: b
         print(f"{'':30}  -> {item['do']}")
     notes = len(findings.items) - findings.problems
     how = "every image read and decoded" if full else "quick: no image was opened; --full reads and decodes each"
-    verdict = f"{findings.problems} problems" if findings.problems else "fine"
-    print(f"\n{verdict}, {notes} notes, in {duration(seconds)} ({how})")
+    verdict = counted(findings.problems, "problem") if findings.problems else "fine"
+    print(f"\n{verdict}, {counted(notes, 'note')}, in {duration(seconds)} ({how})")
 
 
 @contextlib.contextmanager
@@ -244,6 +282,10 @@ def main(argv: list[str]) -> int:
             print(f"{args.folder / manifest.NAME}: not written, for there are problems")
         return PROBLEMS_FOUND
     if args.write_manifest:
+        missing = sum(i["count"] for i in findings.items if i["what"] in (verify.MISSING, verify.NOT_PACKED))
+        if missing:  # with --partial a note
+            print(f"{args.folder / manifest.NAME}: not written, for {counted(missing, 'listed image')} missing")
+            return PROBLEMS_FOUND
         made = manifest.write(args.folder, force=args.force)
         files, size = sum(c.files for c in made.values()), sum(c.bytes for c in made.values())
         print(f"{args.folder / manifest.NAME}: {len(made):,} folders, {files:,} files, {size:,} bytes.")

@@ -2,51 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from detcore import UserError
 from detcore.config import at_least, between, option
+from detcore.data.layouts import LAYOUTS, Layout
 from detcore.run_config import RunConfig
 
 BENCHMARK = "retinanet"  # submission_benchmark in rulesets 5.0 and 5.1
 TARGET_MAP = 0.34
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d")
 SCORE_THRESHOLD, TOPK_PER_LEVEL, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 1000, 0.5, 300
-
-
-class Layout(NamedTuple):
-    """Where a data set keeps its parts below its root, and how many classes it must have (None: any number).
-
-    contiguous: whether the category ids must be 0..K-1 or 1..K, where others mean a faulty conversion. crowd: whether
-    boxes marked iscrowd train as ordinary positives (OpenImages group-of boxes) or are left out (COCO).
-    """
-
-    train_images: str
-    train_annotations: str
-    val_images: str
-    val_annotations: str
-    classes: int | None
-    contiguous: bool
-    crowd: str
-
-
-LAYOUTS = {
-    "openimages-mlperf": Layout(
-        "train/data", "train/labels/openimages-mlperf.json",
-        "validation/data", "validation/labels/openimages-mlperf.json", 264, True, "keep",
-    ),
-    "openimages": Layout(
-        "train/data", "train/labels/openimages.json",
-        "validation/data", "validation/labels/openimages.json", 601, True, "keep",
-    ),
-    "coco": Layout(
-        "train2017", "annotations/instances_train2017.json",
-        "val2017", "annotations/instances_val2017.json", 80, False, "drop",
-    ),
-    "custom": Layout(
-        "train", "annotations/instances_train.json", "val", "annotations/instances_val.json", None, False, "drop",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

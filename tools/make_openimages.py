@@ -1,11 +1,12 @@
 """Make a data set of any size that looks like OpenImages: its tables with the published columns, and JPEG files.
 
-    python tools/make_openimages.py --out DIR --images 3000 [--boxes-per-image 12.5] [--splits train validation]
+    python tools/make_openimages.py --out DIR --images 3000 [--boxes-per-image 12.5] [--splits train]
 
 Layout: DIR/SPLIT/{data,labels/detections.csv,metadata/{classes,image_ids}.csv}, as fiftyone has it. Random
 ids, boxes and classes (the 264 names of MLPerf and 337 others) from a seed. Of the images --headers (default 256) are
 really made: baseline and progressive, grey, colour and CMYK, with and without EXIF (every orientation, both byte
-orders, with a thumbnail), colour profiles and comments; the others are hard links to them. With --pixels 8 a file has a
+orders, with a thumbnail), colour profiles and comments; the others are hard links to them, which verify_dataset.py
+--full reports as files with the same bytes, in both splits. With --pixels 8 a file has a
 realistic header and next to no pixels, which is what a million files take room for. Needs pyarrow.
 """
 
@@ -156,13 +157,13 @@ def make(out: Path, split: str, images: int, mean: float, headers: int, pixels: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, required=True, help="of each split")
-    parser.add_argument("--boxes-per-image", type=float, default=12.5)
-    parser.add_argument("--splits", nargs="+", default=["train"])
-    parser.add_argument("--headers", type=int, default=256, help="images that are really made")
-    parser.add_argument("--pixels", type=int, default=768, help="about the longer side of an image")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make it in")
+    parser.add_argument("--images", type=int, required=True, metavar="N", help="of each split")
+    parser.add_argument("--boxes-per-image", type=float, default=12.5, help="on average (%(default)s)")
+    parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="(train validation)")
+    parser.add_argument("--headers", type=int, default=256, help="images that are really made (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=768, help="about the longer side of an image (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (%(default)s)")
     args = parser.parse_args()
     for split in args.splits:
         rows = make(args.out, split, args.images, args.boxes_per_image, args.headers, args.pixels, args.seed)

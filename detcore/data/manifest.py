@@ -10,6 +10,7 @@ links lead to is counted once: where it really lies, else under the first link i
 
 import argparse
 import csv
+import errno
 import heapq
 import os
 import stat
@@ -30,6 +31,7 @@ HEADER = ["folder", "files", "bytes"]
 THREADS = 16  # a network file system answers many questions at once, and nearly all of the time is waiting for it
 _CHUNK = 1000  # entries that one thread asks about in one go
 _SHOWN = 20  # differences that are printed
+_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)  # what a link to nothing gives
 
 
 class Count(NamedTuple):
@@ -39,18 +41,42 @@ class Count(NamedTuple):
     bytes: int
 
 
+class Odd(NamedTuple):
+    """What stood out while counting, by path relative to the folder: links to nothing (not counted), empty files."""
+
+    dangling: list[str]
+    empty: list[str]
+
+
 def build(
-    folder: Path, *, sizes: bool = True, manifest: Path | None = None, progress: Callable[[int], None] | None = None
+    folder: Path,
+    *,
+    sizes: bool = True,
+    manifest: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    odd: Odd | None = None,
 ) -> dict[str, Count]:
     """The counts of each folder in `folder`, by path relative to it, sorted.
 
     Without `sizes` files are only counted, which takes one question a folder instead of one a file. `manifest` is left
     out of the count (default: NAME in `folder`). `progress` hears now and then how many files were seen so far.
-    Memory grows with the number of folders, not of files. Raises `UserError` for what can't be read.
+    Memory grows with the number of folders, not of files. `odd`: filled with what stood out; the empty files only with
+    `sizes`. Raises `UserError` for what can't be read, and without `odd` for links to nothing.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}; check the path")
-    return dict(sorted(_Walk(folder, manifest or folder / NAME, sizes, progress or (lambda files: None)).run().items()))
+    walk = _Walk(folder, manifest or folder / NAME, sizes, progress or (lambda files: None))
+    counts = dict(sorted(walk.run().items()))
+    for names in walk.odd:
+        names.sort()
+    if odd is not None:
+        odd.dangling.extend(walk.odd.dangling)
+        odd.empty.extend(walk.odd.empty)
+    elif gone := walk.odd.dangling:
+        shown = ", ".join(gone[:3]) + ", ..." * (len(gone) > 3)
+        what = "1 link to nothing" if len(gone) == 1 else f"{len(gone):,} links to nothing"
+        raise UserError(f"{folder}: {what} ({shown}); mend or remove what is there, then count again")
+    return counts
 
 
 def read(path: Path) -> dict[str, Count]:
@@ -154,6 +180,7 @@ class _Walk:
         self._seen_files, self._lock = 0, threading.Lock()
         self._visited: set[tuple[int, int]] = set()  # device and inode of each folder
         self._counts: dict[str, Count] = {}
+        self.odd = Odd([], [])
         self._links: list[str] = []  # links to folders, yet to be followed: a heap
         self._stop = False
 
@@ -215,7 +242,7 @@ class _Walk:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.name if name == "." else f"{name}/{entry.name}")
-                    elif entry.is_symlink() and entry.is_dir():
+                    elif entry.is_symlink() and _leads_to_folder(entry):
                         links.append(entry.name if name == "." else f"{name}/{entry.name}")
                     else:
                         chunk.append(entry)
@@ -235,6 +262,8 @@ class _Walk:
     def _ask(self, chunk: list[os.DirEntry]) -> tuple[int, int]:
         """How many of the entries are files, and their bytes if those are wanted."""
         files = size = 0
+        dangling: list[str] = []
+        empty: list[str] = []
         for entry in chunk:
             if self._stop:
                 break
@@ -243,14 +272,20 @@ class _Walk:
                     about = entry.stat()
                     is_file = stat.S_ISREG(about.st_mode)
                     size += about.st_size * (is_file and self._sizes)
+                    if self._sizes and is_file and not about.st_size:
+                        empty.append(os.path.relpath(entry.path, self._root))
                 else:
                     is_file = entry.is_file()
             except OSError as error:
-                what = "a link to something that is not there" if entry.is_symlink() else error.strerror
-                raise UserError(f"{entry.path}: {what}; mend or remove it, then count again") from error
+                if entry.is_symlink() and error.errno in _NOWHERE:
+                    dangling.append(os.path.relpath(entry.path, self._root))
+                    continue
+                raise UserError(f"{entry.path}: {error.strerror}; mend or remove it, then count again") from error
             files += is_file
         with self._lock:
             self._seen_files += files
+            self.odd.dangling.extend(dangling)
+            self.odd.empty.extend(empty)
         return files, size
 
     def _path(self, name: str) -> str:
@@ -258,6 +293,13 @@ class _Walk:
 
     def _unreadable(self, name: str, error: OSError) -> UserError:
         return UserError(f"folder {self._path(name)} can't be read: {error.strerror}; check its permissions and mount")
+
+
+def _leads_to_folder(link: os.DirEntry) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a loop of links
+        return False
 
 
 def main(argv: list[str]) -> int:

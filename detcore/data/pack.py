@@ -29,6 +29,8 @@ from detcore.data.coco import CocoIndex
 from detcore.data.shards import INDEX, MAGIC, PLAN, Shards, hash_names
 
 _PART_MAGIC = b"detcore part 1\n\0"
+_WORDS = {"annotation_file": "annotation file", "annotation_sha256": "its content", "images": "images",
+          "shard_bytes": "--shard-size", "shuffle": "--shuffle"}  # fmt: skip
 _AHEAD = 8  # files that a reading thread may be ahead of the writer
 
 
@@ -69,7 +71,10 @@ def pack(
     it), a second packing of the same folder at the same time, and a disk that does not keep what was written.
     """
     index.check_images()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose a place that can be written") from error
     with _alone(folder), _disk_errors(folder):
         order, hashes = _order(index, shuffle)
         _plan(folder, index, len(order), shard_bytes, shuffle, force)
@@ -106,9 +111,8 @@ def check(pack: Shards, done: Callable[[int, int, bool], None] = lambda images, 
         for what, a, b in zip(Part._fields, expected, found, strict=True):
             if not np.array_equal(a, b):
                 at = f", first at member {int((a != b).argmax())}" if len(a) == len(b) else ""
-                raise UserError(
-                    f"{path}: its members are not those of the index ({what}{at}); remove it and pack again"
-                )
+                raise UserError(f"{path}: its members are not those of the index ({what}{at}); "
+                                "remove it and pack again")  # fmt: skip
         done(len(found.hashes), int(found.length.sum()), False)
 
 
@@ -196,9 +200,7 @@ def _plan(folder: Path, index: CocoIndex, count: int, shard_bytes: int, shuffle:
         "format": "tar files of images; shards.index: where each lies (detcore/data/shards.py); train with --shards",
         "annotation_file": index.annotation_file.name,
         "annotation_sha256": index.content_hash,
-        "images": count,
-        "shard_bytes": shard_bytes,
-        "shuffle": shuffle,
+        "images": count, "shard_bytes": shard_bytes, "shuffle": shuffle,
     }  # fmt: skip
     try:
         found = json.loads(path.read_text()) if path.exists() else None
@@ -210,13 +212,19 @@ def _plan(folder: Path, index: CocoIndex, count: int, shard_bytes: int, shuffle:
     if strangers and (found is None or not force):
         if found is None:
             raise UserError(f"{folder}: holds other files already ({', '.join(strangers[:3])}); give an empty folder.")
-        differs = ", ".join(key for key in plan if found.get(key) != plan[key])
-        raise UserError(f"{folder}: holds another packing, with another {differs}; --force replaces it.")
+        differs = ", ".join(f"{word} {_shown(key, found.get(key))}, now {_shown(key, plan[key])}"
+                            for key, word in _WORDS.items() if found.get(key) != plan[key])  # fmt: skip
+        raise UserError(f"{folder}: holds another packing ({differs or 'of another format'}); --force replaces it.")
     if found is not None:
         _forget(folder, keep=0)
-    part = folder / f".{PLAN}.part"
-    part.write_text(json.dumps(plan, indent=1) + "\n")
-    os.replace(part, path)
+    _write_text(path, json.dumps(plan, indent=1) + "\n")
+
+
+def _shown(key: str, value: object) -> str:
+    if key == "shard_bytes" and isinstance(value, int) and value > 0:  # as --shard-size takes it
+        power = max(k for k in range(5) if value % 1000**k == 0)
+        return f"{value // 1000**power}{' kMGT'[power]}".strip()
+    return "none" if value is None else str(value)[:40]
 
 
 def _forget(folder: Path, keep: int) -> None:
@@ -285,8 +293,7 @@ def _write(
                 if rows and _with_end(end + len(head) + len(data) + padding) > shard_bytes:
                     break
                 reader.pop()
-                for piece in (head, data, bytes(padding)):
-                    file.write(piece)
+                file.writelines((head, data, bytes(padding)))
                 names.append(name)
                 rows.append((end + len(head), len(data), crc))
                 end += len(head) + len(data) + padding
@@ -314,10 +321,9 @@ def _with_end(length: int) -> int:
 
 def _dali_index(names: list[str], rows: list[tuple[int, int, int]]) -> str:
     """The lines of `wds2idx`: extension, offset, length and name of each sample."""
-    lines = [f"v1.2 {len(names)}"]
-    for name, (offset, length, _) in zip(names, rows, strict=True):
-        lines.append(f"{name.rpartition('/')[2].partition('.')[2]} {offset} {length} {name}")
-    return "\n".join(lines) + "\n"
+    lines = (f"{name.rpartition('/')[2].partition('.')[2]} {offset} {length} {name}\n"
+             for name, (offset, length, _) in zip(names, rows, strict=True))  # fmt: skip
+    return f"v1.2 {len(names)}\n" + "".join(lines)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -345,11 +351,8 @@ def _write_index(folder: Path, index: CocoIndex, order: np.ndarray, parts: list[
         "names": np.frombuffer(b"".join(encoded), np.uint8),
     }
     paths = [_path(folder, k) for k in range(len(parts))]
-    header = {
-        "shards": [path.name for path in paths],
-        "sizes": [path.stat().st_size for path in paths],
-        "content_hash": digest.hexdigest(),
-    }
+    header = {"shards": [path.name for path in paths], "sizes": [path.stat().st_size for path in paths]}
+    header["content_hash"] = digest.hexdigest()
     columns_file.save(folder / INDEX, MAGIC, header, columns)
     return header["content_hash"]
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -43,6 +43,7 @@ FULL_KINDS = {
         PROBLEM, "their boxes are wrong: correct the file or its entry (exchanged sides: rotated by EXIF somewhere)"),
     "images that decode with a warning": (NOTE, "fetch them again if their pixels matter: part may be grey or shifted"),
     "images with an EXIF orientation": (NOTE, "it is never applied, here and in the reference: boxes must fit without"),
+    "images with an invalid EXIF orientation": (NOTE, "not one of 1 to 8: nobody applies it"),
     "greyscale images": (NOTE, "decoded to RGB"),
     "CMYK images": (NOTE, "decoded to RGB; the colours of some are inverted"),
     "palette or transparent images": (NOTE, "decoded to RGB; transparency is ignored"),
@@ -80,8 +81,14 @@ class Findings:
         return sum(item["level"] == PROBLEM for item in self.items)
 
 
-def check_names(findings: Findings, split: str, index: CocoIndex, partial: bool) -> int:
-    """Files against the names that the annotation file lists; returns the number of image files in their folders.
+MISSING, NOT_PACKED = "images listed but missing", "images listed but not in the shards"
+
+
+def check_names(
+    findings: Findings, split: str, index: CocoIndex, partial: bool, empty: Sequence[str] = ()
+) -> tuple[int, np.ndarray]:
+    """Files against the names that the annotation file lists: the number of image files in their folders, and bool [I]:
+    the images that need no further look, for they are missing or named in `empty`, the empty files found before.
 
     Does nothing for shards but to compare names: their index knows what they hold. partial: fewer files are no problem.
     """
@@ -91,16 +98,18 @@ def check_names(findings: Findings, split: str, index: CocoIndex, partial: bool)
     if index.shards:
         rows = np.concatenate([index.shards.find([index.file_name(i) for i in b]) for b in _blocks(len(index))])
         missing = (index.file_name(i) for i in np.flatnonzero(rows < 0).tolist())
-        findings.each(level, split, "images listed but not in the shards", missing, "pack the data set again")
-        return len(index.shards)
+        findings.each(level, split, NOT_PACKED, missing, "pack the data set again")
+        return len(index.shards), rows < 0
     listed = np.concatenate([hash_names([index.file_name(i) for i in block]) for block in _blocks(len(index))])
     folders = sorted({os.path.dirname(index.file_name(i)) for i in names})
     have = []
     for folder in folders:
         have += [hash_names(block) for block in _listing(index.image_dir, folder)]
     there = np.concatenate(have) if have else np.empty(0, np.uint64)
-    missing = np.flatnonzero(~np.isin(listed, there))
-    findings.each(level, split, "images listed but missing", (index.file_name(i) for i in missing.tolist()), do)
+    away = ~np.isin(listed, there)
+    seen = away | np.isin(listed, hash_names(list(empty))) if empty else away
+    missing = np.flatnonzero(away)
+    findings.each(level, split, MISSING, (index.file_name(i) for i in missing.tolist()), do)
     if np.isin(there, listed, invert=True).any():
         listed.sort()
         for folder in folders:
@@ -111,7 +120,7 @@ def check_names(findings: Findings, split: str, index: CocoIndex, partial: bool)
                 findings.each(
                     NOTE, split, "files that the annotation file does not list", (block[k] for k in extra), do
                 )
-    return len(there)
+    return len(there), seen
 
 
 def _blocks(count: int, size: int = 65536) -> Iterator[range]:
@@ -119,12 +128,14 @@ def _blocks(count: int, size: int = 65536) -> Iterator[range]:
 
 
 def _listing(root: Path, folder: str) -> Iterator[list[str]]:
-    """Names below root of the visible files of one folder, some thousand at a time."""
+    """Names below root of the visible files of one folder, some thousand at a time; a link to nothing is no file."""
     block: list[str] = []
     try:
         with os.scandir(root / folder) as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False):
+                if entry.name.startswith(".") or entry.is_dir(follow_symlinks=False):
+                    continue
+                if not entry.is_symlink() or os.path.exists(entry.path):
                     block.append(os.path.join(folder, entry.name))
                 if len(block) == 65536:
                     yield block
@@ -162,15 +173,22 @@ def check_boxes(findings: Findings, split: str, index: CocoIndex) -> None:
 
 
 def check_images(
-    findings: Findings, split: str, index: CocoIndex, workers: int, seen: Callable[[int, int], None]
+    findings: Findings,
+    split: str,
+    index: CocoIndex,
+    workers: int,
+    seen: Callable[[int, int], None],
+    skip: np.ndarray | None = None,
 ) -> np.ndarray:
     """Read and decode every listed image on `workers` processes. seen(images, bytes) hears of progress.
+
+    skip: bool [I], the images that were found wanting already, see `check_names`; None: none of them.
 
     Returns uint64 [I]: eight bytes of the SHA-256 of each file, 0 where there is none. Files with the same bytes are
     a finding of their own.
     """
     hashes = np.zeros(len(index), np.uint64)
-    for first, rows, digests, size in _on_processes(index, workers):
+    for first, rows, digests, size in _on_processes(index, workers, skip):
         hashes[first : first + len(digests)] = digests
         for what, name, detail in rows:
             findings.every(split, what, name, detail)
@@ -197,11 +215,11 @@ def check_leaks(findings: Findings, splits: dict[str, tuple[CocoIndex, np.ndarra
         findings.each(NOTE, "val", "images that are in the training set too", names, do)
 
 
-def _on_processes(index: CocoIndex, workers: int) -> Iterator[tuple]:
+def _on_processes(index: CocoIndex, workers: int, skip: np.ndarray | None) -> Iterator[tuple]:
     """`_look` at every chunk of images, in order, with few chunks under way."""
     waiting: deque[Future] = deque()
     # Forked: nothing is imported again. No thread holds a lock here, and the children decode, which starts none.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (index,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (index, skip))
     try:
         for block in _blocks(len(index), _CHUNK):
             waiting.append(pool.submit(_look_from_pool, block.start, block.stop))
@@ -218,11 +236,12 @@ def _on_processes(index: CocoIndex, workers: int) -> Iterator[tuple]:
 
 
 _index: CocoIndex | None = None  # of a process of the pool
+_skip: np.ndarray | None = None
 
 
-def _begin(index: CocoIndex) -> None:
-    global _index
-    _index = index
+def _begin(index: CocoIndex, skip: np.ndarray | None) -> None:
+    global _index, _skip
+    _index, _skip = index, skip
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
     parent = multiprocessing.parent_process()
@@ -243,6 +262,8 @@ def _look(index: CocoIndex, first: int, last: int) -> tuple[int, list[tuple[str,
         os.dup2(said.fileno(), 2)
         try:
             for i in range(first, last):
+                if _skip is not None and _skip[i]:
+                    continue
                 name = index.file_name(i)
                 try:
                     data = index.read(i)
@@ -286,12 +307,14 @@ def _header(data: np.ndarray, suffix: str) -> Iterator[tuple[str, str]]:
     """What Pillow sees in the header of an image that decodes."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            orientation, mode, kind = image.getexif().get(0x112, 1), image.mode, image.format
+            orientation, mode, kind = _orientation(image), image.mode, image.format
     except Exception as error:  # its readers raise whatever a file makes them stumble over
         yield "images that decode with a warning", f"Pillow cannot read the header: {error}"
         return
-    if orientation not in (0, 1):
+    if orientation in range(2, 9):
         yield "images with an EXIF orientation", str(orientation)
+    elif orientation not in (None, 1):
+        yield "images with an invalid EXIF orientation", str(orientation)
     if mode in ("1", "L"):
         yield "greyscale images", ""
     elif mode in ("CMYK", "YCCK"):
@@ -300,6 +323,15 @@ def _header(data: np.ndarray, suffix: str) -> Iterator[tuple[str, str]]:
         yield "palette or transparent images", mode
     if suffix in (".jpg", ".jpeg", ".png") and kind != ("PNG" if suffix == ".png" else "JPEG"):
         yield "files of another format than their name says", str(kind)
+
+
+def _orientation(image: Image.Image) -> object:
+    """The EXIF tag as it stands, None without one; as openimages_to_coco.py: without XMP's, which Pillow takes."""
+    if image.format != "JPEG":
+        return image.getexif().get(0x112)
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif.get(0x112)
 
 
 def _damage(reason: str) -> tuple[str, str]:

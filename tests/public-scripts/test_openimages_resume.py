@@ -44,7 +44,7 @@ def test_another_result_is_not_overwritten(source, capsys):
     run(source)
     assert "with the same content" in capsys.readouterr().out
     assert output(source).stat() == about or output(source).stat().st_mtime_ns == about.st_mtime_ns
-    with pytest.raises(UserError, match=r"differs.*--force"):
+    with pytest.raises(UserError, match=r"differs.*--force.*stay in .*\.work, a folder that may be removed"):
         run(source, "--category-base", 1)
     assert output(source).read_bytes() == first
     assert not output(source).with_name(f".{output(source).name}.part").exists()

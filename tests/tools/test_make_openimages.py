@@ -33,6 +33,15 @@ def test_the_same_seed_gives_the_same_files(made):
     assert all((made[0] / path).read_bytes() == (made[1] / path).read_bytes() for path in first)
 
 
+def test_both_splits_by_default(load_tool, tmp_path, monkeypatch, capsys):
+    words = ["make_openimages.py", "--out", str(tmp_path), "--images", "5", "--headers", "3", "--pixels", "8"]
+    monkeypatch.setattr("sys.argv", words)
+    load_tool("make_openimages").main()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(tmp_path / split) for split in ("train", "validation")
+    ]
+
+
 def test_the_comparison_sees_what_differs(load_tool, tmp_path, made):
     bench = load_tool("bench_openimages")
     images = sorted((made[0] / "train" / "data").iterdir())

@@ -117,9 +117,17 @@ def test_what_cannot_be_counted(tmp_path, data):
     with pytest.raises(UserError, match="holds no files"):
         manifest.write(tmp_path / "empty")
     (data / "train/gone.jpg").symlink_to("nowhere")
+    (data / "loop").symlink_to("loop")
     for sizes in (True, False):
-        with pytest.raises(UserError, match=r"train/gone\.jpg: a link to something that is not there"):
+        with pytest.raises(UserError, match=r": 2 links to nothing \(loop, train/gone\.jpg\); mend or remove"):
             manifest.build(data, sizes=sizes)
+    with pytest.raises(UserError, match="2 links to nothing"):
+        manifest.write(data)
+    (data / "train/empty.jpg").touch()
+    odd = manifest.Odd([], [])
+    counts = manifest.build(data, odd=odd)
+    assert odd == (["loop", "train/gone.jpg"], ["train/empty.jpg", "val/deep/er/1.jpg"])
+    assert counts["train"] == (COUNTS["train"].files + 1, COUNTS["train"].bytes)
 
 
 def test_a_folder_that_cannot_be_read(data, monkeypatch):

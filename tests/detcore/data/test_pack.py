@@ -171,7 +171,7 @@ def test_check_reads_everything(index, tmp_path):
 def test_another_packing_is_not_touched_without_force(index, tmp_path):
     do(index, tmp_path)
     before = visible(tmp_path)
-    with pytest.raises(UserError, match="another shard_bytes, shuffle; --force"):
+    with pytest.raises(UserError, match=r"\(--shard-size 12k, now 50k, --shuffle none, now 3\); --force"):
         do(index, tmp_path, shard_bytes=50_000, shuffle=3)
     assert visible(tmp_path) == before
     made = do(index, tmp_path, shard_bytes=50_000, shuffle=3, force=True)
