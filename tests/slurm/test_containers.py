@@ -118,7 +118,8 @@ def test_every_step_says_which_container_it_wants(whole, inside, data, image):
         assert all(line["entered"] and line["cwd"] == "/workspace/ssd" for line in lines) or options == {}
         seen.append(kind)
     assert [kind for kind in seen if kind not in ("bash", "enroot remove")] == [
-        "true", "run_and_time.sh --print-config", "python tools/preflight.py",
+        "true", "python -c", "run_and_time.sh --print-config", "python tools/preflight.py", "true drop",
+        "printenv GIT_COMMIT",
         *["sync", "true drop", "run_and_time.sh", "python tools/trials.py"] * 2, "python tools/trials.py",
     ]  # fmt: skip
     assert seen[0] == "enroot remove" and seen.count("true") == 1
