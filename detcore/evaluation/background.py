@@ -6,8 +6,8 @@ offers it), sent through a socket: nothing is pickled, nothing stays behind on a
 /dev/shm does not matter. Results come back as lines of JSON on the same socket.
 
 The process has a low CPU priority (nice 10: at 19 a busy machine would starve it, and a late AP is a late stop),
-offers itself to the kernel first when memory runs out, does not hear SIGINT and SIGTERM, which reach a whole job
-although only the training process can tell whether a score is still wanted, and ends when its parent closes the
+offers itself to the kernel first when memory runs out, does not hear SIGINT, SIGTERM and SIGUSR1, which reach a whole
+job although only the training process can tell whether a score is still wanted, and ends when its parent closes the
 socket or is gone.
 """
 
@@ -36,7 +36,7 @@ from detcore.evaluation.coco import GroundTruth, Scorer, check_ground_truth
 
 REQUEST = struct.Struct("<qq?")  # number of the submission, rows, per_class; a file travels with each
 SECONDS_TO_LEAVE = 5.0
-UNHEARD = {signal.SIGINT, signal.SIGTERM}
+UNHEARD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class BackgroundEvaluator:

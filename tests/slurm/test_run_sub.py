@@ -128,7 +128,7 @@ def test_a_node_that_disappears(submit, cluster, how):
             cluster.power_off("n2")
         else:
             cluster.set_node("n2", "down")
-        job.until(lambda: (job.trial() / "exit_code").exists(), "end of trial 1", 75)
+        job.until(lambda: "trial ended with exit code" in job.said(), "end of trial 1", 75)
         assert time.monotonic() - began < 65
         job.until_end(90)
         assert "no further trial: a node is lost" in job.said() and not (job.logs / f"{job.stem}_2").exists()

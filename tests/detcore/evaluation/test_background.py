@@ -192,14 +192,14 @@ def test_submit_alone_notices_a_death(case, evaluator):
 def test_sigint_and_sigterm_do_not_reach_it(case):
     truth, detections = case
     with BackgroundEvaluator(truth) as evaluator:
-        for number in (signal.SIGINT, signal.SIGTERM):  # at its very start
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # at its very start
             os.kill(evaluator.pid, number)
         first = evaluator.submit(detections).wait(PATIENCE)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(evaluator.pid, number)
         assert first == evaluator.submit(detections).wait(PATIENCE) == evaluate(truth, detections)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert not mask & {signal.SIGINT, signal.SIGTERM}
+    assert not mask & {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def test_close_ends_the_process_and_may_be_repeated(case):
