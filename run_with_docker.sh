@@ -8,7 +8,7 @@
 # DOCKER_ARGS: more words for its run command, such as "--privileged --user 0:0", which lets run.sub drop the page cache.
 # The engine takes this script's place, so that SIGTERM, SIGINT and SIGUSR1 reach run.sub and its exit code comes back.
 set -euo pipefail
-(($# == 0)) || { sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | head -n 8 && [[ $1 == -*h* ]] && exit; } # --help
+(($# == 0)) || { sed -n '/^# One machine/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit "$([[ $1 =~ ^--?h ]] && echo 0 || echo 2)"; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # What the container gets to know of this environment: variables that run.sub and the program read. Their paths of this

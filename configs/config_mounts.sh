@@ -18,6 +18,7 @@ done
 for name in REQUEUE RESUME NCCL_TEST CHECK_COMPLIANCE BIND USE_SYNTHETIC_DATA INIT_EXPECTED_MOUNTS SET_MAXQ_CLK SET_MINEDP_CLK; do
     [[ ${!name:-0} == [01] ]] || problems+=("$name=${!name}: choose 0 or 1")
 done
+[[ ${RESUME:-0} == 0 || -n ${DATESTAMP:-} ]] || problems+=("RESUME=1 needs the DATESTAMP of the job to go on with")
 [[ ${CLEAR_CACHES:-1} =~ ^(0|1|files)$ ]] || problems+=("CLEAR_CACHES=$CLEAR_CACHES: choose 0, 1 or files")
 [[ -n ${CONT+set} ]] || problems+=("CONT is missing: the container image, or CONT= (empty) to run without containers")
 checks=(--ranks-per-node "${DGXNGPU:-1}") # of the preflight

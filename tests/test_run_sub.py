@@ -93,6 +93,7 @@ def test_everything_missing_is_named_at_once(machine):
         ({"LOGDIR": "a%j"}, "holds % or"),
         ({"VERIFY_MOUNTS": "most"}, "VERIFY_MOUNTS=most: choose"),
         ({"NEXP": "0"}, "NEXP=0 is not a whole number above 0"),
+        ({"RESUME": "1", "DATESTAMP": None}, "RESUME=1 needs the DATESTAMP"),
         ({"REQUEUE": "yes"}, "REQUEUE=yes: choose 0 or 1"),
         ({"CLEAR_CACHES": "yes"}, "CLEAR_CACHES=yes: choose 0, 1 or files"),
         ({"SET_MAXQ_CLK": "1"}, "this config has no MAXQ_CLK"),
@@ -108,6 +109,24 @@ def test_weights_and_data_are_asked_for_only_where_needed(machine):
     assert machine.run(BACKBONE_DIR=None, DATADIR=None, USE_SYNTHETIC_DATA="1", DATESTAMP="T")[0] == 0
     train = [call for call in machine.calls() if "single_stage_detector.train" in call and "--print" not in call]
     assert train[-1].endswith("--synthetic")
+
+
+@pytest.mark.parametrize("script, first", [("run.sub", "One job: "), ("run_with_docker.sh", "One machine ")])
+def test_help_is_the_header_and_other_words_are_refused(script, first):
+    done = subprocess.run([ROOT / script, "--help"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and done.stdout.startswith(first), done
+    assert "SBATCH" not in done.stdout and "source configs/config_<system>.sh" in done.stdout
+    done = subprocess.run([ROOT / script, "fast"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "nothing was started" not in done.stderr, "not one step further"
+
+
+def test_a_stopped_job_is_resumed_where_it_was(machine):
+    assert machine.run(NEXP="3", CODES="0 4 0")[0] == 4 and not (machine.logs / "S_3").exists()
+    (machine.logs / "S_2/last.pt").touch()
+    code, said = machine.run(NEXP="3", RESUME="1")
+    assert code == 0 and "trial 1 ended with code 0 before" in said
+    train = [call for call in machine.calls() if "single_stage_detector.train" in call and "--print" not in call]
+    assert [call.endswith("--resume --no-overwrite") for call in train] == [False, False, True, False]
 
 
 def test_a_failed_trial_does_not_stop_the_others(machine):
