@@ -261,6 +261,7 @@ class Cluster:
     def requeue_now(self, job: int, timeout: float = 30) -> None:
         """After a requeue: waits until the job is pending, then takes its waiting time (6 to 120 s) away."""
         self.wait(job, timeout, {"PENDING"})
+        time.sleep(2)  # slurmd counts whole seconds and refuses a job that starts in the second in which it was ended
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def node_state(self, node: str) -> str:

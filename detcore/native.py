@@ -1,0 +1,105 @@
+"""Which implementation of an op runs: the program's compiled library, or the plain PyTorch reference.
+
+One rule for all ops: native if the library is built and has the op for the tensors' device and dtype, else the
+reference. Config field `ops` says auto, reference or native; native raises where auto would take the reference.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detcore import UserError
+
+POLICIES = ("auto", "reference", "native")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+"""What a kernel computes with; float64, for checks of gradients, is the reference's alone."""
+
+_policy = "auto"
+
+
+def choose(policy: str) -> None:
+    """Sets the rule of this process: one of POLICIES."""
+    global _policy
+    if policy not in POLICIES:
+        raise UserError(f"--ops {policy}: choose one of {', '.join(POLICIES)}")
+    _policy = policy
+
+
+@contextmanager
+def using(policy: str) -> Iterator[None]:
+    """`choose` for the length of a block."""
+    before = _policy
+    choose(policy)
+    try:
+        yield
+    finally:
+        choose(before)
+
+
+def library_file(program: str) -> Path:
+    """Where setup.py puts a program's library, such as single_stage_detector/_kernels.so."""
+    return Path(__file__).parents[1] / program / "_kernels.so"
+
+
+@lru_cache
+def load(program: str) -> str:
+    """Loads the library of a program ("single_stage_detector"); "" if it is there, else the reason why not."""
+    file = library_file(program)
+    if not file.is_file():
+        return f"{file} is not built (make ops)"
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:  # built for another torch or CUDA
+        return f"{file} can't be loaded ({str(error).splitlines()[0]}): build it again (make ops)"
+    return ""
+
+
+@lru_cache
+def _has(op: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, {"cpu": "CPU", "cuda": "CUDA"}[device])
+
+
+def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
+    """Whether the native op ("single_stage_detector::match") shall run on these tensors.
+
+    dtypes: those that the op takes; all floating tensors must have one of them. Raises UserError if ops is native and
+    the op can't run.
+    """
+    if _policy == "reference":
+        return False
+    missing = _missing(op, tensors, tuple(dtypes))
+    if missing and _policy == "native":
+        raise UserError(f"--ops native: {op} can't run: {missing}; --ops auto takes the reference instead")
+    return not missing
+
+
+def _missing(op: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> str:
+    """Why the native op can't run on the tensors; "" if it can."""
+    missing = load(op.partition("::")[0])
+    if missing:
+        return missing
+    for tensor in tensors:
+        if tensor.device.type not in ("cpu", "cuda") or not _has(op, tensor.device.type):
+            return f"the library has no code for tensors on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            return f"no code for {tensor.dtype}"
+    return ""
+
+
+def describe(program: str, device: torch.device) -> str:
+    """One line for the user: what computes the ops of a program on a device."""
+    if _policy == "reference":
+        return "ops: the PyTorch references (--ops reference)"
+    missing = load(program)
+    if not missing and not _has(f"{program}::{_any_op(program)}", device.type):
+        missing = f"{library_file(program)} was built without nvcc, so it has no code for GPUs (make ops)"
+    return f"ops: the PyTorch references, for {missing}" if missing else f"ops: {library_file(program).name}"
+
+
+def _any_op(program: str) -> str:
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    return next(name for library, _, name in names if library == program).partition(".")[0]
