@@ -34,7 +34,8 @@ class Net(nn.Module):
 def loss(network, batch):
     logits = network(batch.images)
     counts = torch.stack([(batch.labels == k).sum(1) for k in range(CLASSES)], 1)
-    return {"counts": (logits - counts).square().mean(), "size": (logits.sum(1) - batch.boxes.sum((1, 2))).abs().mean()}
+    size = logits.sum(1) - batch.boxes.sum((1, 2)) / 100
+    return {"counts": (logits - counts).square().mean(), "size": size.square().mean()}
 
 
 def batches(seed: int, count: int, images: int = 2):
@@ -82,11 +83,12 @@ def make_state(task: Task, config: RunConfig, scale: bool) -> State:
     return State(task.model, task.optimizer, scaler, optim.Ema(task.model, 0.9) if config.ema_decay else None)
 
 
-def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None, spoil=None):
+def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None, spoil=None, drop=0.25):
     """(the terms of every step, the state's contents and the random generators after it)."""
     device = backend.Backend(torch.device("cpu"), "fp32", recorder)
     task = make_task(optimizer)
     state = make_state(task, config, scale)
+    task.model.drop.p = drop
     torch.manual_seed(5)
     if resume:
         state.model.load_state_dict(resume["model"])
@@ -102,7 +104,7 @@ def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None,
         optim.set_lr(task.optimizer, task.lr(i, 1))
         given = batches(i, config.accumulate)
         if i == spoil:
-            given[0].boxes.fill_(float("nan"))
+            given[0].boxes.fill_(float("inf"))
         terms.append(step(given))
     contents = copy.deepcopy(state.contents()) | {"generators": device.rng_state(), "step": first + steps}
     return [{name: float(value) for name, value in t.items()} for t in terms], contents
@@ -340,6 +342,7 @@ def test_who_records_steps():
 
 @pytest.mark.slow
 def test_torch_compile_computes_the_same():
-    terms, _ = train(None, adam, RunConfig(compile=True), steps=2)
-    expected, _ = train(None, adam, RunConfig(), steps=2)
-    assert terms[0] == pytest.approx(expected[0], rel=1e-4) or terms[0].keys() == expected[0].keys()
+    """Without random numbers, which its kernels draw otherwise."""
+    terms, _ = train(None, adam, RunConfig(compile=True), steps=3, drop=0.0)
+    expected, _ = train(None, adam, RunConfig(), steps=3, drop=0.0)
+    assert all(ours == pytest.approx(theirs, rel=1e-3) for ours, theirs in zip(terms, expected, strict=True))
