@@ -278,9 +278,15 @@ class _GraphRecorder:
 
     def record(self, work: Callable) -> Callable:
         graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's, the loader's that pins memory) may go on meanwhile: thread_local.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = work()
+        try:
+            # Other threads (NCCL's, the loader's that pins memory) may go on meanwhile: thread_local.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise UserError(f"the step can't be recorded ({reason}); --graphs off runs it as it is") from error
         self._graphs.append(graph)
 
         def replay():

@@ -2,6 +2,11 @@
 
 import copy
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from detcore.state import State
 from detcore.task import Data, Task
 from tests.detcore.tape import TapeRecorder
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, SIZE, CLASSES = 6, (8, 8), 3
 
 
@@ -338,6 +344,55 @@ def test_who_records_steps():
     assert device.recorder is None and "only a GPU" in device.steps
     assert backend._why_eager("cuda", "auto", 1) == "" and backend._why_eager("cuda", "on", 8) == ""
     assert "--graphs on" in backend._why_eager("cuda", "auto", 8) and backend._why_eager("cuda", "off", 1)
+
+
+def test_ranks_record_their_exchange():
+    """Two processes, gradients exchanged once for two micro-batches; the recording runs its lines again."""
+    port = free_port()
+    program = f"""
+import contextlib, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from detcore import backend, distributed, engine, optim
+from detcore.run_config import RunConfig
+from tests.detcore.test_graphs import batches, make_state, make_task, same, sgd
+r = 0 if os.fork() else 1
+place = dict(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, MASTER_ADDR='127.0.0.1', MASTER_PORT={port})
+distributed.init('gloo', 60, {{name: str(value) for name, value in place.items()}})
+class Again:
+    made = 0
+    @contextlib.contextmanager
+    def aside(self):
+        Again.made += 1
+        yield
+    def record(self, work):
+        return work
+def train(recorder):
+    device, config = backend.Backend(torch.device('cpu'), 'fp32', recorder), RunConfig(accumulate=2, ema_decay=0.9)
+    task = make_task(sgd)
+    state = make_state(task, config, True)
+    parallel = device.parallel(task.model, 2)
+    torch.manual_seed(r)
+    parallel.train()
+    step = engine.make_train_step(task, state, parallel, config, device)
+    for i in range(4):
+        optim.set_lr(task.optimizer, task.lr(i, 1))
+        step(batches(10 * i + r, 2))
+    return state.contents(), device.rng_state()
+assert same(train(Again()), train(None)) and Again.made == 2
+distributed.barrier()
+distributed.shutdown()
+assert r or os.wait()[1] == 0
+"""
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environ)
+    assert done.returncode == 0, done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
