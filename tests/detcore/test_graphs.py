@@ -1,5 +1,6 @@
 """The recorded step against the same step as it is written: equal to the last bit, whatever it is made of."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detcore import UserError, backend, checkpoint, cli, engine, graphs, optim
+from detcore import UserError, backend, checkpoint, cli, distributed, engine, graphs, optim
 from detcore.data.synthetic import synthetic_batches
 from detcore.run_config import RunConfig
 from detcore.state import State
@@ -291,9 +292,10 @@ def run(tmp_path, monkeypatch, recorder, name, **options):
 
 
 def test_a_run_with_recorded_steps_is_the_run(tmp_path, monkeypatch, capsys):
-    recorder = TapeRecorder()
+    recorder, ends = TapeRecorder(), []
+    monkeypatch.setattr(distributed, "shutdown", lambda: ends.append(recorder.closed))
     ours = run(tmp_path, monkeypatch, recorder, "recorded")
-    assert recorder.replays == 2 * STEPS and recorder.closed
+    assert recorder.replays == 2 * STEPS and ends == [True], "given back before the process group goes"
     said = capsys.readouterr().err
     assert "ops: the PyTorch references" in said and "steps: recorded once" in said
     theirs = run(tmp_path, monkeypatch, None, "plain")
@@ -393,6 +395,60 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_the_recorder_of_a_gpu_keeps_to_the_rules_of_pytorch(monkeypatch):
+    """One stream aside for warm-up and capture that waits for the main one and is waited for; graphs given back."""
+    events = []
+
+    class Stream:
+        def __init__(self, name="aside"):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+        def reset(self):
+            events.append("reset")
+
+    @contextlib.contextmanager
+    def entered(what):
+        events.append(what)
+        yield
+        events.append("left")
+
+    def capture(graph, pool, stream, capture_error_mode):
+        return entered(f"capture {pool} {stream.name} {capture_error_mode}")
+
+    main = Stream("main")
+    fakes = {"Stream": lambda device: Stream(), "graph_pool_handle": lambda: "pool", "CUDAGraph": Graph}
+    fakes |= {"current_stream": lambda: main, "stream": lambda s: entered(f"on {s.name}"), "graph": capture}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")  # it comes back as it was
+    recorder = backend._GraphRecorder(torch.device("cpu"))
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    with recorder.aside():
+        events.append("warm-up")
+    replay = recorder.record(lambda: events.append("work") or 7)
+    assert replay() == replay() == 7
+    recorder.close()
+    recorder.close()
+    assert events == [
+        *("aside waits for main", "on aside", "warm-up", "left", "main waits for aside"),
+        *("capture pool aside thread_local", "work", "left", "replay", "replay", "reset"),
+    ]
+
+    def fails():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    with pytest.raises(UserError, match=r"not permitted when stream is capturing\); --graphs off"):
+        recorder.record(fails)
 
 
 @pytest.mark.slow
