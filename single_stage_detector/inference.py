@@ -1,5 +1,6 @@
 """What a trained detector is for: `--mode evaluate`, `predict` and `benchmark`, and the gallery of the report."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -273,7 +274,7 @@ def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> 
         task = build_task(config, context)
         state = State(task.model, task.optimizer, device.scaler(), None)
         parallel = device.parallel(task.model, world.size)
-        step = engine.make_train_step(task, state, parallel, config, device)
+        step = engine.make_train_step(task, state, parallel, dataclasses.replace(config, accumulate=1), device)
         optim.set_lr(task.optimizer, config.lr)
         category_ids = torch.arange(class_count(config), device=device.device)
         find = device.compile_inference(lambda batch: detect(task.model, batch, device, category_ids))
