@@ -44,7 +44,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Head(nn.Module):
-    """A tower of 3x3 convolutions and one to `values` numbers per anchor: [P3, ...] -> [N, A, values].
+    """A tower of 3x3 convolutions and one to `values` numbers per anchor: [P3, ...] -> [[N, A of P3, values], ...].
 
     The last layer's attribute is called `output_name`, so that parameters have the reference's names.
     """
@@ -61,19 +61,21 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.get_submodule(output_name).bias, bias)
 
-    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         output = self.get_submodule(self.output_name)
-        # Channels are anchor-major: moved last, a cell's anchors follow each other, and only `cat` copies.
-        cells = [output(self.conv(x)).permute(0, 2, 3, 1).flatten(1, 2) for x in pyramid]
-        return torch.cat(cells, 1).reshape(cells[0].shape[0], -1, self.values)
+        # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
+        cells = [output(self.conv(x)).permute(0, 2, 3, 1) for x in pyramid]
+        return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 
 class RetinaNet(nn.Module):
-    """forward: uint8 RGB [N, 3, H, W] -> (class logits [N, A, K], box deltas [N, A, 4] as `detcore.boxes.encode`).
+    """forward: uint8 RGB [N, 3, H, W] -> (class logits, box deltas as `detcore.boxes.encode`), lists over P3..P7.
 
-    The images must have `image_size` (height, width); values are normalised here, on the device. The order of
-    the anchors is that of the buffer `anchors`, float32 [A, 4], which follows `image_size` and `anchor_sizes`
-    and is not part of the state dictionary. backbone, norm and trainable_layers: see `detcore.resnet.ResNet`.
+    A level's logits are [N, A_l, K] and its deltas [N, A_l, 4], contiguous, A_l = rows * columns * 9; with weights in
+    channels_last they are views of what the convolution wrote. The levels are left apart, since joining the logits
+    would copy the widest tensors of all. The images must have `image_size` (height, width); values are normalised
+    here, on the device. The order of the anchors is that of the buffer `anchors`, float32 [A, 4], which follows
+    `image_size` and `anchor_sizes` and is not part of the state dictionary. backbone, norm and trainable_layers: see `detcore.resnet.ResNet`.
     Call `model.to(memory_format=torch.channels_last)` and the images follow the weights' layout.
 
     Raises UserError for values that do not fit together and for images of another size.
@@ -113,7 +115,7 @@ class RetinaNet(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), False)
         self.register_buffer("pixel_shift", -torch.tensor(MEAN).view(3, 1, 1) / std, False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         if tuple(images.shape[-2:]) != self.image_size:
             raise UserError(f"images are {tuple(images.shape[-2:])}, but the model was built for {self.image_size}")
         if self.backbone["body"].conv1.weight.is_contiguous(memory_format=torch.channels_last):

@@ -101,6 +101,8 @@ def postprocess(
     all levels, a box is dropped if it overlaps a better one of its class by more than nms_thresh. Equal to
     torchvision's RetinaNet.postprocess_detections, except for the order among equal scores.
     """
+    if not isinstance(cls_logits, Tensor):
+        cls_logits, box_deltas = torch.cat(tuple(cls_logits), 1).float(), torch.cat(tuple(box_deltas), 1).float()
     scores, anchor, labels = _level_candidates(cls_logits, image_size, score_thresh, topk)
     deltas = box_deltas.to(anchors.dtype).gather(1, anchor[..., None].expand(-1, -1, 4))
     boxes = clip(decode(deltas, anchors[anchor]), image_size)
