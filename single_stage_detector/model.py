@@ -75,8 +75,9 @@ class RetinaNet(nn.Module):
     channels_last they are views of what the convolution wrote. The levels are left apart, since joining the logits
     would copy the widest tensors of all. The images must have `image_size` (height, width); values are normalised
     here, on the device. The order of the anchors is that of the buffer `anchors`, float32 [A, 4], which follows
-    `image_size` and `anchor_sizes` and is not part of the state dictionary. backbone, norm and trainable_layers: see `detcore.resnet.ResNet`.
-    Call `model.to(memory_format=torch.channels_last)` and the images follow the weights' layout.
+    `image_size` and `anchor_sizes` and is not part of the state dictionary. backbone, norm and trainable_layers: see
+    `detcore.resnet.ResNet`. Call `model.to(memory_format=torch.channels_last)` and the images follow the weights'
+    layout.
 
     Raises UserError for values that do not fit together and for images of another size.
     """
