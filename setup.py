@@ -43,7 +43,7 @@ def extension(program: str, nvcc: Path | None):
     common = ["-O3", f"-DOPS={program}", *STABLE_ABI]
     for path in cpp_extension.include_paths():
         common += ["-isystem", path]  # torch's own headers have warnings
-    flags = {"cxx": [*common, "-fvisibility=hidden", *WARNINGS]}
+    flags = {"cxx": [*common, "-ffp-contract=off", "-fvisibility=hidden", *WARNINGS]}
     kind = cpp_extension.CppExtension
     if nvcc:
         sources += sorted(str(file.relative_to(ROOT)) for file in folder.glob("*.cu"))
