@@ -48,8 +48,8 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, detecti
 
     boxes: [N, P, 4], x1, y1, x2, y2. scores: [N, P], falling in each row; negative for what is no candidate. labels:
     int64 [N, P]. A candidate is dropped if it overlaps a kept one of its label by more than threshold (intersection
-    over union; a box with a NaN overlaps nothing). Of equal scores the lower position is the better. The native op takes
-    float32; both give the same bits. No gradients.
+    over union; a box with a NaN overlaps nothing). Of equal scores the lower position is the better. The native op
+    takes float32; both give the same bits. No gradients.
     """
     if native.runs(OP, boxes, scores, labels, dtypes=(torch.float32,)):
         return torch.ops.detcore.nms(
