@@ -35,7 +35,7 @@ struct Nms {
       : boxes(static_cast<const Box*>(contiguous(boxes_, "boxes").data_ptr())),
         scores(static_cast<const float*>(contiguous(scores_, "scores").data_ptr())),
         labels(static_cast<const int64_t*>(contiguous(labels_, "labels").data_ptr())),
-        kept(torch::stable::empty({boxes_.size(0), detections_}, ScalarType::Long, std::nullopt, boxes_.device())),
+        kept(torch::stable::empty({boxes_.size(0), detections_ < 0 ? 0 : detections_}, ScalarType::Long, std::nullopt, boxes_.device())),
         images(boxes_.size(0)),
         candidates(boxes_.size(1)),
         detections(detections_),
@@ -48,6 +48,7 @@ struct Nms {
     check(labels_.scalar_type() == ScalarType::Long && labels_.dim() == 2 && labels_.size(0) == images &&
               labels_.size(1) == candidates,
           "labels must be int64 [N, P]");
+    check(detections_ >= 0, "detections must not be negative");
   }
 
   int64_t* positions() const { return static_cast<int64_t*>(kept.data_ptr()); }
