@@ -84,7 +84,6 @@ def extension(program: str, nvcc: Path | None):
     return kind(
         f"{program}._kernels", sources, include_dirs=[str(ROOT / "detcore" / "csrc")], extra_compile_args=flags,
         library_dirs=cuda_libraries(nvcc) if nvcc else [], py_limited_api=True,
-        depends=[str(f) for f in (*(ROOT / "detcore" / "csrc").glob("*.h"), *folder.glob("*.h"))],
     )  # fmt: skip
 
 
@@ -125,6 +124,7 @@ def extensions() -> dict:
     return {
         "ext_modules": [extension(program, nvcc) for program in programs],
         "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "options": {"build_ext": {"force": True}},  # what is new is for ninja to say, which sees headers and flags too
     }
 
 

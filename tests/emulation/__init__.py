@@ -111,8 +111,6 @@ def build_cpu_libraries() -> None:
         done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
         if done.returncode:
             pytest.exit(f"the kernels can't be built:\n{done.stdout}{done.stderr}", 3)
-        for program in programs():
-            native.library_file(program).touch()
 
 
 def newer(file: Path, sources: Iterable[Path]) -> bool:
