@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
-KERNELS := .venv/.kernels
+KERNELS := build/.kernels
 SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
 CPP_FILES := $(wildcard */csrc/* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
@@ -45,7 +45,7 @@ $(KERNELS): $(READY) setup.py $(wildcard */csrc/*)
 
 ops: $(READY) ## the kernels, for GPUs too where nvcc is; TORCH_CUDA_ARCH_LIST="9.0 10.0+PTX": for which
 	@"$(BIN)/python" setup.py build_ext --inplace
-	@touch $(KERNELS)
+	@mkdir -p build && touch $(KERNELS)
 
 demo: $(READY) $(KERNELS) ## train a small RetinaNet on generated scenes, check its log, draw the report: results/demo
 	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
