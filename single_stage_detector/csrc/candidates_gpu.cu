@@ -5,13 +5,13 @@
 namespace detcore {
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kRowLanes = 8;     // threads that share a row of logits
-constexpr int kThreads = 1024;   // of the block that selects in one image and level
-constexpr int kBatch = 9;        // keys that a thread loads at once: 9 x 32 columns hold OpenImages' 264 classes
+constexpr int kRowLanes = 8;    // threads that share a row of logits
+constexpr int kThreads = 1024;  // of the block that selects in one image and level
+constexpr int kBatch = 9;       // keys that a thread loads at once: 9 x 32 columns hold OpenImages' 264 classes
 constexpr int kColumns = 32 * kBatch;
 
-// The key of the best class of every anchor, [N, A]; 0 for none above the floor or with a NaN. Unit: Pack<T>, or T where
-// rows are no multiple of 16 bytes.
+// The key of the best class of every anchor, [N, A]; 0 for none above the floor or with a NaN. Unit: Pack<T>, or T
+// where rows are no multiple of 16 bytes.
 template <typename T, typename Unit>
 __global__ void best_kernel(Levels levels, Key* best) {
   constexpr int kPer = sizeof(Unit) / sizeof(T);
@@ -24,7 +24,8 @@ __global__ void best_kernel(Levels levels, Key* best) {
     int level = 0;
     while (level + 1 < levels.count && anchor >= levels.first[level + 1]) ++level;
     const int64_t here = image * levels.anchors[level] + anchor - levels.first[level];
-    const Unit* units = reinterpret_cast<const Unit*>(static_cast<const T*>(levels.logits[level]) + here * levels.classes);
+    const Unit* units =
+        reinterpret_cast<const Unit*>(static_cast<const T*>(levels.logits[level]) + here * levels.classes);
     const int count = static_cast<int>(levels.classes / kPer);
 #pragma unroll 4
     for (int u = threadIdx.x % kRowLanes; u < count; u += kRowLanes) {
@@ -84,8 +85,8 @@ struct PairKeys {
   }
 };
 
-// Calls f(row, column, key) for all keys; each warp goes through its own run of rows, in order, with its lanes side by side
-// in a row. They all call f together, with 0 past the end of the row.
+// Calls f(row, column, key) for all keys; each warp goes through its own run of rows, in order, with its lanes side by
+// side in a row. They all call f together, with 0 past the end of the row.
 template <typename Keys, typename F>
 __device__ void for_keys(const Keys& keys, F&& f) {
   constexpr int warps = kThreads / 32;
@@ -114,8 +115,8 @@ struct Limit {
   uint32_t ties;
 };
 
-// Finds, from the highest on, the bin in which the `wanted`-th key falls, and how many stand in those above. By the first
-// warp; a lane has 8 bins.
+// Finds, from the highest on, the bin in which the `wanted`-th key falls, and how many stand in those above. By the
+// first warp; a lane has 8 bins.
 __device__ inline void find_digit(Scratch& s, uint32_t wanted) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   uint32_t own = 0;
@@ -135,7 +136,8 @@ __device__ inline void find_digit(Scratch& s, uint32_t wanted) {
   }
 }
 
-// The limit of the `wanted` largest keys above 0; {0, 0} if there are no more than that. Radix selection, 8 bits a pass.
+// The limit of the `wanted` largest keys above 0; {0, 0} if there are no more than that. Radix selection, 8 bits a
+// pass.
 template <int kBits, typename Keys>
 __device__ Limit find_limit(const Keys& keys, uint32_t wanted, Scratch& s) {
   Key prefix = 0;
@@ -156,7 +158,8 @@ __device__ Limit find_limit(const Keys& keys, uint32_t wanted, Scratch& s) {
   return {prefix, wanted};
 }
 
-// Calls emit(row, column, place) for every selected key; places count up in the order of the keys. Returns their number.
+// Calls emit(row, column, place) for every selected key; places count up in the order of the keys. Returns their
+// number.
 template <typename Keys, typename Emit>
 __device__ uint32_t emit_selected(const Keys& keys, const Limit limit, Scratch& s, Emit&& emit) {
   const int warp = static_cast<int>(threadIdx.x / 32);
