@@ -11,7 +11,7 @@ from torchvision.models import get_model
 from detcore import UserError
 from detcore.resnet import load_backbone
 from ssd300.anchors import priors
-from ssd300.model import BACKBONES, CUT_LAYERS, MEAN, STD, SSD300, load_original_state
+from ssd300.model import BACKBONES, CUT_LAYERS, MEAN, SSD300, STD, load_original_state
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ssd300.json").read_text())
 CHANNELS = {"resnet18": (256, 512, 512, 256, 256, 128), "resnet34": (256, 512, 512, 256, 256, 256)}
