@@ -19,6 +19,12 @@ def _needed(alive: Tensor) -> int:
     return max(1, int(alive.sum(-1).max())) if _may_look(alive) else alive.shape[-1]
 
 
+def _least_margin(score_thresh: float) -> float:
+    """How far the best class must at least be above the background for a score above the threshold, or a bit less."""
+    low = score_thresh * (1 - 1e-5)  # float32 rounds the score
+    return math.log(low / (1 - low)) if 0 < low < 1 else -math.inf
+
+
 def _busiest(logits: Tensor, score_thresh: float) -> tuple[Tensor, Tensor]:
     """The priors that may hold a score above the threshold, as indices [N, W], and their logits [N, W, K + 1].
 
@@ -27,10 +33,11 @@ def _busiest(logits: Tensor, score_thresh: float) -> tuple[Tensor, Tensor]:
     """
     n, p, _ = logits.shape
     margin = logits[..., 1:].amax(2).float() - logits[..., 0].float()
-    width = _needed(margin > math.log(score_thresh / (1 - score_thresh)))
+    alive = margin > _least_margin(score_thresh)
+    width = _needed(alive)
     if width == p:
         return torch.arange(p, device=logits.device).expand(n, p), logits
-    index = margin.topk(width, 1).indices
+    index = torch.where(alive, margin, -torch.inf).topk(width, 1).indices
     return index, logits.gather(1, index.unsqueeze(2).expand(-1, -1, logits.shape[2]))
 
 
@@ -61,10 +68,9 @@ def _candidates(logits: Tensor, score_thresh: float, per_class: int) -> tuple[Te
         scores, at = _pairs(scores.flatten(1), score_thresh)
         return scores, prior.gather(1, at // classes), at % classes
     width = min(per_class, scores.shape[1])
-    scores, at = scores.transpose(1, 2).topk(width, 2)
+    scores, at = torch.where(scores > score_thresh, scores, -1).transpose(1, 2).topk(width, 2)
     prior = prior.gather(1, at.flatten(1))
-    scores = torch.where(scores > score_thresh, scores, -1).flatten(1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    scores, order = scores.flatten(1).sort(dim=1, descending=True, stable=True)
     order = order[:, : _needed(scores >= 0)]
     return scores[:, : order.shape[1]], prior.gather(1, order), order // width
 

@@ -155,3 +155,21 @@ def test_an_image_does_not_depend_on_its_batch(fixed, monkeypatch):
         alone = postprocess((deltas[image : image + 1], logits[image : image + 1]), PRIORS)
         for own, other in zip(alone, whole):
             torch.testing.assert_close(own[0], other[image], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_either_path")
+def test_priors_with_nan_are_no_detections():
+    deltas, logits = some_outputs(3, 2, 4)
+    expected = postprocess((deltas, logits), PRIORS)
+    quiet = (logits.softmax(2)[0, :, 1:] < 0.05).all(1).nonzero().flatten()[:300]
+    logits[0, quiet, 2] = torch.nan
+    for own, other in zip(postprocess((deltas, logits), PRIORS), expected):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_either_path")
+@pytest.mark.parametrize("score_thresh", [0.0, 1.0])
+def test_extreme_thresholds(score_thresh):
+    made = some_outputs(3, 2, 2)
+    found = postprocess(made, PRIORS, score_thresh=score_thresh)
+    assert_equal_detections(found, oracle(*made, score_thresh=score_thresh))
