@@ -134,14 +134,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     native.choose(options.ops)
-    rows = [measure(options.images, options.classes, case, options.rounds) for case in options.cases]
+    rows = []
     settings = f"{options.images} images, {options.classes} classes, ops {options.ops}"
     print(f"{settings}; median of {options.rounds}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'case':8} {'pairs > .05':>11} {'kept':>5} {'ours ms':>9} {'loop ms':>9} {'speed-up':>9}  differences")
-    for row in rows:
+    for case in options.cases:
+        rows.append(row := measure(options.images, options.classes, case, options.rounds))
         print(
             f"{row['case']:8} {row['pairs']:11.0f} {row['kept']:5.0f} {1000 * row['ours']:9.1f} "
-            f"{1000 * row['loop']:9.1f} {row['speedup']:8.1f}x  {row['alone']} alone, {row['difference']:.1g} pixels"
+            f"{1000 * row['loop']:9.1f} {row['speedup']:8.1f}x  {row['alone']} alone, {row['difference']:.1g} pixels",
+            flush=True,
         )
     if options.json:
         options.json.write_text(json.dumps({"settings": settings, "threads": torch.get_num_threads(), "rows": rows}))
