@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
+from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
 
@@ -74,7 +75,7 @@ class RetinaNet(nn.Module):
     The images must have `image_size` (height, width); values are normalised here, on the device. The order of
     the anchors is that of the buffer `anchors`, float32 [A, 4], which follows `image_size` and `anchor_sizes`
     and is not part of the state dictionary. backbone, norm and trainable_layers: see `detcore.resnet.ResNet`.
-    Call `model.to(memory_format=torch.channels_last)` and the images follow the weights' layout.
+    Features are in channels_last; on a GPU call `model.to(memory_format=torch.channels_last)` for the weights.
 
     Raises UserError for values that do not fit together and for images of another size.
     """
@@ -109,16 +110,17 @@ class RetinaNet(nn.Module):
             }
         )
         self.register_buffer("anchors", anchors(self.image_size, grids(self.image_size), anchor_sizes), False)
-        std = torch.tensor(STD).view(3, 1, 1)
+        std = torch.tensor(STD)
         self.register_buffer("pixel_scale", 1 / (255 * std), False)
-        self.register_buffer("pixel_shift", -torch.tensor(MEAN).view(3, 1, 1) / std, False)
+        self.register_buffer("pixel_shift", -torch.tensor(MEAN) / std, False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(images.shape[-2:]) != self.image_size:
             raise UserError(f"images are {tuple(images.shape[-2:])}, but the model was built for {self.image_size}")
-        if self.backbone["body"].conv1.weight.is_contiguous(memory_format=torch.channels_last):
-            images = images.contiguous(memory_format=torch.channels_last)
-        x = torch.addcmul(self.pixel_shift, images.to(self.pixel_scale.dtype), self.pixel_scale)
+        device = images.device.type
+        mixed = torch.is_autocast_enabled(device)  # then the first layer wants its type, and no copy in float32 is made
+        dtype = torch.get_autocast_dtype(device) if mixed else self.pixel_scale.dtype
+        x = normalize(images, self.pixel_scale, self.pixel_shift, dtype)
         pyramid = self.backbone["fpn"](self.backbone["body"](x))
         return self.head["classification_head"](pyramid), self.head["regression_head"](pyramid)
 
