@@ -5,12 +5,13 @@ import hashlib
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
-from detcore.ops.bias_relu import bias_relu
+from detcore.ops.bias_relu import bias_relu, bias_relu_reference
 from detcore.resnet import BACKBONES, NORMS, ResNet, load_backbone, load_exactly, weights_file_name
 
 
@@ -62,8 +63,8 @@ def test_convolutions_that_leave_their_bias_to_the_op(name, implementation, monk
         used.append(len([i for i in inputs if i is not None]))
         return bias_relu(*inputs)
 
-    monkeypatch.setattr("detcore.ops.bias_relu.bias_relu", spy)
     for module in ("detcore.ops.bias_relu", "detcore.resnet"):
+        monkeypatch.setattr(f"{module}.bias_relu", spy)
         monkeypatch.setattr(f"{module}.leaves_bias", lambda x, conv: True)
     ours, theirs = twin(name, "frozen")
     device, layout = implementation.device, torch.channels_last
@@ -80,6 +81,34 @@ def test_convolutions_that_leave_their_bias_to_the_op(name, implementation, monk
     for key, parameter in ours.named_parameters():
         scale = gradients[key].grad.abs().max().item()
         torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_maximum_before_bias_and_relu_changes_nothing(implementation, monkeypatch, dtype):
+    model = twin("resnet18", "frozen")[0].to(implementation.device, dtype)
+    x = torch.randn(2, 3, 37, 50, generator=torch.Generator().manual_seed(4)).to(implementation.device, dtype)
+    weight = model.conv1.weight * model.bn1.scale.view(-1, 1, 1, 1)
+    convolved = F.conv2d(x, weight, None, 2, 3)
+    expected = model.maxpool(bias_relu_reference(convolved, model.bn1.shift))
+    monkeypatch.setattr("detcore.resnet.leaves_bias", lambda x, conv: True)
+    assert torch.equal(model._stem(x), expected)
+
+
+def test_folded_norms_follow_loading_and_types():
+    ours, theirs = twin("resnet18", "frozen")
+    norm, expected = ours.layer3[1].bn2, theirs["layer3"][1].bn2
+    x = torch.randn(2, norm.scale.numel(), 3, 3)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        norm, expected, x = norm.to(dtype), expected.to(dtype), x.to(dtype)
+        folded = x * norm.scale.view(-1, 1, 1) + norm.shift.view(-1, 1, 1)
+        torch.testing.assert_close(folded, FrozenBatchNorm2d.forward(expected, x), rtol=1e-6, atol=1e-6)
+        assert norm.scale.dtype == dtype
+    assert torch.equal(norm.scale, norm.weight * (norm.running_var + norm.eps).rsqrt())
+    address = norm.scale.data_ptr()
+    state = {**norm.state_dict(), "running_var": torch.full_like(norm.running_var, 4 - norm.eps)}
+    norm.load_state_dict(state)
+    assert torch.equal(norm.scale, norm.weight / 2) and norm.scale.data_ptr() == address
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
