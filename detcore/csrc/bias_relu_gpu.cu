@@ -133,8 +133,8 @@ static std::tuple<Tensor, Tensor> bias_relu(const Tensor& x, const Tensor& bias,
   for_floating(x, "x", [&](auto zero) {
     using T = decltype(zero);
     gpu.launch(whole ? &bias_relu_kernel<T, true> : &bias_relu_kernel<T, false>, blocks_for(a.places.numel), kThreads,
-               static_cast<const T*>(a.x), a.bias, static_cast<const T*>(a.residual),
-               static_cast<T*>(a.out.data_ptr()), a.bits(), a.places);
+               static_cast<const T*>(a.x), a.bias, static_cast<const T*>(a.residual), static_cast<T*>(a.out.data_ptr()),
+               a.bits(), a.places);
   });
   return {a.out, a.mask};
 }
