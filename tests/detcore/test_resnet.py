@@ -132,6 +132,15 @@ def test_frozen_layers():
     assert all(p.requires_grad for p in ResNet("resnet18", "batch", 5).parameters())
 
 
+def test_frozen_layers_keep_nothing_for_the_backward():
+    model, saved = ResNet("resnet18", "frozen", 3), []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept):
+        before = model.layer1(model._stem(torch.randn(1, 3, 64, 64)))
+        assert not saved and not before.requires_grad
+        assert model.layer2(before).requires_grad
+    assert saved
+
+
 def test_frozen_norm_has_no_parameters_and_keeps_its_statistics():
     model = ResNet("resnet18").train()
     before = {k: v.clone() for k, v in model.named_buffers()}
