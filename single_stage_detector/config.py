@@ -71,7 +71,10 @@ class Config(RunConfig):
     data_augmentation: str = option("hflip", "random horizontal flip, or none", choices=("hflip", "none"), group="Data")
     antialias: bool = option(False, "anti-aliased resizing; the reference does without", group="Data")
     drop_last: bool = option(True, "leave out an epoch's last, incomplete batch instead of filling it", group="Data")
-    loader: str = option("torch", "what decodes the images", choices=("torch", "dali"), group="Data")
+    loader: str = option(
+        "torch", "what decodes the images: torch on the processors; dali (where installed) or nvjpeg (torchvision) on "
+        "the GPU", choices=("torch", "dali", "nvjpeg"), group="Data",
+    )  # fmt: skip
     shards: Path | None = option(
         None, "folder that public-scripts/pack_dataset.py wrote: read the images from its shards; none: from files",
         group="Data",
@@ -79,7 +82,9 @@ class Config(RunConfig):
     read_ahead: bool = option(
         False, "read all shards into the page cache while training begins, where memory holds them", group="Data"
     )
-    workers: int = option(4, "loader processes per rank", flags=("-j",), check=at_least(0), group="Data")
+    workers: int = option(
+        4, "loader processes per rank; threads with dali and nvjpeg", flags=("-j",), check=at_least(0), group="Data"
+    )
     synthetic: bool = option(
         False, "random images and boxes instead of a data set; no evaluation", env="USE_SYNTHETIC_DATA", group="Data"
     )

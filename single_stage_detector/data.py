@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detcore import UserError, distributed
 from detcore.backend import Backend
-from detcore.data import Batch, loader, synthetic
+from detcore.data import Batch, loader, nvjpeg, synthetic
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
 from detcore.data.shards import ReadAhead
@@ -19,6 +21,8 @@ from detcore.task import Beat, Context, Data, Pending
 from single_stage_detector import config as constants
 from single_stage_detector.config import Config
 from single_stage_detector.postprocess import postprocess
+
+LARGEST_EVAL_BATCH = 128  # images; a larger one only takes memory
 
 
 def open_index(config: Config, split: str) -> CocoIndex:
@@ -52,13 +56,9 @@ def train_stream(
     config: Config, index: CocoIndex, context: Context, epoch: int, step: int, pace: Pace | None = None
 ) -> Iterator[Batch]:
     """The loader's endless stream of training batches from a position on. pace: told how long each part takes."""
-    world, backend = context.world, context.backend
-    batches, extra = loader.train_batches, {"pin_memory": backend.is_gpu}
-    if config.loader == "dali":
-        from detcore.data import dali
-
-        batches, extra = dali.train_batches, {"device_id": world.local_rank if backend.is_gpu else None}
-    return batches(
+    world = context.world
+    chosen, extra = _loader(config, context.backend)
+    return chosen.train_batches(
         index,
         image_size=config.image_size,
         batch_size=config.batch_size,
@@ -78,23 +78,54 @@ def train_stream(
     )
 
 
-def eval_stream(config: Config, index: CocoIndex, world: World, backend: Backend) -> Iterator[Batch]:
-    """This rank's batches of one pass over an index, by the loader of the config."""
-    batches, extra = loader.eval_batches, {"pin_memory": backend.is_gpu}
-    if config.loader == "dali":
-        from detcore.data import dali
-
-        batches, extra = dali.eval_batches, {"device_id": world.local_rank if backend.is_gpu else None}
-    return batches(
+def eval_stream(
+    config: Config, index: CocoIndex, world: World, backend: Backend, batch_size: int | None = None
+) -> Iterator[Batch]:
+    """This rank's batches of one pass over an index, by the loader of the config. batch_size: none, the config's."""
+    chosen, extra = _loader(config, backend)
+    return chosen.eval_batches(
         index,
         image_size=config.image_size,
-        batch_size=config.eval_batch_size or config.batch_size,
+        batch_size=batch_size or config.eval_batch_size or config.batch_size,
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,
         antialias=config.antialias,
         **extra,
     )
+
+
+def _loader(config: Config, backend: Backend) -> tuple[ModuleType, dict[str, Any]]:
+    """The module whose train_batches and eval_batches make the batches, and what they want beside the usual."""
+    if config.loader == "dali":
+        from detcore.data import dali
+
+        return dali, {"device_id": backend.device.index if backend.is_gpu else None}
+    if config.loader == "nvjpeg":
+        return nvjpeg, {"device": backend.device}
+    return loader, {"pin_memory": backend.is_gpu}
+
+
+def eval_batch_size(config: Config, model: nn.Module, index: CocoIndex, world: World, backend: Backend) -> int:
+    """Images of an evaluation batch, the same on every rank: those of the config, or as many as a GPU has memory for.
+
+    These are the training batch doubled while it fits, up to 128 and to the images that a rank has. All ranks call it.
+    """
+    if config.eval_batch_size:
+        return config.eval_batch_size
+    ids = torch.zeros(index.num_classes, dtype=torch.int64, device=backend.device)
+
+    @torch.inference_mode()
+    def try_batch(images: int) -> None:
+        whole = torch.zeros(3, images, *config.image_size, 3, dtype=torch.uint8)  # as many as are under way at a time
+        boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
+        numbers = torch.arange(images), torch.ones(images, 2, dtype=torch.int64)
+        batches = [backend.to_device(Batch(part.permute(0, 3, 1, 2), boxes, labels, *numbers)) for part in whole]
+        detect(model, batches[0], backend, ids)
+
+    limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
+    fits = backend.largest_batch(try_batch, config.batch_size, limit)
+    return -distributed.agree([-fits], backend.device)[0]
 
 
 def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
@@ -140,9 +171,9 @@ def detector(model: nn.Module, index: CocoIndex, backend: Backend) -> Callable[[
 def detect_all(find: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
     """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. find: a `detector`."""
     rows = []
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(backend.ahead(batches)):
         beat("evaluation", step)
-        rows.append(find(backend.to_device(batch)))
+        rows.append(find(batch))
     found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
     found = found.cpu()
     return found[found[:, 5] > 0]
@@ -179,8 +210,13 @@ def open_data(config: Config, context: Context) -> Data:
 
     find = cache(lambda model: detector(model, val, context.backend))  # what it records serves every evaluation
 
+    sizes: list[int] = []  # of an evaluation batch, found at the first
+
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
-        mine = detect_all(find(model), eval_stream(config, val, world, context.backend), context.backend, beat)
+        if not sizes:
+            sizes.append(eval_batch_size(config, model, val, world, context.backend))
+        stream = eval_stream(config, val, world, context.backend, sizes[0])
+        mine = detect_all(find(model), stream, context.backend, beat)
         everyone = distributed.gather_rows(mine.to(context.backend.device))
         return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
 
@@ -205,10 +241,10 @@ def open_data(config: Config, context: Context) -> Data:
 
 def _pace(config: Config, context: Context, index: CocoIndex) -> Pace:
     """The clocks of the training loader, and what its advice has to know."""
-    dali, world = config.loader == "dali", context.world
-    more = "" if dali or not context.backend.is_gpu else "--loader dali decodes on the GPU"
-    workers = 1 if dali else loader.usable_workers(config.workers)  # DALI's reading is measured as a whole
-    return Pace(workers, world.size, world.local_size, index.shards is not None, dali, more)
+    world, torch_loader = context.world, config.loader == "torch"
+    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
+    workers = loader.usable_workers(config.workers) if torch_loader else 1  # the others' threads are measured as one
+    return Pace(workers, world.size, world.local_size, index.shards is not None, config.loader, more)
 
 
 def class_names(index: CocoIndex) -> dict[int, str]:

@@ -29,6 +29,7 @@ from single_stage_detector.data import (
     detect,
     detect_all,
     detector,
+    eval_batch_size,
     eval_stream,
     open_index,
     train_stream,
@@ -80,8 +81,9 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
         _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
-        find = detector(model, index, device)
-        found = detect_all(find, eval_stream(config, index, world, device), device, _no_beat)
+        images = eval_batch_size(config, model, index, world, device)
+        stream = eval_stream(config, index, world, device, images)
+        found = detect_all(detector(model, index, device), stream, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.device))
         if everyone is None:
             return cli.OK
@@ -295,11 +297,12 @@ def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> 
             _measure("inference, synthetic", infer, _forever(fake), config, config.batch_size, context),
         ]
         if not config.synthetic:
-            stream = train_stream(config, open_index(config, "train"), context, 0, 0)
+            stream = device.ahead(train_stream(config, open_index(config, "train"), context, 0, 0))
             results.append(_measure("training, with data", train, stream, config, config.batch_size, context))
             val = open_index(config, "val")
-            images = config.eval_batch_size or config.batch_size
-            again = (batch for _ in iter(int, 1) for batch in eval_stream(config, val, world, device))
+            images = eval_batch_size(config, task.model.eval(), val, world, device)
+            again = (batch for _ in iter(int, 1) for batch in eval_stream(config, val, world, device, images))
+            again = device.ahead(again)
             results.append(_measure("inference, with data", infer, again, config, images, context))
     finally:
         device.close()
