@@ -137,8 +137,8 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
     with backend.autocast():
         logits, deltas = model(batch.images)
     boxes, scores, labels = postprocess(
-        logits,
-        deltas,
+        logits.float(),
+        deltas.float(),
         model.anchors,
         model.image_size,
         score_thresh=constants.SCORE_THRESHOLD,
@@ -209,6 +209,7 @@ def open_data(config: Config, context: Context) -> Data:
             epoch, step = epoch + 1, 0
 
     find = cache(lambda model: detector(model, val, context.backend))  # what it records serves every evaluation
+
     sizes: list[int] = []  # of an evaluation batch, found at the first
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:

@@ -82,8 +82,8 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         images = eval_batch_size(config, model, index, world, device)
-        find = detector(model, index, device)
-        found = detect_all(find, eval_stream(config, index, world, device, images), device, _no_beat)
+        stream = eval_stream(config, index, world, device, images)
+        found = detect_all(detector(model, index, device), stream, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.device))
         if everyone is None:
             return cli.OK
