@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+EXACT = "-ffp-contract=off"  # a * b + c is rounded twice everywhere, so that results do not depend on the processor
 
 
 def say(message: str) -> None:
@@ -43,11 +44,11 @@ def extension(program: str, nvcc: Path | None):
     common = ["-O3", f"-DOPS={program}", *STABLE_ABI]
     for path in cpp_extension.include_paths():
         common += ["-isystem", path]  # torch's own headers have warnings
-    flags = {"cxx": [*common, "-fvisibility=hidden", *WARNINGS]}
+    flags = {"cxx": [*common, "-fvisibility=hidden", EXACT, *WARNINGS]}
     kind = cpp_extension.CppExtension
     if nvcc:
         sources += sorted(str(file.relative_to(ROOT)) for file in folder.glob("*.cu"))
-        host = ",".join(["-fvisibility=hidden", *WARNINGS])
+        host = ",".join(["-fvisibility=hidden", EXACT, *WARNINGS])
         flags["nvcc"] = ["-DUSE_CUDA", *common, "--threads=2", "-Werror=all-warnings", f"-Xcompiler={host}"]
         kind = cpp_extension.CUDAExtension
     return kind(

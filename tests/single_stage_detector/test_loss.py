@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from single_stage_detector import loss as loss_module
+from single_stage_detector import ops
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.loss import IGNORED, UNMATCHED, focal_loss, losses, match
 
@@ -84,7 +84,7 @@ def test_golden_focal_points():
 
 @pytest.mark.parametrize("work", [1, 2**12, 2**18, 2**30])
 def test_match_equals_torchvision_in_any_chunking(monkeypatch, work):
-    monkeypatch.setattr(loss_module, "_work_elements", lambda device: work)
+    monkeypatch.setattr(ops, "work_elements", lambda device: work)
     a = anchors(SIZE, grids(SIZE))
     for seed in range(4):
         boxes, labels = random_truth(seed, [9, 0, 1, 23, 4], padded=25)
@@ -159,7 +159,7 @@ def focal_case(rows: int = 40, classes: int = 5, dtype=torch.float64):
 
 @pytest.mark.parametrize("work", [1, 64, 2**18])
 def test_focal_gradcheck(monkeypatch, work):
-    monkeypatch.setattr(loss_module, "_work_elements", lambda device: work)
+    monkeypatch.setattr(ops, "work_elements", lambda device: work)
     logits, target, weights = focal_case(rows=12)
     assert torch.autograd.gradcheck(lambda x: focal_loss(x, target, weights), (logits,))
 
