@@ -4,16 +4,11 @@
 // compilers setup.py does (-ffp-contract=off).
 #pragma once
 
-#include "kernel.h"
+#include "targets.h"
 
 namespace detcore {
 
 constexpr float kForegroundIou = 0.5f, kBackgroundIou = 0.4f;
-constexpr int64_t kUnmatched = -1, kIgnored = -2;
-
-struct Corners {
-  float x1, y1, x2, y2;
-};
 
 HOST_DEVICE float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
