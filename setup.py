@@ -63,7 +63,7 @@ def extensions() -> dict:
     if not shutil.which(compiler):
         say(f"no C++ compiler ({compiler}), so no kernels are built; the PyTorch references run instead")
         return {}
-    nvcc = find_nvcc()
+    nvcc = None if os.environ.get("KERNELS") == "cpu" else find_nvcc()
     if nvcc:
         os.environ["CUDA_HOME"] = str(nvcc.parents[1])  # read when torch.utils.cpp_extension is imported
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
