@@ -45,9 +45,14 @@ def library_file(program: str) -> Path:
     return Path(__file__).parents[1] / program / "_kernels.so"
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def load(program: str) -> str:
     """Loads the library of a program ("single_stage_detector"); "" if it is there, else the reason why not."""
+    return _load(program)
+
+
+@lru_cache
+def _load(program: str) -> str:
     file = library_file(program)
     if not file.is_file():
         return f"{file} is not built (make ops)"
@@ -58,7 +63,7 @@ def load(program: str) -> str:
     return ""
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _has(op: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, {"cpu": "CPU", "cuda": "CUDA"}[device])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,33 +13,52 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
+from detcore.ops.bias_relu import conv2d, conv_bias_relu, leaves_bias
 
 
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(conv(x)); a frozen norm is folded into the convolution, which saves two passes over the feature map."""
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
+def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals conv and then norm."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+
+
+def _conv_norm_relu(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    shortcut: Tensor | None = None,
+    downsample: Sequence[nn.Module] | None = None,
+) -> Tensor:
+    """relu(norm(conv(x)) (+ shortcut)), the shortcut through its own convolution and norm where they are given.
+
+    A frozen norm is folded into its convolution, which saves two passes over the feature map; bias, shortcut and ReLU
+    are one more (`conv_bias_relu`), for which both convolutions' biases become one.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        out = norm(conv(x))
+        if shortcut is not None:
+            out += shortcut if downsample is None else downsample[1](downsample[0](shortcut))
+        return F.relu(out, inplace=True)
+    weight, bias = _folded(conv, norm)
+    if downsample is not None:
+        beside, shift = _folded(*downsample)
+        if leaves_bias(shortcut, downsample[0]):
+            bias, shift = bias + shift, None
+        shortcut = conv2d(shortcut, downsample[0], beside, shift)
+    return conv_bias_relu(x, conv, weight, bias, shortcut)
 
 
 class _BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True)
-        out = _conv_norm(out, self.conv2, self.bn2)
-        out += x if self.downsample is None else _conv_norm(x, *self.downsample)
-        return F.relu(out, inplace=True)
+        out = _conv_norm_relu(x, self.conv1, self.bn1)
+        return _conv_norm_relu(out, self.conv2, self.bn2, x, self.downsample)
 
 
 class _Bottleneck(resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True)
-        out = F.relu(_conv_norm(out, self.conv2, self.bn2), inplace=True)
-        out = _conv_norm(out, self.conv3, self.bn3)
-        out += x if self.downsample is None else _conv_norm(x, *self.downsample)
-        return F.relu(out, inplace=True)
+        out = _conv_norm_relu(x, self.conv1, self.bn1)
+        out = _conv_norm_relu(out, self.conv2, self.bn2)
+        return _conv_norm_relu(out, self.conv3, self.bn3, x, self.downsample)
 
 
 _NETWORKS = {
@@ -84,7 +103,7 @@ class ResNet(resnet.ResNet):
             parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.maxpool(F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True))
+        x = self.maxpool(_conv_norm_relu(x, self.conv1, self.bn1))
         c3 = self.layer2(self.layer1(x))
         c4 = self.layer3(c3)
         return c3, c4, self.layer4(c4)

@@ -10,6 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
+from detcore.ops.bias_relu import bias_relu
 from detcore.resnet import BACKBONES, NORMS, ResNet, load_backbone, load_exactly, weights_file_name
 
 
@@ -50,6 +51,35 @@ def test_features_and_gradients_equal_torchvisions(name, norm):
     gradients = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_convolutions_that_leave_their_bias_to_the_op(name, implementation, monkeypatch):
+    """As on a GPU: float32 features and gradients, and nothing but masks and the convolutions' inputs kept."""
+    used = []
+
+    def spy(*inputs):
+        used.append(len([i for i in inputs if i is not None]))
+        return bias_relu(*inputs)
+
+    monkeypatch.setattr("detcore.ops.bias_relu.bias_relu", spy)
+    for module in ("detcore.ops.bias_relu", "detcore.resnet"):
+        monkeypatch.setattr(f"{module}.leaves_bias", lambda x, conv: True)
+    ours, theirs = twin(name, "frozen")
+    device, layout = implementation.device, torch.channels_last
+    ours, theirs = ours.to(device, memory_format=layout), theirs.to(device, memory_format=layout)
+    x = torch.randn(1, 3, 64, 40, generator=torch.Generator().manual_seed(2)).to(device, memory_format=layout)
+    features, expected = ours(x), list(theirs(x).values())
+    blocks = {"resnet18": 8, "resnext50_32x4d": 16}[name]
+    assert (used.count(2), used.count(3)) == (1 + (1 if name == "resnet18" else 2) * blocks, blocks)
+    for own, other in zip(features, expected):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    sum(f.mean() for f in features).backward()
+    sum(f.mean() for f in expected).backward()
+    gradients = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        scale = gradients[key].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-3, atol=1e-3 * scale)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
