@@ -21,6 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from report import CSS, Markup, Series, chart, el
+
 from detcore import UserError
 from detcore.cli import run_main
 
@@ -90,8 +92,6 @@ def length(options: list[str], steps: int) -> list[str]:
 
 def figure(path: Path, names: tuple[str, str], curves: tuple[Curve, Curve], sentence: str) -> None:
     """Both curves of the total loss on a page of HTML, by the report's own drawing."""
-    from report import CSS, Markup, Series, chart, el
-
     steps = sorted(curves[0].keys() & curves[1].keys())
     values = [[curve[step]["loss"] for step in steps] for curve in curves]
     drawn = [i for i in range(len(steps)) if all(math.isfinite(v[i]) for v in values)]

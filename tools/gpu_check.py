@@ -24,11 +24,13 @@ import threading
 import time
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.dont_write_bytecode = True
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True  # nothing beside DIR
 
 import torch  # noqa: E402
 from gpu_check_core import CONTEXT_LOST, Context, clocks, commit, load, run_jobs, save, status_of  # noqa: E402
@@ -64,6 +66,10 @@ PARTS = (
     Part("bccd", "gpu_check_runs", "bccd", 80),
     Part("sanitizer", "gpu_check_runs", "sanitizer", 30),
 )
+
+
+NEEDED = ("torchvision", "numpy", "mlperf_logging", "msgspec", "pycocotools", "pytest", "hypothesis")
+"""Packages that parts import, beside torch."""
 
 
 class Log:
@@ -244,6 +250,9 @@ def main(argv: list[str]) -> int:
         log.say(
             "torch sees no GPU on this machine: the CPU part runs, on small shapes; its times say nothing about a GPU"
         )
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    if lacking:
+        log.say(f"not installed: {', '.join(lacking)}; parts that want them fail (wheels in PYTHONPATH will do)")
     if options.only != "none":
         check(options, gpu, log)
     state = load(options.out)

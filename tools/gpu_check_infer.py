@@ -162,7 +162,7 @@ def next_things(rows: dict[str, Row]) -> list[str]:
     told = []
     for name in sorted(over, key=lambda name: -over[name])[:3]:
         row = rows[name]
-        floor = "no floor known" if row["floor_ms"] is None else f"floor {row['floor_ms']:.2f} ms"
+        floor = "floor unknown" if row["floor_ms"] is None else f"floor {row['floor_ms']:.2f} ms"
         told.append(
             f"{name}: {row['ms']:.2f} ms a step ({row['share']:.0%}), {floor}: {over[name]:.2f} ms to win at most"
         )

@@ -36,11 +36,10 @@ def about(state: dict[str, Any]) -> Iterator[str]:
     for c in state.get("clocks", []):
         if "missing" in c:
             yield f"  {c['when']:5} nvidia-smi: {c['missing']}"
-        else:
-            yield (
-                f"  {c['when']:5} SM {c.get('sm_mhz')} MHz, memory {c.get('memory_mhz')} MHz, "
-                f"{c.get('temperature_c')} C, {c.get('power_w')} W, {c.get('used_mib')} MiB used, driver {c.get('driver')}"
-            )
+            continue
+        mhz = f"SM {c.get('sm_mhz')} MHz, memory {c.get('memory_mhz')} MHz"
+        rest = f"{c.get('temperature_c')} C, {c.get('power_w')} W, {c.get('used_mib')} MiB used"
+        yield f"  {c['when']:5} {mhz}, {rest}, driver {c.get('driver')}"
 
 
 def overview(state: dict[str, Any]) -> Iterator[str]:

@@ -46,7 +46,10 @@ def config(context: Context, batch: int, precision: str, mode: str, ops: str):
 
 
 class TrainStep:
-    """One configuration's training step, ready to be called; the same objects as in engine.train."""
+    """One configuration's training step, ready to be called; the same objects as in engine.train.
+
+    Raises Skip for native ops that are not built.
+    """
 
     def __init__(self, context: Context, batch: int, precision: str, mode: str, ops: str):
         from detcore import engine, optim
@@ -56,6 +59,9 @@ class TrainStep:
         from detcore.task import Context as RunContext
         from single_stage_detector.train import build_task
 
+        missing = native.load("single_stage_detector") if ops == "native" else ""
+        if missing:
+            raise Skip(missing)
         self.config = config(context, batch, precision, mode, ops)
         self.backend = engine.open_device(self.config, World())
         torch.manual_seed(1)
@@ -97,9 +103,6 @@ def train(context: Context) -> Iterable[Job]:
 
     def case(mode: str, ops: str, precision: str, batch: int) -> Callable[[], Row]:
         def run() -> Row:
-            missing = native.load("single_stage_detector") if ops == "native" else ""
-            if missing:
-                raise Skip(missing)
             step = TrainStep(context, batch, precision, mode, ops)
             try:
                 row = watch.time(step, warmup=5, least=5, most=100)
