@@ -149,7 +149,7 @@ def family_floors(context: Context, precision: str, step: TrainStep) -> dict[str
         logits = (
             batch * len(step.task.model.anchors) * context.sizes.classes * (4 if precision in ("fp32", "tf32") else 2)
         )
-        floors["loss"] = 3 * logits / copy / 1e6  # read forward, read backward, gradient written
+        floors["loss"] = 2 * logits / copy / 1e6  # logits read, gradient written
         floors["optimizer"] = 28 * parameters / copy / 1e6  # weight, two moments, gradient read; three of them written
     if context.gpu and precision in rate:
         floors["convolution/gemm"] = batch * GFLOP_PER_IMAGE / rate[precision]

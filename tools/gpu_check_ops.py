@@ -138,7 +138,8 @@ def measure(case: Case, context: Context, watch: Stopwatch) -> Row:
 def ops(context: Context) -> Iterable[Job]:
     """Every native op at the size of a training step, forward and backward where it has both."""
     watch = Stopwatch(context)
-    for group in (normalize_cases, bias_relu_cases, match_cases, loss_cases, postprocess_cases):
+    groups = (normalize_cases, bias_relu_cases, match_cases, focal_cases, box_cases, loss_cases, candidate_cases)
+    for group in (*groups, nms_cases, postprocess_cases):
         try:
             cases = list(group(context))
         except ImportError as error:  # a checkout in which this op does not exist
@@ -259,6 +260,79 @@ def outputs(context: Context, lengths: list[int], spread: float = 1.0) -> tuple[
     return [level(a, k, -4.6) for a in lengths], [level(a, 4, 0.0) for a in lengths]
 
 
+def matched_truth(context: Context) -> tuple[Tensor, ...]:
+    """logits [N, A, K] and deltas [N, A, 4] of the first level, anchors, boxes, labels, matched, weight [N]."""
+    from single_stage_detector.ops.match import match
+
+    place, boxes, labels, lengths = truth(context)
+    logits, deltas = outputs(context, lengths[:1])
+    with native.using("reference"):
+        matched = match(place, boxes, labels)
+    weight = 1 / (matched >= 0).sum(1).clamp(min=1) / len(labels)
+    return logits[0], deltas[0], place, boxes, labels, matched, weight
+
+
+def focal_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
+    from single_stage_detector.ops.focal import focal_loss
+
+    def case() -> Case:
+        logits, _, _, _, labels, matched, weight = matched_truth(context)
+        return gradient_case(logits, lambda x: focal_loss(x, matched, labels, weight))
+
+    yield "focal fwd+bwd, level P3", case
+
+
+def box_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
+    from single_stage_detector.ops.box import box_loss
+
+    def case() -> Case:
+        _, deltas, place, boxes, labels, matched, weight = matched_truth(context)
+        return gradient_case(deltas, lambda x: box_loss(x, place, boxes, matched, labels, weight))
+
+    yield "box fwd+bwd, level P3", case
+
+
+def gradient_case(x: Tensor, loss: Callable[[Tensor], Tensor]) -> Case:
+    """The loss of x and its gradient: x must be read and the gradient written, once each."""
+    x.requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        value = loss(x)
+        return value, *torch.autograd.grad(value, x)
+
+    return Case("single_stage_detector", lambda: run, 2 * megabytes(x), tolerance=close(x.dtype))
+
+
+def candidate_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
+    from single_stage_detector.ops.candidates import candidates
+
+    def case() -> Case:
+        logits, deltas = outputs(context, truth(context)[3])
+
+        @torch.no_grad()
+        def run() -> tuple[Tensor, ...]:
+            return candidates(logits, deltas, 0.05, 1000)
+
+        return Case("single_stage_detector", lambda: run, megabytes(*logits), tolerance=1e-5)
+
+    yield "candidates", case
+
+
+def nms_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
+    from detcore.ops.nms import nms
+
+    def case() -> Case:
+        n, count, side = context.sizes.batch, 200 if context.quick and not context.gpu else 5000, context.sizes.image
+        corner = torch.rand(n, count, 2, device=context.device) * side * 0.9
+        boxes = torch.cat((corner, corner + torch.rand(n, count, 2, device=context.device) * side * 0.1), 2)
+        scores = torch.rand(n, count, device=context.device).sort(1, descending=True).values
+        labels = torch.randint(context.sizes.classes, (n, count), device=context.device)
+        moved = megabytes(boxes, scores, labels)
+        return Case("detcore", lambda: lambda: nms(boxes, scores, labels, 0.5, 300), moved)
+
+    yield "nms of 5 x 1000 candidates", case
+
+
 def loss_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
     from single_stage_detector.loss import losses
 
@@ -277,8 +351,8 @@ def loss_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
         def make() -> Callable[[], Any]:
             return lambda: torch.autograd.grad(sum(forward().values()), wide)
 
-        # Forward and backward read the logits once each, and the gradient is written.
-        return Case("single_stage_detector", make, 3 * size, tolerance=close(logits[0].dtype))
+        # The logits must be read and their gradient written, once each.
+        return Case("single_stage_detector", make, 2 * size, tolerance=close(logits[0].dtype))
 
     yield "losses fwd (match, focal, box)", lambda: case(False)
     yield "losses fwd+bwd", lambda: case(True)
