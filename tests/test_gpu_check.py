@@ -230,7 +230,8 @@ def full_state() -> dict:
 def test_the_table_fits_and_tells_published_from_measured():
     text = table.table(full_state())
     assert max(map(len, text.splitlines())) <= 100
-    assert "H100 291.2 images/s a GPU in 8 (published, MLPerf, not measured here); our target 400 (a target)" in text
+    assert "291.2 images/s a H100, of 8 (published MLPerf result, not measured here)" in text
+    assert "our target on one H100: 400 images/s, bf16, batch 32 (a target, not measured)" in text
     assert "FAILED pytest -m gpu: 12 failed" in text and "out of time" in text
     assert "bf16 790 TFLOP/s" in text and "copy 4,300 GB/s" in text
 

@@ -1,5 +1,6 @@
 """The table of tools/gpu_check.py, from its JSON: at most 100 columns, measured values unless a line says otherwise."""
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,13 @@ Row = dict[str, Any]
 
 
 def table(state: dict[str, Any]) -> str:
-    lines = [line for section in SECTIONS for line in section(state)]
-    return "\n".join(line[:WIDTH].rstrip() for line in lines)
+    return "\n".join(part for section in SECTIONS for line in section(state) for part in folded(line.rstrip()))
+
+
+def folded(line: str) -> list[str]:
+    """A line that is too long as several."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent) if len(line) > WIDTH else [line]
 
 
 def rows(state: dict[str, Any], part: str) -> dict[str, Row]:
@@ -63,9 +69,10 @@ def what(part: dict[str, Any]) -> str:
         return (
             f"largest difference of {first['steps']} losses {first['largest']:.2g} (tolerance {first['tolerance']:g})"
         )
-    left_out = [key for key, row in found.items() if "skipped" in row]
-    words = f"{len(found) - len(left_out)} measured"
-    words += f", {len(left_out)} left out" if left_out else ""
+    left_out, failed = (sum(kind in row for row in found.values()) for kind in ("skipped", "error"))
+    words = f"{len(found) - left_out - failed} measured"
+    words += f", {failed} failed" if failed else ""
+    words += f", {left_out} left out" if left_out else ""
     return f"{words}; {part['reason']}" if part.get("reason") else words
 
 
@@ -109,8 +116,9 @@ def speed(state: dict[str, Any]) -> Iterator[str]:
             f"{number(r.get('x_published'), 8, 2)} {number(times, 9, 2)} {number(r.get('percent_of_flop_floor'), 7)}"
         )
     if card:
-        aim = f"; our target {TARGETS[card]:g} (a target)" if card in TARGETS else ""
-        yield f"publ.: {card} {PUBLISHED[card]:g} images/s a GPU in 8 (published, MLPerf, not measured here){aim}"
+        yield f"publ.: {PUBLISHED[card]:g} images/s a {card}, of 8 (published MLPerf result, not measured here)"
+        if card in TARGETS:
+            yield f"our target on one {card}: {TARGETS[card]:g} images/s, bf16, batch 32 (a target, not measured)"
     if beside:
         yield "torchv.: the fastest row of torchvision's RetinaNet in this run"
     if any("percent_of_flop_floor" in r for r in ours.values()):
