@@ -240,9 +240,10 @@ def test_kernels_find_their_families():
     names = {
         "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolution/gemm",
         "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>": "convolution/gemm",
-        "void (anonymous namespace)::detcore::focal_forward<BFloat16>": "loss",
-        "detcore::match_best(float const*, long*)": "matching",
-        "detcore::bias_relu_kernel<BFloat16>": "batchnorm/elementwise",
+        "void detcore::focal_kernel<c10::BFloat16>(c10::BFloat16 const*, long)": "loss",
+        "void detcore::(anonymous namespace)::highest_kernel(float const*, long*)": "matching",
+        "void detcore::bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
+        "void detcore::nms_kernel(float const*)": "other",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "nccl",
         "Memcpy DtoD (Device -> Device)": "memcpy",

@@ -31,7 +31,13 @@ FAMILIES = (
     ),
 )  # fmt: skip
 """What a kernel is for, by its name: the first family whose pattern is in it; else "other"."""
-OURS = {"match": "matching", "focal": "loss", "box": "loss", "bias_relu": "batchnorm/elementwise"}
+OURS = {
+    **dict.fromkeys(("used", "highest", "match"), "matching"),
+    **dict.fromkeys(("focal", "box", "scale", "sum"), "loss"),
+    **dict.fromkeys(("bias_relu", "mask", "mask_sums", "channel_sums"), "batchnorm/elementwise"),
+    "normalize": "normalize",
+}
+"""The same for the kernels of csrc/, all of them detcore::<name>_kernel."""
 
 
 def inference(context: Context) -> Iterable[Job]:
@@ -51,7 +57,6 @@ def inference(context: Context) -> Iterable[Job]:
                 yield key, lambda a=(what, batch, mode, ops): infer(context, watch, precision, *a)
 
 
-@torch.inference_mode()
 def infer(context: Context, watch: Stopwatch, precision: str, what: str, batch: int, mode: str, ops: str) -> Row:
     from single_stage_detector.data import detect
 
@@ -70,7 +75,8 @@ def infer(context: Context, watch: Stopwatch, precision: str, what: str, batch: 
 
     run = recording.compile_inference(forward if what == "forward" else both)
     try:
-        row = watch.time(lambda: run(fixed), least=5, most=200)
+        with torch.inference_mode():
+            row = watch.time(lambda: run(fixed), least=5, most=200)
     finally:
         recording.close()
     row |= {"batch": batch, "mode": mode, "ops": ops, "images_per_s": 1e3 * batch / row["ms"]}
@@ -131,9 +137,11 @@ def kernel_times(recorded: profile, gpu: bool, steps: int) -> dict[str, tuple[fl
 
 
 def family(name: str) -> str:
+    own = re.search(r"detcore::(?:\(anonymous namespace\)::)?(\w+)_kernel", name)
+    if own:
+        return OURS.get(own[1], "other")
     low = name.lower()
-    own = next((kind for word, kind in OURS.items() if re.search(rf"(detcore|detector).*\b\w*{word}", low)), None)
-    return own or next((kind for kind, pattern in FAMILIES if re.search(pattern, low)), "other")
+    return next((kind for kind, pattern in FAMILIES if re.search(pattern, low)), "other")
 
 
 def family_floors(context: Context, precision: str, step: TrainStep) -> dict[str, float]:
