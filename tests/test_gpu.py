@@ -76,9 +76,8 @@ def test_native_training_is_that_of_the_references(norm, precision, tolerance):
 def test_native_detections_are_those_of_the_references(precision):
     chosen = backend.select("cuda", precision)
     _, model = train("cuda", precision, steps=0)
-    model.head["classification_head"].cls_logits.bias.data.fill_(
-        -2.5
-    )  # scores around 0.08: thousands above the threshold
+    # Scores around 0.08: thousands above the threshold.
+    model.head["classification_head"].cls_logits.bias.data.fill_(-2.5)
     batch = chosen.to_device(next(synthetic_batches(CLASSES, SIZE, 4, 10, seed=1)))
     ids = torch.arange(CLASSES, device="cuda")
     found = []
