@@ -77,7 +77,7 @@ def build(context: Context) -> Iterable[Job]:
         described = native.describe(programs[-1], context.device)
         row = {
             "libraries": ", ".join(f"{program}/_kernels.so" for program in built),
-            "architectures": chosen or "default",
+            "architectures": (chosen or "default") if context.gpu else "the CPU",
         }
         lacking = context.gpu and "without nvcc" in described
         return row | {"ops": described} | ({"error": "built without nvcc: no code for this GPU"} if lacking else {})
