@@ -137,8 +137,8 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
     with backend.autocast():
         logits, deltas = model(batch.images)
     boxes, scores, labels = postprocess(
-        logits.float(),
-        deltas.float(),
+        logits,
+        deltas,
         model.anchors,
         model.image_size,
         score_thresh=constants.SCORE_THRESHOLD,
@@ -155,7 +155,7 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
         batch.image_id[:, None, None].expand(-1, scores.shape[1], 1).double(),
         corner,
         extent,
-        torch.where(real, scores, 0).double()[..., None],
+        scores.masked_fill(~real, 0).double()[..., None],
         category_ids[labels.clamp(min=0)].double()[..., None],
     ]
     return torch.cat(columns, 2).flatten(0, 1)

@@ -67,7 +67,8 @@ HOST_DEVICE float log_1_plus(float x) {
 }
 
 // p^2 softplus(x) and its derivative p^2 (2 (1 - p) softplus(x) + p), with p = sigmoid(x): times 1 - alpha the loss of
-// a logit whose target is 0; of -x, times alpha and -alpha, that of one whose target is 1. The derivative is below 1.08.
+// a logit whose target is 0; of -x, times alpha and -alpha, that of one whose target is 1. The derivative is
+// below 1.08.
 HOST_DEVICE Term focal_term(float x) {
   const float e = exp_of_negative(-fabsf(x));
   const float d = reciprocal(1.f + e), ed = e * d;

@@ -43,8 +43,8 @@ __device__ inline float focal_values(Values<T, kWidth>& values, int column, int 
 // A block goes through tiles of rows: their targets into shared memory, then kWidth logits a thread at a time, of which
 // the next ones are on their way while the present ones are computed. kWidth divides the number of classes.
 template <typename T, int kWidth>
-__global__ __launch_bounds__(kSumThreads, 5) void focal_kernel(const T* logits, Targets targets, int64_t rows, int classes, T* gradient,
-                             float* partials) {
+__global__ __launch_bounds__(kSumThreads, 5) void focal_kernel(const T* logits, Targets targets, int64_t rows,
+                                                               int classes, T* gradient, float* partials) {
   using Part = Values<T, kWidth>;
   constexpr int kSkip = -2;  // the target of a row that is left out
   __shared__ int target[kTile];
@@ -103,8 +103,7 @@ static std::tuple<Tensor, Tensor> focal(const Tensor& logits, const Tensor& matc
     const T* from = static_cast<const T*>(logits.data_ptr());
     T* to = static_cast<T*>(a.gradient.data_ptr());
     const auto unaligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(Pack<T>);
-    const auto kernel =
-        a.classes % kWidth == 0 && unaligned == 0 ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>;
+    const auto kernel = a.classes % kWidth == 0 && unaligned == 0 ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>;
     gpu.launch(kernel, blocks, kSumThreads, from, a.targets, a.rows, a.classes, to, sums);
   });
   gpu.launch(&total_kernel, 1, kSumThreads, sums, blocks, static_cast<float*>(a.loss.data_ptr()));
