@@ -45,6 +45,11 @@ class Config(DetectionConfig):
         "out of the validation (4,952 images of COCO 2017)", group="Run",
     )  # fmt: skip
 
+    mlperf_division: str = option(
+        "open", "submission_division of the log; no ruleset has SSD300, so the log can't be of the closed division",
+        env="MLPERF_DIVISION", flags=("--division",), choices=("open",), group="MLPerf log",
+    )  # fmt: skip
+
     epochs: int = option(65, "epochs at most", env="NUMEPOCHS", flags=("-e",), check=at_least(1), group="Training")
     batch_size: int = option(
         32, "images per process and forward pass", env="BATCHSIZE", flags=("-b", "--bs"), check=between(1, 65536),
