@@ -59,9 +59,10 @@ def read_image(uri: str | Path) -> Tensor:
 
 def prepare(image: Tensor, legacy: bool = False) -> np.ndarray:
     """A uint8 image [3, h, w] as the model wants it: uint8 [300, 300, 3]."""
-    top, left, height, width = DETECTOR.window(Config(legacy=legacy), *image.shape[-2:])
+    config = Config(legacy=legacy)
+    top, left, height, width = DETECTOR.window(config, *image.shape[-2:])
     part = image[:, top : top + height, left : left + width]
-    return transforms.resize(part, (IMAGE_SIZE, IMAGE_SIZE), flip=False, antialias=False).numpy()
+    return transforms.resize(part, (IMAGE_SIZE, IMAGE_SIZE), flip=False, antialias=config.antialias).numpy()
 
 
 def decode(outputs: tuple[Tensor, Tensor], most: int = MOST) -> list[Detections]:

@@ -13,7 +13,7 @@ import hubconf
 from detcore import UserError, checkpoint
 from detcore.data import transforms
 from ssd300 import inference
-from ssd300.config import IMAGE_SIZE
+from ssd300.config import IMAGE_SIZE, Config
 from ssd300.model import MEAN, SSD300, STD, scale_as_the_originals_inference
 
 
@@ -64,9 +64,9 @@ def test_nothing_found_is_three_empty_arrays(folder):
 
 def test_images_are_shown_as_in_validation(folder):
     image = inference.read_image(folder / "picture.png")
-    shown = transforms.resize(image, IMAGE_SIZE, flip=False, antialias=False)
+    shown = transforms.resize(image, IMAGE_SIZE, flip=False, antialias=Config().antialias)
     assert np.array_equal(inference.prepare(image), shown.numpy())
-    cut = transforms.resize(image[:, :, 15:75].contiguous(), IMAGE_SIZE, flip=False, antialias=False)
+    cut = transforms.resize(image[:, :, 15:75].contiguous(), IMAGE_SIZE, flip=False, antialias=Config().antialias)
     assert np.array_equal(inference.prepare(image, legacy=True), cut.numpy())
 
 
