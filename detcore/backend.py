@@ -1,36 +1,55 @@
 """The one file that knows devices: where tensors live, in which precision, what the device tells about itself."""
 
+import os
 import platform
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detcore import UserError
+from detcore import UserError, graphs
 from detcore.data import Batch
 from detcore.data.ahead import one_ahead
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
+GRAPHS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A device and the precision to compute in. Made by `select`; holds no other state."""
+    """A device and the precision to compute in. Made by `select`.
+
+    recorder: what records steps and inference on this device; None where they run as they are written, for the reason
+    that `eager` gives.
+    """
 
     device: torch.device
     precision: str
+    recorder: graphs.Recorder | None = None
+    eager: str = "not asked for"
 
     @property
     def is_gpu(self) -> bool:
         """True on a GPU, where fused optimizers and channels_last pay."""
         return self.device.type == "cuda"
+
+    @property
+    def own(self) -> torch.device | None:
+        """The GPU of this process, for `distributed.init`; None on the CPU."""
+        return self.device if self.is_gpu else None
+
+    @property
+    def steps(self) -> str:
+        """How training steps run, for the user."""
+        return "recorded once and replayed" if self.recorder else f"not recorded ({self.eager})"
 
     @property
     def collectives(self) -> str:
@@ -58,21 +77,25 @@ class Backend:
 
         Buffers are broadcast only where training changes them (trainable batch normalisation): then every rank starts
         each step from rank 0's running statistics, which are also the ones that a checkpoint keeps.
+
+        With recorded steps the wrapper is made where they are recorded: what it hooks into the backward pass runs on
+        the stream that it was made on, and PyTorch's documentation asks for one aside.
         """
         if world_size == 1:
             return model
         # It copies the gradients of 1x1 convolutions, whose two layouts are one; every rank would say so.
         warnings.filterwarnings("ignore", message="Grad strides do not match")
         learns_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        with warnings.catch_warnings():  # newer torch announces another name for broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            parallel = DistributedDataParallel(
-                model,
-                device_ids=[self.device] if self.is_gpu else None,
-                broadcast_buffers=learns_statistics,
-                gradient_as_bucket_view=True,
-            )
-        _settle_buckets(parallel)
+        with self.recorder.aside() if self.recorder else nullcontext():
+            with warnings.catch_warnings():  # newer torch announces another name for broadcast_buffers
+                warnings.simplefilter("ignore", FutureWarning)
+                parallel = DistributedDataParallel(
+                    model,
+                    device_ids=[self.device] if self.is_gpu else None,
+                    broadcast_buffers=learns_statistics,
+                    gradient_as_bucket_view=True,
+                )
+            _settle_buckets(parallel)
         return parallel
 
     def sync_batch_norm(self, model: nn.Module) -> nn.Module:
@@ -85,11 +108,12 @@ class Backend:
         """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory).
 
         On the way to a GPU the padding that no image of the batch uses is left behind, in steps of 32 boxes: matching
-        costs time for every row, and here the largest count can be read without waiting for the device.
+        costs time for every row, and here the largest count can be read without waiting for the device. Not so where
+        steps are recorded, which wants fixed shapes.
         """
         if not self.is_gpu:
             return batch
-        if batch.labels.device.type == "cpu":
+        if batch.labels.device.type == "cpu" and not self.recorder:
             used = int((batch.labels >= 0).sum(1).max())
             rows = min(-(-max(used, 1) // 32) * 32, batch.labels.shape[1])
             batch = batch._replace(boxes=batch.boxes[:, :rows], labels=batch.labels[:, :rows])
@@ -140,14 +164,42 @@ class Backend:
             torch.cuda.empty_cache()
         return size
 
-    def compile_step(self, step: Callable) -> Callable:
-        """The hook where a device replaces a training step by a recorded one; every device runs it as it is."""
-        return step
+    def compile_step(self, step: Callable, example: Sequence[Batch]) -> Callable:
+        """A training step as this device runs it best: recorded on the batches of `example`, or unchanged.
+
+        step(batches) -> {name: scalar}. The warm-up runs it for good on `example`: see `State.unchanged`.
+        """
+        if not self.recorder:
+            return step
+        batches = [self.to_device(batch) for batch in example]
+        return graphs.recorded(step, self.recorder, batches, graphs.STEP_WARM_UPS)
+
+    def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        """A function of a batch on the device that changes nothing: recorded at first use, or unchanged."""
+        return graphs.recorded_by_shape(infer, self.recorder) if self.recorder else infer
+
+    def close(self) -> None:
+        """Gives back what was recorded. Before the process group goes: NCCL waits for recordings of its own calls."""
+        if self.recorder:
+            self.recorder.close()
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was asked of it."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """A point in the work of a GPU, for `seconds`; None on the CPU, which does its work when it is asked to."""
+        if not self.is_gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, marks: Sequence[tuple[Any, Any]]) -> float:
+        """How long a GPU was at work from the first to the second of each pair of marks that it has passed; 0 on the
+        CPU."""
+        return sum(start.elapsed_time(end) for start, end in marks) / 1e3 if self.is_gpu else 0.0
 
     def peak_memory_gib(self) -> float:
         """Peak memory so far in GiB: allocated device memory on a GPU, else the process's resident memory."""
@@ -200,12 +252,14 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def select(device: str, precision: str, local_rank: int = 0) -> Backend:
+def select(device: str, precision: str, local_rank: int = 0, graphs: str = "off", world_size: int = 1) -> Backend:
     """Chooses the device of this process and sets the global precision switches.
 
     device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else the CPU.
     precision: one of PRECISIONS; "auto" is bf16 on a GPU and fp32 on the CPU.
-    Raises UserError for a device that is not there.
+    graphs: one of GRAPHS, whether steps are recorded; "auto" does so on a GPU when it is the only one of the run.
+    Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. Comes before the process
+    group is made, whose library reads its variables then.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,7 +282,68 @@ def select(device: str, precision: str, local_rank: int = 0) -> Backend:
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.conv.fp32_precision = fp32
-    return Backend(chosen, precision)
+    eager = _why_eager(device, graphs, world_size)
+    return Backend(chosen, precision, None if eager else _GraphRecorder(chosen), eager)
+
+
+def _why_eager(device: str, graphs: str, world_size: int) -> str:
+    """Why steps are not recorded; "" if they are."""
+    if device != "cuda":
+        if graphs == "on":
+            raise UserError("--graphs on: only a GPU can record steps, and this run computes on the CPU; leave it out")
+        return "only a GPU can record them"
+    if graphs == "auto" and world_size > 1:
+        return "recording the exchange between GPUs has not been tried on a machine with several yet; --graphs on does"
+    return "--graphs off" if graphs == "off" else ""
+
+
+class _GraphRecorder:
+    """`graphs.Recorder` by CUDA graphs.
+
+    One stream for warm-up and capture, as the gradients' nodes remember theirs, and one memory pool: what is captured
+    later reuses the temporary memory of what was captured before. That is sound because replays follow one another on
+    one stream and their outputs are cloned before the next.
+    """
+
+    def __init__(self, device: torch.device):
+        # PyTorch's documentation for NCCL in graphs; who looks after a rank that hangs is `detcore.watchdog`.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # Said in the warm-up of an optimizer that can be captured.
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        main = torch.cuda.current_stream()
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            yield
+        main.wait_stream(self._stream)
+
+    def record(self, work: Callable) -> Callable:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads (NCCL's, the loader's that pins memory) may go on meanwhile: thread_local.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise UserError(f"the step can't be recorded ({reason}); --graphs off runs it as it is") from error
+        self._graphs.append(graph)
+
+        def replay():
+            graph.replay()
+            return outputs
+
+        return replay
+
+    def close(self) -> None:
+        while self._graphs:
+            self._graphs.pop().reset()
 
 
 def _processor_name() -> str:

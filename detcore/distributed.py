@@ -19,11 +19,14 @@ from detcore.launcher import World, discover
 _MASK = 2**64 - 1
 
 
-def init(backend: str, timeout_s: float, environ: Mapping[str, str] = os.environ) -> World:
+def init(
+    backend: str, timeout_s: float, environ: Mapping[str, str] = os.environ, device: torch.device | None = None
+) -> World:
     """Join the other processes that the launcher started; with one process, do nothing.
 
-    `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. From here
-    on SIGQUIT prints the stacks of this process. Raises
+    `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. `device`:
+    this process's own, where collectives run on one; they are set up at once then, not at the first use. From here on
+    SIGQUIT prints the stacks of this process. Raises
     `UserError` for missing or contradictory variables and when the processes do not find each other in time.
     """
     world, port = discover(environ)
@@ -34,7 +37,12 @@ def init(backend: str, timeout_s: float, environ: Mapping[str, str] = os.environ
     method = "env://" if "TORCHELASTIC_RUN_ID" in environ else f"tcp://{world.master}:{port}"
     try:
         dist.init_process_group(
-            backend, init_method=method, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
+            backend,
+            init_method=method,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(

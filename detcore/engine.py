@@ -17,7 +17,7 @@ import torch
 from mlperf_logging.mllog import constants as keys
 from torch import Tensor, nn
 
-from detcore import UserError, backend, checkpoint, cli, distributed, launcher, optim
+from detcore import UserError, backend, checkpoint, cli, distributed, launcher, native, optim
 from detcore.config import to_dict
 from detcore.data import Batch
 from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
@@ -36,9 +36,11 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
     """The step: forward and backward of each micro-batch, clip, optimizer, moving average.
 
     Returns step(batches) -> {term: float32 scalar on the device}, the means over the micro-batches. Ranks exchange
-    gradients once, with the last micro-batch.
+    gradients once, with the last micro-batch. It reads no value on the host. Where the device records steps, this warms
+    it up on the task's example and records it; what that changes is put back.
     """
     trained = [p for group in task.optimizer.param_groups for p in group["params"]]
+    loss = torch.compile(task.loss, dynamic=False) if config.compile else task.loss
 
     def train_step(batches: Sequence[Batch]) -> dict[str, Tensor]:
         task.optimizer.zero_grad(set_to_none=True)
@@ -47,7 +49,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
             exchange = i == len(batches) - 1 or model is task.model
             with nullcontext() if exchange else model.no_sync():
                 with device.autocast():
-                    terms = task.loss(model, batch)
+                    terms = loss(model, batch)
                 state.scaler.scale(sum(terms.values()) / len(batches)).backward()
             for name, value in terms.items():
                 share = value.detach().float() / len(batches)
@@ -61,7 +63,17 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
             state.ema.update(state.model)
         return sums
 
-    return device.compile_step(train_step)
+    if not device.recorder or not task.example:
+        return train_step
+    model.train()
+    with state.unchanged(device):
+        return device.compile_step(train_step, [task.example()] * config.accumulate)
+
+
+def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:
+    """The device of this process by the config, and what computes the ops there."""
+    native.choose(config.ops)
+    return backend.select(config.device, config.precision, world.local_rank, config.graphs, world.size)
 
 
 class _Run:
@@ -69,19 +81,20 @@ class _Run:
 
     def __init__(
         self, task: Task, data: Data, state: State, context: Context, config: RunConfig, log: MLPerfLog,
-        progress: Progress, watchdog: Watchdog, stop: cli.StopRequest,
+        progress: Progress, watchdog: Watchdog, stop: cli.StopRequest, parallel: nn.Module, train_step: Callable,
     ):  # fmt: skip
         self.task, self.data, self.state, self.context, self.config = task, data, state, context, config
         self.log, self.progress, self.watchdog, self.stop = log, progress, watchdog, stop
-        self.parallel = context.backend.parallel(task.model, context.world.size)
-        self.train_step = make_train_step(task, state, self.parallel, config, context.backend)
+        self.parallel, self.train_step = parallel, train_step
+        self.lr = 0.0  # of the last step
         self.images_per_step = config.batch_size * config.accumulate * context.world.size
-        self.window: list[tuple[int, dict[str, Tensor], list[Tensor]]] = []  # step, terms, image ids since last report
+        # Since the last report: step, terms, image ids, and when the device began and ended it.
+        self.window: list[tuple[int, dict[str, Tensor], list[Tensor], tuple[Any, Any]]] = []
         self.pending: tuple[int, Pending | None] | None = None  # epochs completed; the result, on rank 0
         self.code: int | None = None  # set once the run is to end
         self.saved_step = state.step  # of last.pt
         epoch, step = divmod(state.step, data.steps_per_epoch)
-        self.stream = data.train_batches(epoch, step * config.accumulate)
+        self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
 
     def train_epoch(self, epoch: int) -> None:
         """Steps to the end of the epoch (from 0), or until something sets self.code."""
@@ -96,10 +109,12 @@ class _Run:
                 batches = [next(self.stream) for _ in range(config.accumulate)]
             self.watchdog.beat("training step", state.step)
             with progress.clock("train"):
-                optim.set_lr(self.task.optimizer, self.task.lr(state.step, self.data.steps_per_epoch))
-                terms = self.train_step([self.context.backend.to_device(b) for b in batches])
+                self.lr, device = self.task.lr(state.step, self.data.steps_per_epoch), self.context.backend
+                optim.set_lr(self.task.optimizer, self.lr)
+                start = device.mark()
+                terms = self.train_step([device.to_device(b) for b in batches])
                 state.step += 1
-                self.window.append((state.step, terms, [b.image_id for b in batches]))
+                self.window.append((state.step, terms, [b.image_id for b in batches], (start, device.mark())))
                 at_interval = state.step % config.log_interval == 0 or state.step == end
                 if at_interval:
                     self.report(epoch)
@@ -121,21 +136,22 @@ class _Run:
         if not self.window:
             return
         names = list(self.window[0][1])
-        losses = torch.stack([torch.stack(list(terms.values())) for _, terms, _ in self.window]).cpu()
+        losses = torch.stack([torch.stack(list(terms.values())) for _, terms, *_ in self.window]).cpu()
         finite = losses.isfinite().all(dim=1).tolist()
         weights = optim.finite(self.task.optimizer)
         if distributed.agree([int(not (all(finite) and weights))], self.context.backend.device)[0]:
             raise NotFinite(self.explain(names, losses, finite, weights, epoch))
+        busy = self.context.backend.seconds([marks for *_, marks in self.window])
         self.window.clear()
         step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
-        rate, wait = progress.interval(step=step, images_per_step=self.images_per_step)
+        rate, wait = progress.interval(step=step, images_per_step=self.images_per_step, busy=busy)
         over_ranks = distributed.average(losses.mean(0), self.context.backend.device)
         means = dict(zip(names, over_ranks.tolist(), strict=True))
         total = sum(means.values())
         fields = {
             "loss": total,
             "terms": means,
-            "lr": self.task.optimizer.param_groups[0]["lr"],
+            "lr": self.lr,
             "images_per_s": rate,
             "data_wait": wait,
         }
@@ -152,7 +168,7 @@ class _Run:
         progress.advise(rate, wait, self.data.advise)
 
     def explain(self, names: list[str], losses: Tensor, finite: list[bool], weights: bool, epoch: int) -> str:
-        rank, steps = self.context.world.rank, [step for step, _, _ in self.window]
+        rank, steps = self.context.world.rank, [step for step, *_ in self.window]
         if all(finite) and not weights:
             return (
                 f"rank {rank}: the weights are no longer finite after step {steps[-1]} (epoch {epoch + 1}), though the "
@@ -161,7 +177,7 @@ class _Run:
             )
         if all(finite):
             return f"rank {rank} stops: the loss of another rank is not finite, its own message names the images"
-        step, _, ids = self.window[finite.index(False)]
+        step, _, ids, _ = self.window[finite.index(False)]
         values = ", ".join(f"{n} = {v:g}" for n, v in zip(names, losses[finite.index(False)].tolist(), strict=True))
         return (
             f"rank {rank}: the loss is not finite at step {step} (epoch {epoch + 1}): {values}; image ids "
@@ -272,10 +288,11 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
     not finite and a target that was not reached are outcomes (`detcore.cli` lists the codes).
     """
     world, _ = launcher.discover(os.environ)
-    device = backend.select(config.device, config.precision, world.local_rank)
+    device = open_device(config, world)
     with ExitStack() as stack:
         stack.callback(distributed.shutdown)
-        distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
+        distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+        stack.callback(device.close)
         saved = claim_folder(config, world)
         seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.device)
         context = Context(device, world, seed)
@@ -312,12 +329,16 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             log.event(keys.WEIGHTS_INITIALIZATION, tensor=name)
         for key, value in task.hyperparameters.items():
             log.event(key, value)
+        computing = (native.describe(config.program, device.device), f"steps: {device.steps}")
         about = {"environment": device.describe() | {"processes": world.size}, "notes": task.notes}
         progress.write("start", benchmark=benchmark, config=to_dict(config) | {"seed": seed}, **about)
-        for note in task.notes:
+        for note in (*computing, *task.notes):
             progress.say(note)
         limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.device)
         watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
+        watchdog.beat("preparing the step", 0)
+        parallel = device.parallel(task.model, world.size)
+        train_step = make_train_step(task, state, parallel, config, device)
         distributed.barrier()
         log.end(keys.INIT_STOP)
         distributed.barrier()
@@ -338,7 +359,8 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             log.event(keys.TRAIN_SAMPLES, data.train_samples)
             log.event(keys.EVAL_SAMPLES, data.eval_samples)
             progress.say(data.summary)
-            code = _Run(task, data, state, context, config, log, progress, watchdog, stop).epochs()
+            parts = (task, data, state, context, config, log, progress, watchdog, stop, parallel, train_step)
+            code = _Run(*parts).epochs()
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = cli.NOT_FINITE

@@ -78,8 +78,12 @@ class Progress:
         else:
             self.say(text)
 
-    def interval(self, *, step: int, images_per_step: int) -> tuple[float, float]:
-        """Closes a logging interval: global images per second and the fraction of time spent waiting for data."""
+    def interval(self, *, step: int, images_per_step: int, busy: float = 0.0) -> tuple[float, float]:
+        """Closes a logging interval: global images per second and the fraction of time spent waiting for data.
+
+        busy: seconds that a GPU worked on the steps, where it works while this process looks for the next batch; the
+        wait is then at most the rest.
+        """
         now, data = self.elapsed(), self.seconds["data"]
         last_step, last_time, last_data = self._mark
         self._mark = (step, now, data)
@@ -87,7 +91,8 @@ class Progress:
         if step > last_step:
             each = span / (step - last_step)
             self._step_seconds = (self._step_seconds + each) / 2 if self._step_seconds else each
-        return (step - last_step) * images_per_step / span, min((data - last_data) / span, 1.0)
+        wait = min(data - last_data, max(span - busy, 0.0))
+        return (step - last_step) * images_per_step / span, wait / span
 
     def advise(self, rate: float, wait: float, words: Callable[[float, float], str]) -> None:
         """Says what holds the loader back where more than WAIT of an interval went by waiting, every ADVICE_EVERY.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from detcore import UserError
-from detcore.backend import DEVICES, PRECISIONS
+from detcore.backend import DEVICES, GRAPHS, PRECISIONS
 from detcore.config import above, at_least, between, option
+from detcore.native import POLICIES
 
 MODES = ("train", "evaluate", "predict", "benchmark")
 
@@ -25,8 +26,23 @@ class RunConfig:
     )  # fmt: skip
     device: str = option("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES, group="Run")
     precision: str = option(
-        "auto", "arithmetic; auto is bf16 on a GPU and fp32 on the CPU", choices=PRECISIONS, group="Run"
-    )
+        "auto", "arithmetic; auto is bf16 on a GPU and fp32 on the CPU. With bf16 and fp16 the layers compute with "
+        "narrow copies of fp32 weights, which are what is trained and kept; fp16 scales the loss as well",
+        choices=PRECISIONS, group="Run",
+    )  # fmt: skip
+    ops: str = option(
+        "auto", "the program's own kernels where they are built for the device (auto), never (reference), or always, "
+        "an error where one is missing (native)", env="OPS", choices=POLICIES, group="Run",
+    )  # fmt: skip
+    graphs: str = option(
+        "auto", "record a training step, and inference, once and replay them as a whole, which spares a GPU the wait "
+        "for the processor: on, off, or auto, which is on with one GPU. The numbers are the same", env="GRAPHS",
+        choices=GRAPHS, group="Run",
+    )  # fmt: skip
+    compile: bool = option(
+        False, "let torch.compile write the kernels of forward pass and loss: the alternative to the program's own, to "
+        "measure against; the first step takes minutes", group="Run",
+    )  # fmt: skip
     output_dir: Path = option(
         Path("results/run"), "folder of the log, the checkpoints and the pictures", env="OUTPUT_DIR", group="Run"
     )
@@ -104,12 +120,17 @@ class RunConfig:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {"output_dir", "overwrite", "resume", "checkpoint", "checkpoint_interval", "log_interval", "hang_timeout"}
         | {"dead_timeout", "epochs", "eval_batch_size", "mlperf_org", "mlperf_platform", "mlperf_division"}
-        | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared"}
+        | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared", "graphs"}
     )
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: one goes on with a run, one replaces it")
+
+    @property
+    def program(self) -> str:
+        """The folder of the benchmark whose settings these are, as `native` names it."""
+        return type(self).__module__.partition(".")[0]
 
     def data_paths(self) -> list[Path]:
         """Files and folders of the data set, for --drop-file-cache; a benchmark's Config says which."""

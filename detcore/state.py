@@ -1,6 +1,8 @@
 """What changes while a run trains, and how it goes into a checkpoint and comes back."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,36 @@ class State:
         """The state as a checkpoint holds it."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optim.state_dict(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "step": self.step,
             "evaluations": [list(e) for e in self.evaluations],
         }
+
+    @contextmanager
+    def unchanged(self, backend: Backend) -> Iterator[None]:
+        """Puts back afterwards, in place, what its body changes of weights, buffers, optimizer, scaler, average and
+        random generators.
+
+        So a step can be warmed up and recorded. State that the optimizer has created meanwhile (its first step does)
+        becomes zeros, which is how Adam, and SGD without dampening, begin.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(self.ema.average.values() if self.ema else ())]
+        tensors = [tensor.detach() for tensor in tensors]
+        before = [tensor.clone() for tensor in tensors]
+        slots = {p: {name: value.clone() for name, value in s.items()} for p, s in self.optimizer.state.items()}
+        scaler, generators = self.scaler.state_dict(), backend.rng_state()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(tensors, before)
+            for parameter, values in self.optimizer.state.items():
+                for name, value in values.items():
+                    old = slots.get(parameter, {}).get(name)
+                    value.zero_() if old is None else value.copy_(old)
+            self.scaler.load_state_dict(scaler)
+            backend.set_rng_state(generators)
 
     def restore(self, saved: dict[str, Any], config: RunConfig, world: World, backend: Backend) -> None:
         """Puts a checkpoint's contents back, and the random generators of this rank.
@@ -57,7 +83,7 @@ class State:
         """
         try:
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            optim.load_state_dict(self.optimizer, saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.load_state_dict(saved["ema"])

@@ -49,7 +49,8 @@ class Task:
     model: on its device. lr(step, steps_per_epoch): learning rate of a global step. loss(model, batch): named scalar
     terms, each a mean over the batch, whose sum is minimised. open_data: called after RUN_START. target: the run ends
     with success when `metric` reaches it; None trains all epochs. eval_epochs(completed): whether to evaluate then.
-    hyperparameters: MLPerf event names and values, logged before INIT_STOP.
+    hyperparameters: MLPerf event names and values, logged before INIT_STOP. example: a synthetic batch of the shapes of
+    training, on which a step is warmed up before RUN_START; without it steps are not recorded.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Task:
     eval_epochs: Callable[[int], bool]
     hyperparameters: dict[str, Any]
     notes: tuple[str, ...] = ()
+    example: Callable[[], Batch] | None = None
 
 
 @dataclass(frozen=True)

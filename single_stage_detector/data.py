@@ -1,6 +1,7 @@
 """The data sets of the single-stage detector, and the way from a model to its COCO metrics."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -145,7 +146,8 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
         nms_thresh=constants.NMS_THRESHOLD,
         detections=constants.DETECTIONS_PER_IMAGE,
     )
-    scale = batch.size.flip(1).double() / torch.tensor(model.image_size[::-1], device=boxes.device)
+    height, width = model.image_size  # no tensor is made of it: a copy from the host can't be recorded
+    scale = torch.stack((batch.size[:, 1].double() / width, batch.size[:, 0].double() / height), 1)
     corners = boxes.double().unflatten(2, (2, 2)) * scale[:, None, None]
     corner, extent = corners[:, :, 0], corners[:, :, 1] - corners[:, :, 0]
     real = (batch.image_id >= 0)[:, None] & (labels >= 0)
@@ -159,14 +161,19 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
     return torch.cat(columns, 2).flatten(0, 1)
 
 
-@torch.inference_mode()
-def detect_all(model: nn.Module, batches: Iterator[Batch], index: CocoIndex, backend: Backend, beat: Beat) -> Tensor:
-    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows."""
+def detector(model: nn.Module, index: CocoIndex, backend: Backend) -> Callable[[Batch], Tensor]:
+    """`detect` with a model as a function of a batch on the device, recorded where the device records."""
     ids = torch.tensor(index.category_ids.tolist(), device=backend.device)
+    return backend.compile_inference(lambda batch: detect(model, batch, backend, ids))
+
+
+@torch.inference_mode()
+def detect_all(find: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
+    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. find: a `detector`."""
     rows = []
     for step, batch in enumerate(backend.ahead(batches)):
         beat("evaluation", step)
-        rows.append(detect(model, batch, backend, ids))
+        rows.append(find(batch))
     found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
     found = found.cpu()
     return found[found[:, 5] > 0]
@@ -201,13 +208,15 @@ def open_data(config: Config, context: Context) -> Data:
             yield from islice(stream, steps * config.accumulate - step)
             epoch, step = epoch + 1, 0
 
+    find = cache(lambda model: detector(model, val, context.backend))  # what it records serves every evaluation
+
     sizes: list[int] = []  # of an evaluation batch, found at the first
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
         if not sizes:
             sizes.append(eval_batch_size(config, model, val, world, context.backend))
         stream = eval_stream(config, val, world, context.backend, sizes[0])
-        mine = detect_all(model, stream, val, context.backend, beat)
+        mine = detect_all(find(model), stream, context.backend, beat)
         everyone = distributed.gather_rows(mine.to(context.backend.device))
         return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
 

@@ -1,5 +1,6 @@
 """What a trained detector is for: `--mode evaluate`, `predict` and `benchmark`, and the gallery of the report."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.io import encode_jpeg
 from torchvision.utils import draw_bounding_boxes
 
-from detcore import UserError, backend, checkpoint, cli, distributed, engine, launcher, optim
+from detcore import UserError, backend, checkpoint, cli, distributed, engine, launcher, native, optim
 from detcore.data import Batch, synthetic, transforms
 from detcore.data.coco import CocoIndex
 from detcore.evaluation.coco import evaluate as coco_metrics
@@ -27,6 +28,7 @@ from single_stage_detector.data import (
     class_names,
     detect,
     detect_all,
+    detector,
     eval_batch_size,
     eval_stream,
     open_index,
@@ -72,24 +74,27 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
     Writes evaluation.json into the output folder and prints a table, with the AP of every class.
     """
     world, _ = launcher.discover(os.environ)
-    device = backend.select(config.device, config.precision, world.local_rank)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
+    device = engine.open_device(config, world)
+    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
     try:
         index = open_index(config, "val")
         _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         images = eval_batch_size(config, model, index, world, device)
-        found = detect_all(model, eval_stream(config, index, world, device, images), index, device, _no_beat)
+        stream = eval_stream(config, index, world, device, images)
+        found = detect_all(detector(model, index, device), stream, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.device))
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
         result = coco_metrics(index.ground_truth(), everyone.cpu().numpy(), per_class=True)
     finally:
+        device.close()
         distributed.shutdown()
     names = class_names(index)
     result["per_class"] = {names[i]: ap for i, ap in result["per_class"].items()}
+    print(native.describe(config.program, device.device))
     print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
@@ -122,7 +127,7 @@ def predict(config: Config, build_model: BuildModel) -> int:
     """
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
-    device = backend.select(config.device, config.precision)
+    device = engine.open_device(config, launcher.World())
     classes = load_checkpoint(config.checkpoint).get("classes")
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
@@ -224,7 +229,7 @@ def gallery(config: Config, build_model: BuildModel) -> None:
     """Writes gallery.json and gallery/*.jpg: validation images, their true boxes and what best.pt finds in them."""
     index: CocoIndex = open_index(config, "val")
     classes = list(class_names(index).items())
-    device = backend.select(config.device, config.precision)
+    device = engine.open_device(config, launcher.World())
     best = Config(**{**vars(config), "checkpoint": config.output_dir / "best.pt", "resume": False, "overwrite": False})
     model = device.place(build_model(best, len(classes))).eval()
     chosen = np.unique(np.linspace(0, len(index) - 1, min(config.gallery, len(index))).round().astype(int)).tolist()
@@ -263,17 +268,18 @@ def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> 
     with a wait for the device.
     """
     world, _ = launcher.discover(os.environ)
-    device = backend.select(config.device, config.precision, world.local_rank)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600)
+    device = engine.open_device(config, world)
+    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
     try:
         context = Context(device, world, distributed.choose_seed(config.seed, device.device))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
         state = State(task.model, task.optimizer, device.scaler(), None)
         parallel = device.parallel(task.model, world.size)
-        step = engine.make_train_step(task, state, parallel, config, device)
+        step = engine.make_train_step(task, state, parallel, dataclasses.replace(config, accumulate=1), device)
         optim.set_lr(task.optimizer, config.lr)
         category_ids = torch.arange(class_count(config), device=device.device)
+        find = device.compile_inference(lambda batch: detect(task.model, batch, device, category_ids))
 
         def train(batch: Batch) -> None:
             parallel.train()
@@ -282,7 +288,7 @@ def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> 
         @torch.inference_mode()
         def infer(batch: Batch) -> None:
             task.model.eval()
-            detect(task.model, device.to_device(batch), device, category_ids)
+            find(device.to_device(batch))
 
         shape = (config.image_size, config.batch_size, config.max_boxes)
         fake = device.to_device(next(synthetic.synthetic_batches(class_count(config), *shape, context.seed)))
@@ -299,8 +305,10 @@ def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> 
             again = device.ahead(again)
             results.append(_measure("inference, with data", infer, again, config, images, context))
     finally:
+        device.close()
         distributed.shutdown()
     if world.rank == 0:
+        print(native.describe(config.program, device.device), f"steps: {device.steps}", sep="\n")
         print(f"{'':22} images/s   median ms      p90      p95      p99   peak GiB")
         for r in results:
             times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))

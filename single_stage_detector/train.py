@@ -9,7 +9,7 @@ from mlperf_logging.mllog import constants as keys
 from detcore import UserError, engine, optim
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
-from detcore.data import Batch
+from detcore.data import Batch, synthetic
 from detcore.launcher import discover
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
@@ -76,6 +76,11 @@ def build_task(config: Config, context: Context) -> Task:
             keys.OPT_LR_WARMUP_FACTOR: config.warmup_factor,
         },
         notes=notes(config),
+        example=lambda: next(
+            synthetic.synthetic_batches(
+                model.num_classes, config.image_size, config.batch_size, config.max_boxes, context.seed
+            )
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 // What every kernel of this project shares: scalar types, checks, 16-byte accesses, launching, registration.
 //
-// A kernel's arithmetic stands in HOST_DEVICE functions of a header. csrc/<op>.cu calls them from the CUDA kernel,
-// csrc/<op>.cpp from a loop on the CPU. OPS is the name of the library, defined by setup.py.
+// A kernel's arithmetic stands in HOST_DEVICE functions of a header. <op>_gpu.cu calls them from the CUDA kernel,
+// <op>_cpu.cpp from a loop on the CPU. OPS is the name of the library, defined by setup.py.
 // With EMULATED_GPU (tests/emulation) a .cu file is compiled by the host compiler and its kernels run thread by thread.
 #pragma once
 
@@ -103,9 +103,9 @@ class OnDevice {
 
 }  // namespace detcore
 
-// Registration: SCHEMAS(m) { m.def("op(Tensor x) -> Tensor"); } and CPU_OPS(m) in <op>_cpu.cpp, GPU_OPS(m) in <op>_gpu.cu,
-// each with m.impl("op", TORCH_BOX(&function)). torch's macros turn the library's name into text before OPS is
-// replaced; the macros between replace it first.
+// Registration: SCHEMAS(m) { m.def("op(Tensor x) -> Tensor"); } and CPU_OPS(m) in <op>_cpu.cpp, GPU_OPS(m) in
+// <op>_gpu.cu, each with m.impl("op", TORCH_BOX(&function)). torch's macros turn the library's name into text before
+// OPS is replaced; the macros between replace it first.
 #define DETCORE_SCHEMAS(ops, m) STABLE_TORCH_LIBRARY_FRAGMENT(ops, m)
 #define DETCORE_IMPLEMENTATIONS(ops, key, m) STABLE_TORCH_LIBRARY_IMPL(ops, key, m)
 #define SCHEMAS(m) DETCORE_SCHEMAS(OPS, m)

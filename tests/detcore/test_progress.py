@@ -72,3 +72,19 @@ def test_meter_of_an_unknown_total(clock):
     clock[0] = 2
     meter.add(1000)
     assert meter.text() == "counting: 1,000, 500/s"
+
+
+def test_waiting_for_data_while_a_gpu_is_busy_is_no_wait(clock):
+    bar = Progress(None)
+    bar.run_started(0)
+
+    def interval(step, busy):
+        with bar.clock("data"):
+            clock[0] += 6.0
+        clock[0] += 4.0
+        return bar.interval(step=step, images_per_step=2, busy=busy)
+
+    assert interval(5, 0.0) == (1.0, 0.6)  # a CPU does nothing else while it waits
+    assert interval(10, 9.0) == (1.0, pytest.approx(0.1))
+    assert interval(15, 2.0) == (1.0, 0.6)
+    assert interval(20, 10.5) == (1.0, 0.0)
