@@ -1,9 +1,9 @@
 """SSD300's data: what training does to its images, and the way from a model to its COCO metrics.
 
-All loaders take one order: crop, mirror, resize, colours. That is the original's with Pillow; its DALI pipeline changed
-the colours before the resize too, which differs only where they clip, as the change is an affine map, and costs in the
-crop's pixels. The colours' steps are those of DALI: `detcore.data.augment` says more. All images train, also those
-without objects, and all validation images are scored; with --legacy not those without annotations.
+All loaders take the order of both originals: crop, mirror, resize, colours. The colours change as in the original's
+DALI pipeline: hue and saturation, contrast about 128, brightness. Its Pillow version takes these steps in random order
+and contrast about the picture's mean, and turns the hue in HSV. All images train, also those without objects, and all
+validation images are scored; with --legacy not those without annotations.
 """
 
 from collections.abc import Iterator

@@ -3,12 +3,12 @@
 All draws are hashes of (seed, epoch, position in the file, number of the draw). So they do not depend on the batch, the
 process or the loader that an image is seen in, and each loader applies the same numbers: crop, mirror, resize, colours.
 
-The crop is SSD's as NVIDIA's DeepLearningExamples draw it. A try takes one of seven options at random: the whole image;
-a window whose IoU with every box exceeds .1, .3, .5, .7 or .9; any window. A window's width and height are uniform
-between .3 and 1 of the image's, its place is uniform, and it counts if neither of these two parts is more than twice
-the other, the option's condition holds and the centre of at least one box is inside. Tries go on until one counts.
-An image without boxes has nothing to lose: any window of allowed shape counts. Windows have whole pixels, as the image
-is cut, and all conditions are tested on them.
+The crop is that of SSD in NVIDIA's DeepLearningExamples (PyTorch/Detection/SSD). A try takes one of seven options at
+random: the whole image; a window whose IoU with every box exceeds .1, .3, .5, .7 or .9; any window. A window's width
+and height are uniform between .3 and 1 of the image's, its place is uniform, and it counts if neither of these two
+parts is more than twice the other, the option's condition holds and the centre of at least one box is inside. Tries go
+on until one counts. An image without boxes has nothing to lose: any window of allowed shape counts. Windows have whole
+pixels, as the image is cut, and all conditions are tested on them.
 
 The colours change by one affine map for each image, equal to this order of steps with one rounding: hue turned by an
 angle and saturation scaled in YIQ, contrast scaled about 128, brightness scaled.

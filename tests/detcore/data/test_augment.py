@@ -30,6 +30,7 @@ _SPEC.loader.exec_module(original)
 original.SIZE = 96  # of the pictures here: 300 takes nine times as long and has the same moments
 
 WIDTH, HEIGHT = 640, 480
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 SLACK = 0.01  # parts of the image: our windows have whole pixels, the original's do not
 SCENES = {
     "one": [[100, 100, 400, 420]],
@@ -158,25 +159,30 @@ def test_draws_differ_by_seed_epoch_and_image_and_are_independent_of_the_mirror(
 
 
 def test_colour_factors_have_their_ranges():
-    maps = Augment(hue=0, saturation=0).colours(0, 0, np.arange(5000)).astype(np.float64)
+    images = np.arange(5000)
+    maps = Augment(hue=0, saturation=0).colours(0, 0, images).astype(np.float64)
     gain, offset = maps[:, 0, :3].sum(1), maps[:, 0, 3]
     brightness = gain + offset / 128  # b * c + b * (1 - c)
-    contrast = gain / brightness
-    for values, spread in ((brightness, 0.125), (contrast, 0.5)):
-        even = np.linspace(1 - spread, 1 + spread, 5000)
-        assert distance(values, even) < 0.03 and np.abs(values - 1).max() <= spread + 1e-6
+    maps = Augment(brightness=0, contrast=0).colours(0, 0, images).astype(np.float64)
+    chroma = (YIQ @ maps[..., :3] @ np.linalg.inv(YIQ))[:, 1]
+    factors = {
+        0.125: brightness - 1,
+        0.5: gain / brightness - 1,  # contrast
+        0.50001: np.hypot(chroma[:, 1], chroma[:, 2]) - 1,  # saturation
+        18.0: np.rad2deg(np.arctan2(chroma[:, 2], chroma[:, 1])),
+    }
+    for spread, values in factors.items():
+        even = np.linspace(-spread, spread, 5000)
+        assert distance(values, even) < 0.03 and np.abs(values).max() <= spread * 1.00001
+    assert np.abs(np.corrcoef(list(factors.values())) - np.eye(4)).max() < 0.05
     assert Augment() == pickle.loads(pickle.dumps(Augment()))
 
 
 def plain_colours(pixels: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
     """The steps one by one, in float64."""
-    red, green, blue = np.moveaxis(pixels.astype(np.float64), -1, 0)
-    y = 0.299 * red + 0.587 * green + 0.114 * blue
-    i = 0.596 * red - 0.274 * green - 0.322 * blue
-    q = 0.211 * red - 0.523 * green + 0.312 * blue
+    y, i, q = np.moveaxis(pixels @ YIQ.T, -1, 0)
     turned = saturation * (i + 1j * q) * np.exp(-1j * np.deg2rad(hue))
-    back = np.linalg.inv([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    rgb = np.stack([y, turned.real, turned.imag], -1) @ back.T
+    rgb = np.stack([y, turned.real, turned.imag], -1) @ np.linalg.inv(YIQ).T
     return np.clip(brightness * (128 + contrast * (rgb - 128)), 0, 255)
 
 
