@@ -65,8 +65,8 @@ test-slurm: $(READY) ## run.sub on a real Slurm of two nodes on this machine (ro
 test-docker: $(READY) ## the image, really built (root; Debian's buildah and debootstrap)
 	@$(PYTEST) -n 0 -m docker
 
-gpu: $(READY) ## the tests that want a GPU, one after the other
-	@$(PYTEST) -n 0 -m gpu
+gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, ten minutes: results/gpu
+	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" tools/gpu_check.py --out results/gpu
 
 lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint
 	@"$(BIN)/ruff" check .
