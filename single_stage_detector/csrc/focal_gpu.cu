@@ -102,8 +102,7 @@ static std::tuple<Tensor, Tensor> focal(const Tensor& logits, const Tensor& matc
     const T* from = static_cast<const T*>(logits.data_ptr());
     T* to = static_cast<T*>(a.gradient.data_ptr());
     const auto unaligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(Pack<T>);
-    const auto kernel =
-        a.classes % kWidth == 0 && unaligned == 0 ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>;
+    const auto kernel = a.classes % kWidth == 0 && unaligned == 0 ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>;
     gpu.launch(kernel, blocks, kSumThreads, from, a.targets, a.rows, a.classes, to, sums);
   });
   gpu.launch(&total_kernel, 1, kSumThreads, sums, blocks, static_cast<float*>(a.loss.data_ptr()));
