@@ -43,7 +43,7 @@ def extension(program: str, nvcc: Path | None):
     common = ["-O3", f"-DOPS={program}", *STABLE_ABI]
     for path in cpp_extension.include_paths():
         common += ["-isystem", path]  # torch's own headers have warnings
-    flags = {"cxx": [*common, "-fvisibility=hidden", *WARNINGS]}
+    flags = {"cxx": [*common, "-ffp-contract=off", "-fvisibility=hidden", *WARNINGS]}
     kind = cpp_extension.CppExtension
     if nvcc:
         sources += sorted(str(file.relative_to(ROOT)) for file in folder.glob("*.cu"))
@@ -63,7 +63,7 @@ def extensions() -> dict:
     if not shutil.which(compiler):
         say(f"no C++ compiler ({compiler}), so no kernels are built; the PyTorch references run instead")
         return {}
-    nvcc = find_nvcc()
+    nvcc = None if os.environ.get("KERNELS") == "cpu" else find_nvcc()
     if nvcc:
         os.environ["CUDA_HOME"] = str(nvcc.parents[1])  # read when torch.utils.cpp_extension is imported
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)

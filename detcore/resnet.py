@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ _NETWORKS = {
     "resnet34": (_BasicBlock, (3, 4, 6, 3), 1, 64, zoo.ResNet34_Weights),
     "resnet50": (_Bottleneck, (3, 4, 6, 3), 1, 64, zoo.ResNet50_Weights),
     "resnet101": (_Bottleneck, (3, 4, 23, 3), 1, 64, zoo.ResNet101_Weights),
+    "resnet152": (_Bottleneck, (3, 8, 36, 3), 1, 64, zoo.ResNet152_Weights),
     "resnext50_32x4d": (_Bottleneck, (3, 4, 6, 3), 32, 4, zoo.ResNeXt50_32X4D_Weights),
     "resnext101_32x8d": (_Bottleneck, (3, 4, 23, 3), 32, 8, zoo.ResNeXt101_32X8D_Weights),
 }
@@ -90,19 +91,33 @@ class ResNet(resnet.ResNet):
         return c3, c4, self.layer4(c4)
 
 
-def weights_file_name(name: str) -> str:
-    """Name of torchvision's first ImageNet weights of a backbone, such as resnext50_32x4d-7cdf4587.pth."""
-    return _NETWORKS[name][4].IMAGENET1K_V1.url.rsplit("/", 1)[1]
+def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:
+    """Name of torchvision's ImageNet weights of a backbone, such as resnext50_32x4d-7cdf4587.pth.
+
+    version: IMAGENET1K_V1, IMAGENET1K_V2 or DEFAULT, torchvision's choice. Raises UserError for one that the backbone
+    doesn't have.
+    """
+    versions = _NETWORKS[name][4].__members__
+    if version not in versions:
+        raise UserError(f"{name} has no weights {version!r}; choose one of {', '.join(versions)}")
+    return versions[version].url.rsplit("/", 1)[1]
 
 
-def load_backbone(model: ResNet, name: str, weights: str | Path | None = None) -> Path:
+def load_backbone(
+    model: nn.Module,
+    name: str,
+    weights: str | Path | None = None,
+    version: str = "IMAGENET1K_V1",
+    without: Sequence[str] = ("fc.",),
+) -> Path:
     """Fill the network with ImageNet weights from a file in torchvision's format and return the file's path.
 
-    weights: the file; without it, `weights_file_name` under hub/checkpoints of torch's cache (TORCH_HOME).
+    weights: the file; without it, `weights_file_name` of the version under hub/checkpoints of torch's cache
+    (TORCH_HOME). without: beginnings of the names of the layers that the network was cut of; the file's are left out.
     Nothing is downloaded. Where the file name ends in a hash, as torchvision's do, the file must begin with it
     (sha256). Raises UserError when the file is missing, damaged or of another network.
     """
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / weights_file_name(name)
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / weights_file_name(name, version)
     if not path.is_file():
         raise UserError(
             f"no weights for {name}: looked at {path}; fetch them with `public-scripts/download_backbone.sh`, point "
@@ -121,7 +136,7 @@ def load_backbone(model: ResNet, name: str, weights: str | Path | None = None) -
         raise UserError(f"{path} cannot be read as PyTorch weights ({reason}); fetch it again") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of weights")
-    load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith("fc.")}, str(path))
+    load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith(tuple(without))}, str(path))
     return path
 
 

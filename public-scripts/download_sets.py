@@ -90,6 +90,7 @@ WEIGHTS = {
     "resnet34": "resnet34-b627a593.pth",
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
+    "resnet152": "resnet152-394f9c45.pth",
     "resnext50_32x4d": "resnext50_32x4d-7cdf4587.pth",
     "resnext101_32x8d": "resnext101_32x8d-8ba56ff5.pth",
 }

@@ -106,8 +106,8 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
     with backend.autocast():
         logits, deltas = model(batch.images)
     boxes, scores, labels = postprocess(
-        logits.float(),
-        deltas.float(),
+        logits,
+        deltas,
         model.anchors,
         model.image_size,
         score_thresh=constants.SCORE_THRESHOLD,

@@ -1,6 +1,6 @@
 """RetinaNet's targets and losses, for a whole batch at once, on any device, with fixed shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -125,31 +125,37 @@ def focal_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return _WeightedFocal.apply(logits, target, weights)
 
 
-def losses(model_outputs: tuple[Tensor, Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def losses(
+    model_outputs: tuple[Sequence[Tensor], Sequence[Tensor]], anchors: Tensor, boxes: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
     """Class and box loss of a batch, {"cls": scalar, "box": scalar}; their sum is what the training minimises.
 
-    model_outputs: (class logits [N, A, K], box deltas [N, A, 4]) of any floating dtype; the arithmetic is float32
-    at least. anchors: [A, 4]. boxes: [N, M, 4] in pixels of the resized image; labels: int64 [N, M], class 0..K-1
-    or -1 where padded. No box at all, and M = 0, are fine.
+    model_outputs: class logits [N, A_l, K] and box deltas [N, A_l, 4] of every level, of any floating dtype; the
+    arithmetic is float32 at least. anchors: [A, 4], of all levels. boxes: [N, M, 4] in pixels of the resized image;
+    labels: int64 [N, M], class 0..K-1 or -1 where padded. No box at all, and M = 0, are fine.
     Class loss: focal loss summed over classes and all anchors that are not ignored. Box loss: L1 on the deltas of
     foreground anchors. Both are divided by max(1, foreground anchors) of the image and averaged over the batch.
     """
-    cls_logits, box_deltas = model_outputs
-    n, a, k = cls_logits.shape
-    dtype = torch.promote_types(cls_logits.dtype, torch.float32)
+    logits, deltas = model_outputs
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    lengths = [level.shape[1] for level in logits]
     with torch.no_grad():
         matched = match(anchors, boxes, labels)
         foreground = matched >= 0
-        weight = (1 / n) / foreground.sum(1, keepdim=True).clamp(min=1).to(dtype)
+        weight = (1 / len(labels)) / foreground.sum(1, keepdim=True).clamp(min=1).to(dtype)
         if labels.shape[1]:
             at = matched.clamp(min=0)
             target = torch.where(foreground, labels.gather(1, at), UNMATCHED)
             chosen = boxes.to(anchors.dtype).gather(1, at[..., None].expand(-1, -1, 4))
             # Where nothing is matched the anchor stands in for the box: its deltas are zeros, not NaN.
-            deltas = encode(torch.where(foreground[..., None], chosen, anchors), anchors)
+            goal = encode(torch.where(foreground[..., None], chosen, anchors), anchors)
         else:
-            target, deltas = matched, torch.zeros_like(box_deltas)
+            target, goal = matched, anchors.new_zeros(*matched.shape, 4)
         class_weight = weight * (matched != IGNORED)
-    cls = focal_loss(cls_logits.reshape(n * a, k), target.flatten(), class_weight.flatten())
-    distance = (box_deltas.to(dtype) - deltas).abs().sum(2)
-    return {"cls": cls, "box": torch.where(foreground, distance * weight, 0).sum()}
+    cls = box = weight.new_zeros(())
+    parts = (x.split(lengths, 1) for x in (target, class_weight, foreground, goal))
+    for x, d, level_target, level_weight, level_foreground, level_goal in zip(logits, deltas, *parts, strict=True):
+        cls = cls + focal_loss(x.flatten(0, 1), level_target.flatten(), level_weight.flatten())
+        distance = (d.to(dtype) - level_goal).abs().sum(2)
+        box = box + torch.where(level_foreground, distance * weight, 0).sum()
+    return {"cls": cls, "box": box}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
+from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
 
@@ -44,7 +45,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Head(nn.Module):
-    """A tower of 3x3 convolutions and one to `values` numbers per anchor: [P3, ...] -> [N, A, values].
+    """A tower of 3x3 convolutions and one to `values` numbers per anchor: [P3, ...] -> [[N, A of P3, values], ...].
 
     The last layer's attribute is called `output_name`, so that parameters have the reference's names.
     """
@@ -61,20 +62,23 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.get_submodule(output_name).bias, bias)
 
-    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         output = self.get_submodule(self.output_name)
-        # Channels are anchor-major: moved last, a cell's anchors follow each other, and only `cat` copies.
-        cells = [output(self.conv(x)).permute(0, 2, 3, 1).flatten(1, 2) for x in pyramid]
-        return torch.cat(cells, 1).reshape(cells[0].shape[0], -1, self.values)
+        # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
+        cells = [output(self.conv(x)).permute(0, 2, 3, 1) for x in pyramid]
+        return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 
 class RetinaNet(nn.Module):
-    """forward: uint8 RGB [N, 3, H, W] -> (class logits [N, A, K], box deltas [N, A, 4] as `detcore.boxes.encode`).
+    """forward: uint8 RGB [N, 3, H, W] -> (class logits, box deltas as `detcore.boxes.encode`), lists over P3..P7.
 
-    The images must have `image_size` (height, width); values are normalised here, on the device. The order of
-    the anchors is that of the buffer `anchors`, float32 [A, 4], which follows `image_size` and `anchor_sizes`
-    and is not part of the state dictionary. backbone, norm and trainable_layers: see `detcore.resnet.ResNet`.
-    Call `model.to(memory_format=torch.channels_last)` and the images follow the weights' layout.
+    A level's logits are [N, A_l, K] and its deltas [N, A_l, 4], contiguous, A_l = rows * columns * 9; with weights in
+    channels_last they are views of what the convolution wrote. The levels are left apart, since joining the logits
+    would copy the widest tensors of all. The images must have `image_size` (height, width); values are normalised
+    here, on the device. The order of the anchors is that of the buffer `anchors`, float32 [A, 4], which follows
+    `image_size` and `anchor_sizes` and is not part of the state dictionary. backbone, norm and trainable_layers: see
+    `detcore.resnet.ResNet`. Features are in channels_last; on a GPU call
+    `model.to(memory_format=torch.channels_last)` for the weights.
 
     Raises UserError for values that do not fit together and for images of another size.
     """
@@ -109,16 +113,17 @@ class RetinaNet(nn.Module):
             }
         )
         self.register_buffer("anchors", anchors(self.image_size, grids(self.image_size), anchor_sizes), False)
-        std = torch.tensor(STD).view(3, 1, 1)
+        std = torch.tensor(STD)
         self.register_buffer("pixel_scale", 1 / (255 * std), False)
-        self.register_buffer("pixel_shift", -torch.tensor(MEAN).view(3, 1, 1) / std, False)
+        self.register_buffer("pixel_shift", -torch.tensor(MEAN) / std, False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         if tuple(images.shape[-2:]) != self.image_size:
             raise UserError(f"images are {tuple(images.shape[-2:])}, but the model was built for {self.image_size}")
-        if self.backbone["body"].conv1.weight.is_contiguous(memory_format=torch.channels_last):
-            images = images.contiguous(memory_format=torch.channels_last)
-        x = torch.addcmul(self.pixel_shift, images.to(self.pixel_scale.dtype), self.pixel_scale)
+        device = images.device.type
+        mixed = torch.is_autocast_enabled(device)  # then the first layer wants its type, and no copy in float32 is made
+        dtype = torch.get_autocast_dtype(device) if mixed else self.pixel_scale.dtype
+        x = normalize(images, self.pixel_scale, self.pixel_shift, dtype)
         pyramid = self.backbone["fpn"](self.backbone["body"](x))
         return self.head["classification_head"](pyramid), self.head["regression_head"](pyramid)
 

@@ -1,8 +1,16 @@
 """Fixtures shared by the whole suite."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import emulation
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # xdist's workers come after the process that starts them
+        emulation.build_cpu_libraries()
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +20,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data sets beside this checkout")
     return folder
+
+
+@pytest.fixture(params=["cpu", "emulated gpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request: pytest.FixtureRequest) -> Iterator[emulation.Implementation]:
+    """Each implementation of the native ops in turn, on `implementation.device`: see tests/emulation."""
+    with emulation.running(request.param) as running:
+        yield running

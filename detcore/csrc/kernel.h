@@ -52,6 +52,16 @@ inline const Tensor& contiguous(const Tensor& t, const char* name) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// a * b, rounded before anything is added to it, as by PyTorch's separate operations. (Host code has this rule from
+// -ffp-contract=off.)
+HOST_DEVICE float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // Calls f with a value of the tensor's floating type; f is a lambda with one `auto` parameter.
 template <typename F>
 void for_floating(const Tensor& t, const char* name, F&& f) {

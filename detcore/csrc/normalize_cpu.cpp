@@ -2,16 +2,17 @@
 
 namespace detcore {
 
-static Tensor normalize(const Tensor& images, const Tensor& scale, const Tensor& shift, ScalarType dtype) {
-  const Normalize a(images, scale, shift, dtype);
+static Tensor normalize(const Tensor& images, const Tensor& scale, const Tensor& shift, ScalarType dtype,
+                        const std::optional<Tensor>& flip) {
+  const Normalize a(images, scale, shift, dtype, flip);
   for_floating(a.out, "the output", [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(a.out.data_ptr());
-    torch::stable::parallel_for(0, a.count * a.pixels, 1 << 14, [&](int64_t begin, int64_t end) {
+    const int64_t pixels = a.source.pixels;
+    torch::stable::parallel_for(0, a.count * pixels, 1 << 14, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int c = 0; c < kColours; ++c) {
-          const uint8_t value = a.images[source_offset(i / a.pixels, i % a.pixels, c, a.pixels, a.planes)];
-          out[i * kColours + c] = normalized<T>(value, a.scale[c], a.shift[c]);
+          out[i * kColours + c] = normalized<T>(a.source.at(i / pixels, i % pixels, c), a.scale[c], a.shift[c]);
         }
       }
     });
@@ -21,5 +22,7 @@ static Tensor normalize(const Tensor& images, const Tensor& scale, const Tensor&
 
 }  // namespace detcore
 
-SCHEMAS(m) { m.def("normalize(Tensor images, Tensor scale, Tensor shift, ScalarType dtype) -> Tensor"); }
+SCHEMAS(m) {
+  m.def("normalize(Tensor images, Tensor scale, Tensor shift, ScalarType dtype, Tensor? flip=None) -> Tensor");
+}
 CPU_OPS(m) { m.impl("normalize", TORCH_BOX(&detcore::normalize)); }

@@ -1,4 +1,4 @@
-"""Images to the network's input in one pass."""
+"""Images to the network's input in one pass: values, type, layout, and mirroring where the loader leaves it."""
 
 import torch
 from torch import Tensor
@@ -8,23 +8,32 @@ from detcore import native
 OP = "detcore::normalize"
 
 
-def normalize_reference(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in plain PyTorch, in the layout of the images."""
+def normalize_reference(
+    images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, flip: Tensor | None = None
+) -> Tensor:
+    """The same in plain PyTorch, computed in the type of scale."""
+    if flip is not None:
+        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    images = images.contiguous(memory_format=torch.channels_last)  # while a value is one byte
     return torch.addcmul(shift.view(3, 1, 1), images.to(scale.dtype), scale.view(3, 1, 1)).to(dtype)
 
 
-def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale * images + shift, [N, 3, H, W] of dtype; the native op returns it in channels_last.
+def normalize(
+    images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, flip: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """scale * images + shift, as [N, 3, H, W] of dtype in channels_last.
 
-    images: uint8 [N, 3, H, W], contiguous or channels_last. scale, shift: float32 [3]. No gradients.
+    images: uint8 [N, 3, H, W], contiguous or channels_last. scale, shift: float [3], one value a colour; the native op
+    takes float32. flip: bool [N]; where True the image is mirrored left to right. No gradients.
     """
-    if native.runs(OP, images, scale, shift) and dtype in native.FLOATING:
-        return torch.ops.detcore.normalize(images, scale, shift, dtype)
-    return normalize_reference(images, scale, shift, dtype)
+    given = (images, scale, shift) if flip is None else (images, scale, shift, flip)
+    if dtype in native.FLOATING and native.runs(OP, *given, dtypes=(torch.float32,)):
+        return torch.ops.detcore.normalize(images, scale, shift, dtype, flip)
+    return normalize_reference(images, scale, shift, dtype, flip)
 
 
 if not native.load("detcore"):
 
     @torch.library.register_fake(OP)
-    def _(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    def _(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, flip: Tensor | None = None) -> Tensor:
         return torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)

@@ -118,13 +118,17 @@ def test_load_from_torch_home(tmp_path, monkeypatch):
     assert str(folder / weights_file_name("resnet18")) in str(error.value)
     assert "public-scripts/download_backbone.sh" in str(error.value)
     path, _ = write_weights(folder)
-    monkeypatch.setattr("detcore.resnet.weights_file_name", lambda name: path.name)
+    monkeypatch.setattr("detcore.resnet.weights_file_name", lambda name, version: path.name)
     assert load_backbone(model, "resnet18") == path
 
 
 def test_file_names_are_the_published_ones():
     assert weights_file_name("resnext50_32x4d") == "resnext50_32x4d-7cdf4587.pth"
     assert weights_file_name("resnet50") == "resnet50-0676ba61.pth"
+    assert weights_file_name("resnet50", "IMAGENET1K_V2") == weights_file_name("resnet50", "DEFAULT")
+    assert weights_file_name("resnet50", "DEFAULT") == "resnet50-11ad3fa6.pth"
+    with pytest.raises(UserError, match="resnet18 has no weights 'IMAGENET1K_V2'; choose one of IMAGENET1K_V1"):
+        weights_file_name("resnet18", "IMAGENET1K_V2")
 
 
 def test_damaged_and_wrong_files(tmp_path):

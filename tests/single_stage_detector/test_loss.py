@@ -68,7 +68,7 @@ def test_golden_match(at_800):
     ],
 )
 def test_golden_losses(at_800, logit, expected):
-    outputs = torch.full((1, len(at_800), 264), logit), torch.zeros(1, len(at_800), 4)
+    outputs = [torch.full((1, len(at_800), 264), logit)], [torch.zeros(1, len(at_800), 4)]
     result = losses(outputs, at_800, *golden_truth())
     assert float(result["cls"]) == pytest.approx(expected, rel=2e-6)
     assert float(result["box"]) == pytest.approx(CHECK["box_l1_loss_zero_deltas"], rel=2e-6)
@@ -121,7 +121,7 @@ def test_losses_and_gradients_equal_torchvision(counts):
     deltas = torch.randn(3, len(a), 4, generator=generator, dtype=torch.float64)
     ours = [logits.clone().requires_grad_(), deltas.clone().requires_grad_()]
     theirs = [logits.clone().requires_grad_(), deltas.clone().requires_grad_()]
-    result = losses((ours[0], ours[1]), a.double(), boxes, labels)
+    result = losses(([ours[0]], [ours[1]]), a.double(), boxes, labels)
 
     targets = [{"boxes": b[k >= 0].double(), "labels": k[k >= 0]} for b, k in zip(boxes, labels)]
     head = RetinaNetHead(8, 9, 7)
@@ -140,7 +140,7 @@ def test_losses_and_gradients_equal_torchvision(counts):
 def test_no_ground_truth_columns_at_all():
     a = anchors((64, 64), grids((64, 64)))
     logits, deltas = torch.zeros(2, len(a), 3, requires_grad=True), torch.ones(2, len(a), 4, requires_grad=True)
-    result = losses((logits, deltas), a, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
+    result = losses(([logits], [deltas]), a, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
     sum(result.values()).backward()
     expected = sigmoid_focal_loss(torch.zeros(len(a), 3), torch.zeros(len(a), 3), reduction="sum")
     torch.testing.assert_close(result["cls"], expected)
@@ -196,7 +196,7 @@ def test_shapes_never_depend_on_values():
     boxes, labels = random_truth(1, [3, 0], padded=5)
     logits = torch.zeros(2, len(a), 7, device="meta", requires_grad=True)
     deltas = torch.zeros(2, len(a), 4, device="meta", requires_grad=True)
-    result = losses((logits, deltas), a.to("meta"), boxes.to("meta"), labels.to("meta"))
+    result = losses(([logits], [deltas]), a.to("meta"), boxes.to("meta"), labels.to("meta"))
     sum(result.values()).backward()
     assert logits.grad.shape == logits.shape
 
@@ -229,9 +229,9 @@ def test_reduced_precision_outputs(dtype):
     deltas = torch.randn(2, len(a), 4, generator=generator).to(dtype)
     low = logits.clone().requires_grad_(), deltas.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = losses(low, a, boxes, labels)
+        result = losses(([low[0]], [low[1]]), a, boxes, labels)
     sum(result.values()).backward()
-    exact = losses((logits.double(), deltas.double()), a.double(), boxes, labels)
+    exact = losses(([logits.double()], [deltas.double()]), a.double(), boxes, labels)
     for name, value in result.items():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(exact[name].item(), rel=1e-5)

@@ -15,6 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detcore import UserError
 from detcore.resnet import NORMS
+from single_stage_detector.anchors import grids
 from single_stage_detector.loss import losses
 from single_stage_detector.model import MEAN, STD, RetinaNet, load_reference_state
 
@@ -147,8 +148,8 @@ def test_outputs_and_gradients_equal_torchvisions(norm):
     features = list(theirs.backbone(normalised(images).double()).values())
     expected = theirs.head(features)
     logits, deltas = ours(images)
-    torch.testing.assert_close(logits, expected["cls_logits"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(deltas, expected["bbox_regression"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(logits, 1), expected["cls_logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(deltas, 1), expected["bbox_regression"], rtol=1e-5, atol=1e-5)
 
     result = losses((logits, deltas), ours.anchors, boxes, labels)
     reference = theirs.compute_loss(targets, expected, [ours.anchors] * 2)
@@ -221,16 +222,29 @@ def test_memory_layout_changes_nothing():
     load_reference_state(model, torchvision_model().state_dict())
     images = some_images()
     expected = model(images)
-    for own, other in zip(model.to(memory_format=torch.channels_last)(images), expected):
-        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+    for levels, others in zip(model.to(memory_format=torch.channels_last)(images), expected):
+        assert len(levels) == len(others) == 5
+        for own, other in zip(levels, others):
+            assert own.is_contiguous() and other.is_contiguous()
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_in_channels_last_are_no_copies():
+    model = small().to(memory_format=torch.channels_last)
+    written = []
+    for head, name in (("classification_head", "cls_logits"), ("regression_head", "bbox_reg")):
+        model.head[head].get_submodule(name).register_forward_hook(lambda m, args, y: written.append(y))
+    logits, deltas = model(some_images())
+    assert [x.data_ptr() for x in (*logits, *deltas)] == [y.data_ptr() for y in written]
 
 
 def test_autocast_keeps_outputs_near_float32():
     model = small()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, deltas = model(some_images())
-    assert logits.dtype == deltas.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.float(), model(some_images())[0], rtol=0.02, atol=0.05)
+    assert {x.dtype for x in (*logits, *deltas)} == {torch.bfloat16}
+    for low, exact in zip(logits, model(some_images())[0]):
+        torch.testing.assert_close(low.float(), exact, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("size", [(33, 47), (64, 200), (1, 1)])
@@ -238,14 +252,15 @@ def test_any_image_size_class_count_and_anchors(size):
     changes = {"num_classes": 1, "fpn_channels": 16, "head_convs": 1, "anchor_sizes": (8, 16, 24, 48, 96)}
     model = small(image_size=size, **changes)
     logits, deltas = model(some_images(1, size))
-    assert logits.shape == (1, len(model.anchors), 1)
-    assert deltas.shape == (1, len(model.anchors), 4)
+    assert [x.shape for x in logits] == [(1, 9 * r * c, 1) for r, c in grids(size)]
+    assert [x.shape for x in deltas] == [(1, 9 * r * c, 4) for r, c in grids(size)]
+    assert sum(x.shape[1] for x in logits) == len(model.anchors)
     assert model.anchors[3].tolist() == [-4, -4, 4, 4]
 
 
 def test_gradients_reach_what_learns_and_nothing_else():
     model = small(fpn_channels=16)
-    sum(x.mean() for x in model(some_images())).backward()
+    sum(x.mean() for levels in model(some_images()) for x in levels).backward()
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("backbone.body.conv1", "backbone.body.layer1"))
         assert (parameter.grad is None) == frozen, name

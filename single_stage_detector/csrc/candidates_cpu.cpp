@@ -1,0 +1,114 @@
+#include <algorithm>
+
+#include "candidates.h"
+
+namespace detcore {
+
+struct Ranked {
+  Key key;
+  int64_t index;
+};
+
+// Leaves the `most` best, in the order of their indices. Of equal keys the lower index is the better.
+static void keep_best(std::vector<Ranked>& all, int64_t most) {
+  if (static_cast<int64_t>(all.size()) <= most) return;
+  std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), [](const Ranked& a, const Ranked& b) {
+    return a.key != b.key ? a.key > b.key : a.index < b.index;
+  });
+  all.resize(most);
+  std::sort(all.begin(), all.end(), [](const Ranked& a, const Ranked& b) { return a.index < b.index; });
+}
+
+// The key of a row's best logit; 0 with a NaN among them. Written so that the compiler makes vector instructions of it.
+template <typename T>
+static Key best_key(const T* row, int64_t classes, float floor) {
+  constexpr int kLanes = 16;
+  float best[kLanes];
+  int32_t bad[kLanes] = {};
+  std::fill(best, best + kLanes, -INFINITY);
+  int64_t k = 0;
+  for (; k + kLanes <= classes; k += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const float value = static_cast<float>(row[k + j]);
+      best[j] = value > best[j] ? value : best[j];
+      bad[j] |= value != value;
+    }
+  }
+  for (; k < classes; ++k) {
+    const float value = static_cast<float>(row[k]);
+    best[0] = value > best[0] ? value : best[0];
+    bad[0] |= value != value;
+  }
+  if (std::any_of(bad, bad + kLanes, [](int32_t b) { return b != 0; })) return 0;
+  return key_of(static_cast<T>(*std::max_element(best, best + kLanes)), floor);
+}
+
+// The pairs of one image and level.
+template <typename T>
+static void choose(const Levels& levels, const Found& found, int delta_bytes, const Key* best, int64_t image,
+                   int level) {
+  const int64_t classes = levels.classes;
+  const T* logits = static_cast<const T*>(levels.logits[level]) + image * levels.anchors[level] * classes;
+  best += image * levels.all_anchors + levels.first[level];
+  std::vector<Ranked> anchors, pairs;
+  for (int64_t a = 0; a < levels.anchors[level]; ++a) {
+    if (best[a] > 0) anchors.push_back({best[a], a});
+  }
+  const bool full = static_cast<int64_t>(anchors.size()) >= levels.topk;
+  keep_best(anchors, levels.topk);
+  Key least = 1;  // as many anchors as pairs are wanted have such a key, so no lower pair is among the best
+  if (full) {
+    least = std::min_element(anchors.begin(), anchors.end(), [](const Ranked& a, const Ranked& b) {
+              return a.key < b.key;
+            })->key;
+  }
+  for (const Ranked& anchor : anchors) {
+    for (int64_t k = 0; k < classes; ++k) {
+      const int64_t index = anchor.index * classes + k;
+      const Key key = key_of(logits[index], levels.floor);
+      if (key >= least) pairs.push_back({key, index});
+    }
+  }
+  keep_best(pairs, levels.slots[level]);
+  for (int64_t slot = 0; slot < levels.slots[level]; ++slot) {
+    const bool filled = slot < static_cast<int64_t>(pairs.size());
+    const int64_t index = filled ? pairs[slot].index : 0;
+    write_pair<T>(levels, found, delta_bytes, image, level, slot, filled ? index / classes : -1, index % classes);
+  }
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> candidates(const std::vector<Tensor>& logits,
+                                                             const std::vector<Tensor>& deltas, int64_t topk,
+                                                             double floor) {
+  const Candidates a(logits, deltas, topk, floor);
+  const Levels& levels = a.levels;
+  const Found found = a.found();
+  const int delta_bytes = static_cast<int>(a.deltas.element_size());
+  for_floating(logits[0], "logits", [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Key> best(levels.images * levels.all_anchors);
+    for (int level = 0; level < levels.count; ++level) {
+      const T* rows = static_cast<const T*>(levels.logits[level]);
+      const int64_t anchors = levels.anchors[level];
+      torch::stable::parallel_for(0, levels.images * anchors, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          best[row / anchors * levels.all_anchors + levels.first[level] + row % anchors] =
+              best_key(rows + row * levels.classes, levels.classes, levels.floor);
+        }
+      });
+    }
+    torch::stable::parallel_for(0, levels.images * levels.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        choose<T>(levels, found, delta_bytes, best.data(), i / levels.count, static_cast<int>(i % levels.count));
+      }
+    });
+  });
+  return a.result();
+}
+
+}  // namespace detcore
+
+SCHEMAS(m) {
+  m.def("candidates(Tensor[] logits, Tensor[] deltas, int topk, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+CPU_OPS(m) { m.impl("candidates", TORCH_BOX(&detcore::candidates)); }
