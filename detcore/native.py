@@ -18,6 +18,7 @@ POLICIES = ("auto", "reference", "native")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What a kernel computes with; float64, for checks of gradients, is the reference's alone."""
 
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # the dispatcher's, of the devices that the libraries have code for
 _policy = "auto"
 
 
@@ -60,7 +61,7 @@ def load(program: str) -> str:
 
 @lru_cache
 def _has(op: str, device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op, {"cpu": "CPU", "cuda": "CUDA"}[device])
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, _KEYS[device])
 
 
 def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
@@ -83,7 +84,7 @@ def _missing(op: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) 
     if missing:
         return missing
     for tensor in tensors:
-        if tensor.device.type not in ("cpu", "cuda") or not _has(op, tensor.device.type):
+        if tensor.device.type not in _KEYS or not _has(op, tensor.device.type):
             return f"the library has no code for tensors on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in dtypes:
             return f"no code for {tensor.dtype}"
@@ -95,7 +96,9 @@ def describe(program: str, device: torch.device) -> str:
     if _policy == "reference":
         return "ops: the PyTorch references (--ops reference)"
     missing = load(program)
-    if not missing and not _has(f"{program}::{_any_op(program)}", device.type):
+    if not missing and device.type not in _KEYS:
+        missing = f"{library_file(program).name} has no code for {device.type}"
+    elif not missing and not _has(f"{program}::{_any_op(program)}", device.type):
         missing = f"{library_file(program)} was built without nvcc, so it has no code for GPUs (make ops)"
     return f"ops: the PyTorch references, for {missing}" if missing else f"ops: {library_file(program).name}"
 

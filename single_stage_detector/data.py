@@ -158,11 +158,10 @@ def open_data(config: Config, context: Context) -> Data:
         files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
         raise UserError(f"{files} list different categories; training and validation need the same ids")
     per_rank = loader.steps_per_epoch(len(train), config.batch_size, world.size, config.drop_last)
-    steps = per_rank // config.accumulate
+    steps = -(-per_rank // config.accumulate)  # the last of an epoch may have fewer micro-batches
     if config.max_iters_per_epoch:
         steps = min(steps, config.max_iters_per_epoch)
-    if not steps:
-        raise UserError(f"{len(train)} images do not fill one step of {config.accumulate} micro-batches (--accumulate)")
+    micro_batches = min(per_rank, steps * config.accumulate)
     evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
     names = class_names(val)
     pace = _pace(config, context, train)
@@ -170,18 +169,18 @@ def open_data(config: Config, context: Context) -> Data:
     ahead = ReadAhead(packs, world.local_rank, world.local_size) if config.read_ahead and packs else None
 
     def train_batches(epoch: int, step: int) -> Iterator[Batch]:
-        if steps * config.accumulate == per_rank:
+        if micro_batches == per_rank:
             yield from train_stream(config, train, context, epoch, step, pace)
         while True:  # an epoch ends before the loader's: go on with the next one from its beginning
             stream = train_stream(config, train, context, epoch, step, pace)
-            yield from islice(stream, steps * config.accumulate - step)
+            yield from islice(stream, micro_batches - step)
             epoch, step = epoch + 1, 0
 
     find = cache(lambda model: detector(model, val, context.backend))  # what it records serves every evaluation
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
         mine = detect_all(find(model), eval_stream(config, val, world, context.backend), context.backend, beat)
-        everyone = distributed.gather_rows(mine.to(context.backend.device))
+        everyone = distributed.gather_rows(mine.to(context.backend.exchange))
         return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
 
     def close() -> None:
@@ -194,6 +193,7 @@ def open_data(config: Config, context: Context) -> Data:
         train_samples=len(train),
         eval_samples=len(val),
         steps_per_epoch=steps,
+        micro_batches=micro_batches,
         train_batches=train_batches,
         evaluate=evaluate,
         close=close,

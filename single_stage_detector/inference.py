@@ -81,7 +81,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
         start = time.perf_counter()
         find = detector(model, index, device)
         found = detect_all(find, eval_stream(config, index, world, device), device, _no_beat)
-        everyone = distributed.gather_rows(found.to(device.device))
+        everyone = distributed.gather_rows(found.to(device.exchange))
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
@@ -268,7 +268,7 @@ def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> 
     device = engine.open_device(config, world)
     distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
     try:
-        context = Context(device, world, distributed.choose_seed(config.seed, device.device))
+        context = Context(device, world, distributed.choose_seed(config.seed, device.exchange))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
         state = State(task.model, task.optimizer, device.scaler(), None)
