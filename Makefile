@@ -12,7 +12,7 @@ READY := .venv/.ready
 SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-slow test-slurm test-docker lint bench gpu clean
+.PHONY: help setup demo test test-slow test-slurm test-docker test-tpu lint bench gpu clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -37,16 +37,19 @@ demo: $(READY) ## train a small RetinaNet on generated scenes, check its log, dr
 	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
 
 test: $(READY) ## every CPU test but the slow ones
-	@$(PYTEST) -m "not slow and not gpu and not slurm and not docker and not dali"
+	@$(PYTEST) -m "not slow and not gpu and not slurm and not docker and not dali and not tpu"
 
 test-slow: $(READY) ## the CPU tests that take minutes, and those of DALI
-	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm and not docker"
+	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm and not docker and not tpu"
 
 test-slurm: $(READY) ## run.sub on a real Slurm of two nodes on this machine (root; Debian's slurm packages)
 	@$(PYTEST) -n 0 -m slurm
 
 test-docker: $(READY) ## the image, really built (root; Debian's buildah and debootstrap)
 	@$(PYTEST) -n 0 -m docker
+
+test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of their own: build/tpu, 13 GB
+	@$(PYTEST) -n 0 -m tpu
 
 gpu: $(READY) ## the tests that want a GPU, one after the other
 	@$(PYTEST) -n 0 -m gpu

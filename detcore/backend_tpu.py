@@ -234,6 +234,12 @@ def select(precision: str, local_rank: int = 0, local_size: int = 1) -> Backend:
     return _select_xla(precision, local_rank, local_size)
 
 
+def before_launch(processes: int) -> None:
+    """What torch-tpu wants in the environment of whatever starts the processes of several cores."""
+    if found():
+        importlib.import_module("torch.tpu.distributed").set_tpu_launch_env(nproc_per_node=processes)
+
+
 def _select_xla(precision: str, local_rank: int, local_size: int) -> Backend:
     missing = f"--device tpu: torch-tpu is {_state_of('torch-tpu')}, torch-xla is {_state_of('torch-xla')}"
     try:
