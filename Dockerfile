@@ -51,7 +51,8 @@ print(*(wanted for extra in sys.argv[1:] for wanted in known[extra]), sep="\n")'
 # Editable, so that the extensions lie beside the sources that run_and_time.sh puts first on Python's path.
 COPY . .
 ARG CUDA_ARCHITECTURES="8.0 9.0 10.0+PTX"
-RUN TORCH_CUDA_ARCH_LIST="$CUDA_ARCHITECTURES" \
+RUN export TORCH_CUDA_ARCH_LIST="$CUDA_ARCHITECTURES" && \
+    python setup.py build_ext --inplace && \
     python -m pip install --no-cache-dir --no-index --no-deps --no-build-isolation --editable . && \
     python -m compileall -q . && \
     mkdir -p /datasets/open-images-v6 /torch-home /workspace/ssd_dataset /results build results "$HOME" && \

@@ -9,10 +9,12 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
+KERNELS := build/.kernels
 SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
+CPP_FILES := $(wildcard */csrc/* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-slow test-slurm test-docker test-tpu lint bench gpu clean
+.PHONY: help setup ops demo test test-slow test-slurm test-docker test-tpu lint bench gpu clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -23,7 +25,7 @@ help: ## this list
 	@echo '                      make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
 	@echo '  PYTEST_ARGS=ARGS    more arguments of pytest, such as "-x -k loss"'
 
-setup: $(READY) ## .venv with the versions of requirements.lock
+setup: $(READY) $(KERNELS) ## .venv with the versions of requirements.lock; the kernels if there is g++
 
 $(READY): requirements.lock
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -33,7 +35,19 @@ $(READY): requirements.lock
 	"$(BIN)/pip" install --disable-pip-version-check --quiet -r requirements.lock $(PIP_ARGS)
 	@touch $@
 
-demo: $(READY) ## train a small RetinaNet on generated scenes, check its log, draw the report: results/demo
+# Where no GPU's driver is, the CPU's code alone: seconds instead of minutes.
+$(KERNELS): $(READY) setup.py $(wildcard */csrc/*)
+	@mkdir -p build
+	@KERNELS=$$([ -e /dev/nvidiactl ] || echo cpu) "$(BIN)/python" setup.py build_ext --inplace >build/kernels.log 2>&1 || \
+	    echo "make: the kernels were not built (build/kernels.log says why); the PyTorch references run instead" >&2
+	@sed -n 's/^setup.py: /make: /p' build/kernels.log
+	@touch $@
+
+ops: $(READY) ## the kernels, for GPUs too where nvcc is; TORCH_CUDA_ARCH_LIST="9.0 10.0+PTX": for which
+	@"$(BIN)/python" setup.py build_ext --inplace
+	@mkdir -p build && touch $(KERNELS)
+
+demo: $(READY) $(KERNELS) ## train a small RetinaNet on generated scenes, check its log, draw the report: results/demo
 	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
 
 test: $(READY) ## every CPU test but the slow ones
@@ -54,9 +68,10 @@ test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of thei
 gpu: $(READY) ## the tests that want a GPU, one after the other
 	@$(PYTEST) -n 0 -m gpu
 
-lint: $(READY) ## ruff, shellcheck, shfmt, hadolint
+lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/clang-format" --dry-run -Werror $(CPP_FILES)
 	@"$(BIN)/shellcheck" --shell=bash --external-sources --source-path=SCRIPTDIR $(SHELL_FILES)
 	@"$(BIN)/shfmt" -i 4 -d $(SHELL_FILES)
 	@"$(BIN)/hadolint" Dockerfile

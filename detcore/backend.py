@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detcore import UserError, graphs
 from detcore.data import Batch
+from detcore.data.ahead import one_ahead
 
 DEVICES = ("auto", "cpu", "cuda", "tpu")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
@@ -127,6 +128,51 @@ class Backend:
             rows = min(-(-max(used, 1) // 32) * 32, batch.labels.shape[1])
             batch = batch._replace(boxes=batch.boxes[:, :rows], labels=batch.labels[:, :rows])
         return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+
+    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches on the device, each copied one step before it is asked for; on the CPU the stream itself.
+
+        Fetching and copying (from pinned memory) run on a stream of their own, beside the computation: so does what a
+        loader launches there. A batch belongs to the stream that is current when it is asked for; that stream waits
+        for the copy, not the host. Its memory is used again only after what was launched there until it was dropped,
+        pinned memory only after its copy. Time waited in `next` is time waited for the loader. Errors and the end come
+        with their own batch; closing closes the stream.
+        """
+        if not self.is_gpu:
+            return batches
+        side = torch.cuda.Stream(self.device)
+
+        def send(source: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event]:
+            with torch.cuda.stream(side):
+                batch = next(source)
+                batch = Batch(*(t.pin_memory() if t.device.type == "cpu" and not t.is_pinned() else t for t in batch))
+                return self.to_device(batch), side.record_event()
+
+        def receive(sent: tuple[Batch, torch.cuda.Event]) -> Batch:
+            batch, copied = sent
+            using = torch.cuda.current_stream(self.device)
+            using.wait_event(copied)
+            for tensor in batch:
+                tensor.record_stream(using)
+            return batch
+
+        return one_ahead(batches, send, receive)
+
+    def largest_batch(self, try_batch: Callable[[int], object], start: int, limit: int) -> int:
+        """The largest of start, 2 start, 4 start, ... up to `limit` for which try_batch(size) finds memory.
+
+        start itself is taken without a trial. On the CPU, where memory does not end with an error, it is start.
+        """
+        size, fits = start, self.is_gpu
+        while fits and 2 * size <= limit:
+            try:
+                try_batch(2 * size)
+                size *= 2
+            except torch.OutOfMemoryError:
+                fits = False
+        if self.is_gpu and not fits:  # only here, outside the handler, is what the trial held free
+            torch.cuda.empty_cache()
+        return size
 
     def compile_step(self, step: Callable, example: Sequence[Batch]) -> Callable:
         """A training step as this device runs it best: recorded on the batches of `example`, or unchanged.

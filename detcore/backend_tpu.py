@@ -173,6 +173,16 @@ class XlaBackend(TpuBackend):
 
         torch_xla.sync()
 
+    def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        """Inference of one batch as one program."""
+
+        def run(batch: Batch) -> Tensor:
+            found = infer(batch)
+            self.flush()
+            return found
+
+        return run
+
     def ready(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
         """Momentum begins as the zeros it stands for, so that the first step is the same program as all others."""
         for group in optimizer.param_groups:
@@ -219,12 +229,12 @@ def found() -> bool:
 def select(precision: str, local_rank: int = 0, local_size: int = 1) -> Backend:
     """The TPU core of this process: by torch-tpu if that has loaded, else by torch-xla.
 
-    precision: "auto" and "bf16", or "fp32", which is exact: by itself a TPU would multiply in bf16. Raises UserError
-    for others, and where there is no TPU.
+    precision: "auto" and "bf16", or "fp32" and "tf32", which are both exact: by itself a TPU would multiply in bf16.
+    Raises UserError for fp16, and where there is no TPU.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"--precision {precision} wants a GPU; on a TPU use bf16 or fp32")
-    precision = "bf16" if precision == "auto" else precision
+    if precision == "fp16":
+        raise UserError("--precision fp16 wants a GPU; on a TPU use bf16 or fp32")
+    precision = {"auto": "bf16", "tf32": "fp32"}.get(precision, precision)
     accelerator = torch.accelerator.current_accelerator()  # after torch-tpu has loaded: on a TPU it does so by itself
     if accelerator is not None and accelerator.type == "tpu":
         torch.set_float32_matmul_precision("highest")

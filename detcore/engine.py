@@ -109,7 +109,7 @@ class _Run:
         self.code: int | None = None  # set once the run is to end
         self.saved_step = state.step  # of last.pt
         epoch, step = divmod(state.step, data.steps_per_epoch)
-        self.stream = data.train_batches(epoch, step * config.accumulate)
+        self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
 
     def train_epoch(self, epoch: int) -> None:
         """Steps to the end of the epoch (from 0), or until something sets self.code."""

@@ -18,7 +18,6 @@ POLICIES = ("auto", "reference", "native")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What a kernel computes with; float64, for checks of gradients, is the reference's alone."""
 
-_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # the dispatcher's, of the devices that the libraries have code for
 _policy = "auto"
 
 
@@ -54,14 +53,13 @@ def load(program: str) -> str:
         return f"{file} is not built (make ops)"
     try:
         torch.ops.load_library(file)
-    except OSError as error:  # built for another torch or CUDA
-        return f"{file} can't be loaded ({str(error).splitlines()[0]}): build it again (make ops)"
+    except OSError as error:
+        why = str(error.__cause__ or error).splitlines()[0].removeprefix(f"{file}: ")
+        return (
+            f"{file} can't be loaded ({why}): perhaps it was built for another version of torch than "
+            f"{torch.__version__}, or of CUDA; build it again (make ops)"
+        )
     return ""
-
-
-@lru_cache
-def _has(op: str, device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op, _KEYS[device])
 
 
 def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
@@ -72,7 +70,7 @@ def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) ->
     """
     if _policy == "reference":
         return False
-    missing = _missing(op, tensors, tuple(dtypes))
+    missing = _missing(op, tensors, dtypes)
     if missing and _policy == "native":
         raise UserError(f"--ops native: {op} can't run: {missing}; --ops auto takes the reference instead")
     return not missing
@@ -80,15 +78,39 @@ def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) ->
 
 def _missing(op: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> str:
     """Why the native op can't run on the tensors; "" if it can."""
-    missing = load(op.partition("::")[0])
-    if missing:
-        return missing
     for tensor in tensors:
-        if tensor.device.type not in _KEYS or not _has(op, tensor.device.type):
-            return f"the library has no code for tensors on {tensor.device}"
+        if missing := _no_code(op, tensor.device.type):
+            return missing
         if tensor.is_floating_point() and tensor.dtype not in dtypes:
             return f"no code for {tensor.dtype}"
     return ""
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, instead of tracing how a library is loaded
+def _no_code(op: str, device: str) -> str:
+    """Why the library has no code of an op for a type of device; "" if it has."""
+    program, _, name = op.partition("::")
+    missing = load(program)
+    if missing or _has(op, device):
+        return missing
+    if name not in _ops(program):
+        return f"{library_file(program)} has no op {name}: build it again (make ops)"
+    return f"the library has no code for tensors on {device}"
+
+
+@lru_cache
+def _has(op: str, device: str) -> bool:
+    program, _, name = op.partition("::")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    known = key is not None and name in _ops(program)  # torch refuses to be asked about others
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
+@lru_cache
+def _ops(program: str) -> frozenset[str]:
+    """The names of the ops that a loaded library has."""
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    return frozenset(name.partition(".")[0] for library, _, name in names if library == program)
 
 
 def describe(program: str, device: torch.device) -> str:
@@ -96,13 +118,7 @@ def describe(program: str, device: torch.device) -> str:
     if _policy == "reference":
         return "ops: the PyTorch references (--ops reference)"
     missing = load(program)
-    if not missing and device.type not in _KEYS:
-        missing = f"{library_file(program).name} has no code for {device.type}"
-    elif not missing and not _has(f"{program}::{_any_op(program)}", device.type):
-        missing = f"{library_file(program)} was built without nvcc, so it has no code for GPUs (make ops)"
-    return f"ops: the PyTorch references, for {missing}" if missing else f"ops: {library_file(program).name}"
-
-
-def _any_op(program: str) -> str:
-    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
-    return next(name for library, _, name in names if library == program).partition(".")[0]
+    if not missing and not any(_has(f"{program}::{op}", device.type) for op in _ops(program)):
+        missing = f"{library_file(program)} has no code for {device.type}"
+        missing += ": built without nvcc (make ops)" if device.type == "cuda" else ""
+    return f"ops: the PyTorch references, because {missing}" if missing else f"ops: {library_file(program).name}"

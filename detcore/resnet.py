@@ -13,33 +13,83 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
+from detcore.ops.bias_relu import bias_relu, conv2d, conv_bias_relu, leaves_bias
 
 
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(conv(x)); a frozen norm is folded into the convolution, which saves two passes over the feature map."""
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's frozen normalisation, which also keeps what it amounts to: scale * x + shift, both [C].
+
+    The two follow load_state_dict and changes of device or type; they are not part of the state dictionary. After any
+    other write into the statistics call `fold`.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__(num_features, eps)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.empty(num_features), persistent=False)
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Computes scale and shift anew, in place, so that a captured graph sees them."""
+        self.scale.copy_(self.weight * (self.running_var + self.eps).rsqrt())
+        self.shift.copy_(self.bias - self.running_mean * self.scale)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.fold()
+
+    def _apply(self, *arguments, **options) -> nn.Module:
+        super()._apply(*arguments, **options)
+        self.fold()
+        return self
+
+
+def _folded(conv: nn.Conv2d, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals conv and then norm."""
+    return conv.weight * norm.scale.view(-1, 1, 1, 1), norm.shift
+
+
+def _conv_norm_relu(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    shortcut: Tensor | None = None,
+    downsample: Sequence[nn.Module] | None = None,
+) -> Tensor:
+    """relu(norm(conv(x)) (+ shortcut)), the shortcut through its own convolution and norm where they are given.
+
+    A frozen norm is folded into its convolution, which saves two passes over the feature map; bias, shortcut and ReLU
+    are one more (`conv_bias_relu`), for which both convolutions' biases become one.
+    """
+    if not isinstance(norm, FrozenNorm):
+        out = norm(conv(x))
+        if shortcut is not None:
+            out += shortcut if downsample is None else downsample[1](downsample[0](shortcut))
+        return F.relu(out, inplace=True)
+    weight, bias = _folded(conv, norm)
+    if downsample is not None:
+        beside, shift = _folded(*downsample)
+        if leaves_bias(shortcut, downsample[0]):
+            bias, shift = bias + shift, None
+        shortcut = conv2d(shortcut, downsample[0], beside, shift)
+    return conv_bias_relu(x, conv, weight, bias, shortcut)
 
 
 class _BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True)
-        out = _conv_norm(out, self.conv2, self.bn2)
-        out += x if self.downsample is None else _conv_norm(x, *self.downsample)
-        return F.relu(out, inplace=True)
+        out = _conv_norm_relu(x, self.conv1, self.bn1)
+        return _conv_norm_relu(out, self.conv2, self.bn2, x, self.downsample)
 
 
 class _Bottleneck(resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True)
-        out = F.relu(_conv_norm(out, self.conv2, self.bn2), inplace=True)
-        out = _conv_norm(out, self.conv3, self.bn3)
-        out += x if self.downsample is None else _conv_norm(x, *self.downsample)
-        return F.relu(out, inplace=True)
+        out = _conv_norm_relu(x, self.conv1, self.bn1)
+        out = _conv_norm_relu(out, self.conv2, self.bn2)
+        return _conv_norm_relu(out, self.conv3, self.bn3, x, self.downsample)
 
 
 _NETWORKS = {
@@ -52,7 +102,7 @@ _NETWORKS = {
     "resnext101_32x8d": (_Bottleneck, (3, 4, 23, 3), 32, 8, zoo.ResNeXt101_32X8D_Weights),
 }
 BACKBONES = tuple(_NETWORKS)
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
 
 
 class ResNet(resnet.ResNet):
@@ -60,7 +110,7 @@ class ResNet(resnet.ResNet):
 
     forward: float [N, 3, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with s = 8, 16, 32.
 
-    name: one of `BACKBONES`. norm: "frozen" (FrozenBatchNorm2d: fixed statistics and affine values, no
+    name: one of `BACKBONES`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
     parameters) or "batch" (BatchNorm2d). trainable_layers: how many of layer4, layer3, layer2, layer1 and
     conv1 learn, counted from the output; at 5 the first normalisation learns too, where it can. With "batch",
     a frozen layer keeps its weights but its running statistics still follow the data, as in torchvision.
@@ -84,9 +134,16 @@ class ResNet(resnet.ResNet):
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
 
+    def _stem(self, x: Tensor) -> Tensor:
+        if not (isinstance(self.bn1, FrozenNorm) and leaves_bias(x, self.conv1)):
+            return self.maxpool(_conv_norm_relu(x, self.conv1, self.bn1))
+        weight, bias = _folded(self.conv1, self.bn1)
+        # Adding a bias, rounding and ReLU never reverse an order: after the maximum they are the same, for a quarter
+        # of the values.
+        return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.maxpool(F.relu(_conv_norm(x, self.conv1, self.bn1), inplace=True))
-        c3 = self.layer2(self.layer1(x))
+        c3 = self.layer2(self.layer1(self._stem(x)))
         c4 = self.layer3(c3)
         return c3, c4, self.layer4(c4)
 

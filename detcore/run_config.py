@@ -81,7 +81,8 @@ class RunConfig:
         group="Training",
     )
     eval_batch_size: int = option(
-        0, "images per process in evaluation; 0: as in training", env="EVALBATCHSIZE", flags=("-e",),
+        0, "images per process in evaluation; 0: as in training, on a GPU as many as fit, up to 128",
+        env="EVALBATCHSIZE", flags=("-e",),
         check=between(0, 65536),
         group="Training",
     )  # fmt: skip

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from mlperf_logging.mllog import constants as keys
 
-from detcore import UserError, engine, optim
+from detcore import UserError, engine, inference, optim
+from detcore.benchmark import benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
@@ -14,9 +15,8 @@ from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
 from detcore.task import Context, Task
-from single_stage_detector import inference
 from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, TRANSLATED_FLAGS, Config
-from single_stage_detector.data import class_count, open_data
+from single_stage_detector.data import DETECTOR, class_count, open_data
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet, load_reference_state
 
@@ -130,14 +130,14 @@ def main(argv: Sequence[str]) -> int:
     if printing:
         return 0
     if config.mode == "evaluate":
-        return inference.evaluate(config, build_model)
+        return inference.evaluate(config, DETECTOR, build_model)
     if config.mode == "predict":
-        return inference.predict(config, build_model)
+        return inference.predict(config, DETECTOR, build_model)
     if config.mode == "benchmark":
-        return inference.benchmark(config, build_task)
+        return benchmark(config, DETECTOR, build_task)
     outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
     if config.gallery and outcome.best is not None and speaks:
-        inference.gallery(config, build_model)
+        inference.gallery(config, DETECTOR, build_model)
     return outcome.code
 
 

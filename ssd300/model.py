@@ -101,12 +101,9 @@ class SSD300(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(images.shape[-2:]) != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(f"images are {tuple(images.shape[-2:])}; SSD300 takes {IMAGE_SIZE} x {IMAGE_SIZE}")
-        weight, device = self.backbone.conv1.weight, images.device.type
-        if weight.is_contiguous(memory_format=torch.channels_last):
-            images = images.contiguous(memory_format=torch.channels_last)
-        # What the first convolution casts to, so that it needn't.
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        device = images.device.type
+        mixed = torch.is_autocast_enabled(device)  # then the first layer wants its type, and no copy in float32 is made
+        dtype = torch.get_autocast_dtype(device) if mixed else self.pixel_scale.dtype
         maps = [self.backbone(normalize(images, self.pixel_scale, self.pixel_shift, dtype))]
         for block in self.additional_blocks:
             maps.append(block(maps[-1]))

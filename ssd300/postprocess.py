@@ -14,65 +14,59 @@ def _may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _needed(alive: Tensor) -> int:
-    """How many of the first places of a sorted dimension (the last) are worth keeping: the fullest row's, or all."""
-    return max(1, int(alive.sum(-1).max())) if _may_look(alive) else alive.shape[-1]
-
-
 def _least_margin(score_thresh: float) -> float:
-    """How far the best class must at least be above the background for a score above the threshold, or a bit less."""
+    """How far the best class must at least be above the background for a score above the threshold, or a bit less.
+
+    A score is at most 1 / (1 + exp(background - class)).
+    """
     low = score_thresh * (1 - 1e-5)  # float32 rounds the score
     return math.log(low / (1 - low)) if 0 < low < 1 else -math.inf
 
 
-def _busiest(logits: Tensor, score_thresh: float) -> tuple[Tensor, Tensor]:
-    """The priors that may hold a score above the threshold, as indices [N, W], and their logits [N, W, K + 1].
+def _place(group: Tensor, groups: int) -> Tensor:
+    """The place of each element among those of its group, from 0. group: rising int64 [C] of 0..groups - 1."""
+    counts = group.bincount(minlength=groups)
+    return torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]
 
-    A score is at most 1 / (1 + exp(background - class)), so that the best class of a prior tells without a softmax.
-    Where shapes are fixed all priors stay; a row with fewer than W is filled with others, which do no harm.
-    """
-    n, p, _ = logits.shape
+
+def _few_candidates(logits: Tensor, score_thresh: float, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_candidates` from the pairs above the threshold alone; C is that of the fullest image."""
+    n, _, classes = logits.shape
     margin = logits[..., 1:].amax(2).float() - logits[..., 0].float()
-    alive = margin > _least_margin(score_thresh)
-    width = _needed(alive)
-    if width == p:
-        return torch.arange(p, device=logits.device).expand(n, p), logits
-    index = torch.where(alive, margin, -torch.inf).topk(width, 1).indices
-    return index, logits.gather(1, index.unsqueeze(2).expand(-1, -1, logits.shape[2]))
+    image, prior = (margin > _least_margin(score_thresh)).nonzero(as_tuple=True)
+    scores = logits[image, prior].float().softmax(1)[:, 1:]
+    row, label = (scores > score_thresh).nonzero(as_tuple=True)
+    scores, image, prior = scores[row, label], image[row], prior[row]
 
+    def falling(chosen: Tensor, group: Tensor) -> Tensor:
+        """The chosen pairs group by group, in each by falling score."""
+        chosen = chosen[scores[chosen].argsort(descending=True, stable=True)]
+        return chosen[group[chosen].argsort(stable=True)]
 
-def _pairs(scores: Tensor, score_thresh: float) -> tuple[Tensor, Tensor]:
-    """Scores above the threshold, descending, -1 where a row has no more, and their places in the row, each [N, C].
+    group = image * classes + label
+    order = falling(torch.arange(len(scores)), group)
+    order = order[_place(group[order], n * classes) < per_class]
+    order = falling(order, image)
+    image, column = image[order], _place(image[order], n)
+    shape = n, int(column.max()) + 1 if len(column) else 1
 
-    scores: [N, S]. C is the fullest row's count, so this is not for fixed shapes.
-    """
-    row, place = (scores > score_thresh).nonzero(as_tuple=True)
-    counts = row.bincount(minlength=len(scores))
-    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    shape = len(scores), max(1, int(counts.max()))
-    values = scores.new_full(shape, -1).index_put_((row, column), scores[row, place])
-    places = place.new_zeros(shape).index_put_((row, column), place)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return values, places.gather(1, order)
+    def packed(values: Tensor, empty: int) -> Tensor:
+        return values.new_full(shape, empty).index_put_((image, column), values[order])
+
+    return packed(scores, -1), packed(prior, 0), packed(label, 0)
 
 
 def _candidates(logits: Tensor, score_thresh: float, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `per_class` best priors of every class: scores (-1 up to the threshold), priors and classes, each [N, C].
 
-    Descending by score.
+    Falling by score.
     """
-    prior, logits = _busiest(logits, score_thresh)
+    if _may_look(logits):
+        return _few_candidates(logits, score_thresh, per_class)
     scores = logits.float().softmax(2)[..., 1:]
-    classes = scores.shape[2]
-    if _may_look(scores) and int((scores > score_thresh).sum(1).max()) <= per_class:  # no class has too many
-        scores, at = _pairs(scores.flatten(1), score_thresh)
-        return scores, prior.gather(1, at // classes), at % classes
-    width = min(per_class, scores.shape[1])
-    scores, at = torch.where(scores > score_thresh, scores, -1).transpose(1, 2).topk(width, 2)
-    prior = prior.gather(1, at.flatten(1))
+    scores, prior = torch.where(scores > score_thresh, scores, -1).transpose(1, 2).topk(per_class, 2)
     scores, order = scores.flatten(1).sort(dim=1, descending=True, stable=True)
-    order = order[:, : _needed(scores >= 0)]
-    return scores[:, : order.shape[1]], prior.gather(1, order), order // width
+    return scores, prior.flatten(1).gather(1, order), order // per_class
 
 
 def _below(threshold: float) -> float:

@@ -1,12 +1,15 @@
-"""JPEG files to uint8 800x800 batches with boxes: our loader against Pillow and against DALI's CPU pipeline.
+"""JPEG files to uint8 800x800 batches with boxes: our loader against Pillow and DALI, on the CPU and on a GPU.
 
 Each makes training batches of the same generated 1024x768 files, all in this process, alternately; the number is
 images per second of CPU time, children and threads included. "pillow" takes the steps of the reference recipe: decode,
 mirror, to float tensor, normalise, bilinear resize of that tensor. "pillow, uint8" resizes with Pillow instead and
-delivers what ours does. Usage: python tools/bench_loader.py [--images 128] [--rounds 5] [--json PATH]
+delivers what ours does. Where torch sees a GPU, the loaders that decode there come last, one batch ahead as in
+training; for them images/s counts, and nothing trains beside them here.
+Usage: python tools/bench_loader.py [--images 128] [--rounds 5] [--json PATH]
 """
 
 import argparse
+import functools
 import itertools
 import json
 import resource
@@ -20,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detcore import UserError
-from detcore.data import Batch, dali, loader
+from detcore import UserError, backend
+from detcore.data import Batch, dali, loader, nvjpeg
 from detcore.data.coco import CocoIndex
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -66,6 +69,17 @@ def pillow_batch(plan: loader.TrainPlan, step: int, size: tuple[int, int], uint8
     return Batch(images=torch.stack(pixels), **plan.targets(images, flips))
 
 
+def on_gpu(index: CocoIndex, stream: dict, with_dali: bool) -> dict[str, Callable]:
+    """The loaders that decode on the GPU, with four threads."""
+    gpu = backend.select("cuda", "bf16")
+    make: dict[str, Callable] = {
+        "nvjpeg": functools.partial(nvjpeg.train_batches, index, workers=4, device=gpu.device, **stream)
+    }
+    if with_dali:
+        make["DALI GPU"] = functools.partial(dali.train_batches, index, workers=4, device_id=gpu.device.index, **stream)
+    return {name: functools.partial(lambda start: gpu.ahead(start()), start) for name, start in make.items()}
+
+
 def cpu_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
@@ -101,6 +115,8 @@ def main() -> None:
         except UserError as error:
             print(f"without DALI: {error}")
             del loaders["DALI CPU"]
+        if torch.cuda.is_available():
+            loaders |= on_gpu(index, stream, with_dali="DALI CPU" in loaders)
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
         for _ in range(args.rounds):
             for name, start in loaders.items():

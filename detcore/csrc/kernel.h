@@ -1,7 +1,7 @@
 // What every kernel of this project shares: scalar types, checks, 16-byte accesses, launching, registration.
 //
-// A kernel's arithmetic stands in HOST_DEVICE functions of a header. csrc/<op>.cu calls them from the CUDA kernel,
-// csrc/<op>.cpp from a loop on the CPU. OPS is the name of the library, defined by setup.py.
+// A kernel's arithmetic stands in HOST_DEVICE functions of a header. <op>_gpu.cu calls them from the CUDA kernel,
+// <op>_cpu.cpp from a loop on the CPU. OPS is the name of the library, defined by setup.py.
 // With EMULATED_GPU (tests/emulation) a .cu file is compiled by the host compiler and its kernels run thread by thread.
 #pragma once
 
@@ -51,16 +51,6 @@ inline const Tensor& contiguous(const Tensor& t, const char* name) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// a * b, rounded before anything is added to it, as by PyTorch's separate operations. (Host code has this rule from
-// -ffp-contract=off.)
-HOST_DEVICE float product(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 
 // Calls f with a value of the tensor's floating type; f is a lambda with one `auto` parameter.
 template <typename F>
@@ -113,9 +103,9 @@ class OnDevice {
 
 }  // namespace detcore
 
-// Registration: SCHEMAS(m) { m.def("op(Tensor x) -> Tensor"); } and CPU_OPS(m) in <op>_cpu.cpp, GPU_OPS(m) in <op>_gpu.cu,
-// each with m.impl("op", TORCH_BOX(&function)). torch's macros turn the library's name into text before OPS is
-// replaced; the macros between replace it first.
+// Registration: SCHEMAS(m) { m.def("op(Tensor x) -> Tensor"); } and CPU_OPS(m) in <op>_cpu.cpp, GPU_OPS(m) in
+// <op>_gpu.cu, each with m.impl("op", TORCH_BOX(&function)). torch's macros turn the library's name into text before
+// OPS is replaced; the macros between replace it first.
 #define DETCORE_SCHEMAS(ops, m) STABLE_TORCH_LIBRARY_FRAGMENT(ops, m)
 #define DETCORE_IMPLEMENTATIONS(ops, key, m) STABLE_TORCH_LIBRARY_IMPL(ops, key, m)
 #define SCHEMAS(m) DETCORE_SCHEMAS(OPS, m)

@@ -2,7 +2,7 @@
 
 namespace detcore {
 
-constexpr int kTile = 256;           // candidates looked at together, one a thread
+constexpr int kTile = 256;          // candidates looked at together, one a thread
 constexpr int kWords = kTile / 32;  // of 32 bits, one bit a candidate
 
 // Boxes of one class or another that all threads read.
@@ -21,8 +21,9 @@ struct Tile {
   }
 };
 
-// One block per image. A tile of candidates at a time: those that boxes kept from earlier tiles suppress die; the others
-// find out who suppresses whom among themselves (a bit each); the first warp then walks through the living in order.
+// One block per image. A tile of candidates at a time: those that boxes kept from earlier tiles suppress die; the
+// others find out who suppresses whom among themselves (a bit each); the first warp then walks through the living in
+// order.
 __global__ void nms_kernel(const Box* boxes, const float* scores, const int64_t* labels, int64_t* positions,
                            int64_t candidates, int64_t detections, float threshold) {
   __shared__ Tile tile;

@@ -3,13 +3,13 @@
 Order, mirroring, boxes and labels come from the same `TrainPlan` and `EvalPlan` as those of `detcore.data.loader` and
 are equal to the bit. The pixels differ by at most one grey level with the CPU decoder, which is the same library: only
 the resize rounds differently. The GPU decoder's inverse transform and colour upsampling differ by a few levels more.
-Files are read by a few threads and handed to DALI as bytes; DALI's own shuffling is not used.
+Files are read ahead by a few threads and handed to DALI as bytes; DALI's own shuffling is not used. DALI works two
+batches ahead in threads and streams of its own.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torchvision.io import encode_png
 from detcore import UserError
 from detcore.data import Batch, transforms
 from detcore.data.coco import CocoIndex
+from detcore.data.encoded import EncodedFiles
 from detcore.data.loader import EvalPlan, TrainPlan
 from detcore.data.pace import Pace
 
@@ -68,42 +69,31 @@ def eval_batches(
 class _Source:
     """Feeds DALI the encoded files and mirror flags of one batch after the other, and remembers what it fed."""
 
-    def __init__(self, plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], threads: int) -> None:
-        self.plan, self.keys = plan, keys
+    def __init__(self, files: EncodedFiles) -> None:
+        self.files, self.plan = files, files.plan
         self.fed: deque[tuple[np.ndarray, np.ndarray]] = deque()
-        self.pool = ThreadPoolExecutor(threads)
-        self.seconds, self.bytes = 0.0, 0  # reading, since the last batch that came out
         self.blank = encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)).numpy()
 
     def __call__(self) -> tuple[list[np.ndarray], np.ndarray]:
-        images, flips = self.plan.choose(*next(self.keys))
-        begin = time.perf_counter()
-        files = list(self.pool.map(self.plan.index.read, images.tolist()))
-        self.seconds += time.perf_counter() - begin
-        self.bytes += sum(map(len, files))
-        padding = self.plan.batch_size - len(files)
+        images, flips, data = next(self.files)
+        padding = self.plan.batch_size - len(data)
         self.fed.append((images, flips))
-        return files + [self.blank] * padding, np.pad(flips.astype(np.int32), (0, padding))
+        return data + [self.blank] * padding, np.pad(flips.astype(np.int32), (0, padding))
 
     def check(self, images: np.ndarray, shapes: np.ndarray) -> None:
         """UserError if an image has not the size that the annotation file gives. shapes: int [N, 3]."""
         for i, (height, width, _) in zip(images.tolist(), shapes.tolist()):
-            transforms.check_size(height, width, **self._facts(i))
+            transforms.check_size(height, width, **self.files.facts(i))
 
     def blame(self, error: Exception) -> UserError:
         """Find the file that made DALI fail: DALI gives its place among those in flight, not its name."""
         for images, _ in self.fed:
             for i in images.tolist():
                 try:
-                    transforms.decode(self.plan.index.read(i), **self._facts(i))
+                    transforms.decode(self.plan.index.read(i), **self.files.facts(i))
                 except UserError as reason:
                     return reason
         return UserError(f"DALI failed, though every file of the batch decodes without it: {error}")
-
-    def _facts(self, i: int) -> dict[str, Any]:
-        index = self.plan.index
-        size = (int(index.heights[i]), int(index.widths[i]))
-        return {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size}
 
 
 def _stream(
@@ -121,7 +111,8 @@ def _stream(
         raise UserError(
             f"the DALI loader wants NVIDIA DALI ({error}): pip install .[dali], or take --loader torch."
         ) from error
-    return _batches(_Source(plan, keys, max(workers, 1)), image_size, max(workers, 1), antialias, device_id, pace)
+    threads = max(workers, 1)
+    return _batches(_Source(EncodedFiles(plan, keys, threads)), image_size, threads, antialias, device_id, pace)
 
 
 def _batches(
@@ -147,17 +138,18 @@ def _batches(
             except RuntimeError as error:
                 raise source.blame(error) from error
             if pace:  # what DALI does beside the training step does not hold it back and is not seen here
-                waited = max(time.perf_counter() - begin - source.seconds, 0.0)
-                pace.add(batch_size, source.bytes, [source.seconds, waited, 0.0], 0.0)
-                source.seconds, source.bytes = 0.0, 0
+                size, reading, awaited = source.files.spent()
+                pace.add(batch_size, size, [reading, max(time.perf_counter() - begin - awaited, 0.0), 0.0], 0.0)
             images, flips = source.fed.popleft()
             source.check(images, np.asarray(shapes.as_tensor()))
-            # DALI reuses its buffers, so the values are copied out.
+            # DALI reuses its buffers, so the values are copied out: on torch's stream, whose memory `out` is. Work that
+            # still reads what was there before would race with a copy on another.
             out = torch.empty(batch_size, *image_size, 3, dtype=torch.uint8, device=device)
-            feed_ndarray(pixels.as_tensor(), out)
+            stream = None if device_id is None else torch.cuda.current_stream(out.device)
+            feed_ndarray(pixels.as_tensor(), out, cuda_stream=stream)
             yield Batch(images=out.permute(0, 3, 1, 2), **source.plan.targets(images, flips))
     finally:
-        source.pool.shutdown(wait=False, cancel_futures=True)
+        source.files.close()
 
 
 def _pipeline(

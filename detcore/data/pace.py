@@ -13,14 +13,16 @@ class Pace:
 
     parallel: workers at the same time; 0: training itself loads, in turns. processes: of the job, all taken to be like
     this one; local_processes: on this machine, which share its processors. more: what else can be tried where the
-    processors are the limit, such as another loader. sharded: whether images come from shards already.
+    processors are the limit, such as another loader. sharded: whether images come from shards already. loader: torch,
+    dali or nvjpeg; DALI's decoding and resizing are one number, the time waited for them, and of what nvjpeg launches
+    on a device only the launching is seen.
     """
 
     parallel: int
     processes: int = 1
     local_processes: int = 1
     sharded: bool = False
-    dali: bool = False
+    loader: str = "torch"
     more: str = ""
     images: int = 0
     bytes: int = 0
@@ -48,7 +50,8 @@ class Pace:
             return ""
         workers = max(self.parallel, 1) * self.processes
         able = [workers * images / s if s else float("inf") for s in seconds]
-        together = workers * images / sum(seconds)
+        beside = self.loader != "torch"  # threads that read while others decode
+        together = workers * images / (max(seconds[0], sum(seconds[1:])) if beside else sum(seconds))
         needed = rate / max(1 - wait, 0.01)
         worst = seconds.index(max(seconds))
         megabytes = size / images * able[0] / 1e6
@@ -56,7 +59,7 @@ class Pace:
         if able[0] != float("inf"):
             parts[0] += f" ({megabytes:,.0f} MB/s)"
         who = f"{self.parallel} worker{'s' * (self.parallel > 1)}" if self.parallel else "the training process"
-        who = "DALI" if self.dali else who
+        who = {"dali": "DALI", "nvjpeg": "torchvision's decoder in the training process"}.get(self.loader, who)
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         head = (
             f"training waits {wait:.0%} of the time for data. Images/s that {who}{each} could give, each stage alone: "
@@ -68,15 +71,13 @@ class Pace:
         cores = max(len(os.sched_getaffinity(0)) // self.local_processes, 1)
         if not self.parallel:
             return f"Loading and training take turns (--workers 0): try --workers {min(4, cores)}."
-        if together > 1.2 * needed and not self.dali:
+        if self.loader != "torch":
+            return self._advice_without_workers(worst, cores)
+        if together > 1.2 * needed:
             return (
                 "The workers are fast enough: what is slow lies between them and training (the first batches after a "
                 "start, the copy to the device, shared memory, or another process of the job)."
             )
-        if self.dali:
-            name = "reading" if worst == 0 else "DALI's decoding and resizing"
-            how = self._reading() if worst == 0 else "more --workers give DALI more threads"
-            return f"The bottleneck is {name}: {how}."
         wanted = max(self.parallel + 1, math.ceil(self.parallel * needed / together))
         if worst == 0:
             more = f"--workers {min(wanted, 4 * cores)} to wait for several at once; " if wanted > self.parallel else ""
@@ -91,6 +92,16 @@ class Pace:
         return (
             f"The bottleneck is {STAGES[worst]}, and the {cores} processors of this process are all in use{crowded}: "
             f"more processors{more}."
+        )
+
+    def _advice_without_workers(self, worst: int, cores: int) -> str:
+        if worst == 0:
+            return f"The bottleneck is reading: more --workers, which are threads that read here; {self._reading()}."
+        if self.loader == "dali":
+            return "The bottleneck is DALI's decoding and resizing: more --workers give DALI more threads."
+        return (
+            f"The bottleneck is {STAGES[worst]}, which --loader nvjpeg does a batch at a time between the training "
+            f"steps: --loader dali does it on the GPU beside them, --loader torch --workers {cores} on the processors."
         )
 
     def _reading(self) -> str:

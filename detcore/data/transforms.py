@@ -76,14 +76,43 @@ def decode(data: np.ndarray, *, path: Path, image_id: int, size: tuple[int, int]
     return image
 
 
+def is_plain_jpeg(data: np.ndarray, *, size: tuple[int, int]) -> bool:
+    """Whether a file is a JPEG that a GPU's decoder takes for the same picture as libjpeg, of (height, width).
+
+    Baseline or progressive, 8 bits, three components coded as YCbCr with a common subsampling, and complete.
+    """
+    if data[:2].tobytes() != b"\xff\xd8":
+        return False
+    try:
+        at = _jpeg_frame(memoryview(data))
+    except ValueError:
+        return False
+    frame, before = data[at : at + 19].tolist(), data[:at].tobytes()
+    if len(frame) < 19 or frame[1] not in (0xC0, 0xC2) or frame[4] != 8 or frame[9] != 3:
+        return False
+    if frame[11] not in (0x11, 0x12, 0x21, 0x22, 0x41) or frame[14] != 0x11 or frame[17] != 0x11:
+        return False
+    adobe = before.find(b"\xff\xee\x00\x0eAdobe")
+    if bytes(frame[10:19:3]) == b"RGB" or (adobe >= 0 and before[adobe + 15 : adobe + 16] != b"\x01"):
+        return False
+    found = (int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big"))
+    return found == size and size[0] * size[1] <= MOST_PIXELS and data[at:].tobytes().rfind(b"\xff\xd9") >= 0
+
+
 def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    """Height and width in the frame header of a JPEG file, found as libjpeg finds it. ValueError if there is none."""
+    """Height and width in the frame header of a JPEG file. ValueError if there is none."""
+    at = _jpeg_frame(data)
+    return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+
+
+def _jpeg_frame(data: memoryview) -> int:
+    """Where the frame header of a JPEG file begins, found as libjpeg finds it. ValueError if there is none."""
     at = 2
     while at + 9 <= len(data):
         if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF):  # bytes between segments are skipped
             at += 1
         elif data[at + 1] in _FRAME_HEADERS:
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            return at
         elif data[at + 1] in _WITHOUT_LENGTH:
             at += 2
         else:

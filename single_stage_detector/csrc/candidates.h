@@ -1,7 +1,7 @@
 // From the logits of all levels to the best (anchor, class) pairs of each.
 //
-// The best pairs of a level can only stand in its best anchors by their best class, so the wide logits are read once, for
-// that class; then only the rows of the chosen anchors are read again.
+// The best pairs of a level can only stand in its best anchors by their best class, so the wide logits are read once,
+// for that class; then only the rows of the chosen anchors are read again.
 #pragma once
 
 #include <cstring>
@@ -121,8 +121,8 @@ struct Candidates {
   }
 };
 
-// Writes a pair, or where anchor < 0 none, to an output place. The deltas are copied as they are: 4 of delta_bytes each,
-// which are delta_bytes words of 4 bytes.
+// Writes a pair, or where anchor < 0 none, to an output place. The deltas are copied as they are: 4 of delta_bytes
+// each, which are delta_bytes words of 4 bytes.
 template <typename T>
 HOST_DEVICE void write_pair(const Levels& levels, const Found& found, int delta_bytes, int64_t image, int level,
                             int64_t slot, int64_t anchor, int64_t label) {

@@ -12,9 +12,8 @@ struct Ranked {
 // Leaves the `most` best, in the order of their indices. Of equal keys the lower index is the better.
 static void keep_best(std::vector<Ranked>& all, int64_t most) {
   if (static_cast<int64_t>(all.size()) <= most) return;
-  std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), [](const Ranked& a, const Ranked& b) {
-    return a.key != b.key ? a.key > b.key : a.index < b.index;
-  });
+  std::nth_element(all.begin(), all.begin() + (most - 1), all.end(),
+                   [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key > b.key : a.index < b.index; });
   all.resize(most);
   std::sort(all.begin(), all.end(), [](const Ranked& a, const Ranked& b) { return a.index < b.index; });
 }

@@ -5,13 +5,13 @@
 namespace detcore {
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kRowLanes = 8;     // threads that share a row of logits
-constexpr int kThreads = 1024;   // of the block that selects in one image and level
-constexpr int kBatch = 9;        // keys that a thread loads at once: 9 x 32 columns hold OpenImages' 264 classes
+constexpr int kRowLanes = 8;    // threads that share a row of logits
+constexpr int kThreads = 1024;  // of the block that selects in one image and level
+constexpr int kBatch = 9;       // keys that a thread loads at once: 9 x 32 columns hold OpenImages' 264 classes
 constexpr int kColumns = 32 * kBatch;
 
-// The key of the best class of every anchor, [N, A]; 0 for none above the floor or with a NaN. Unit: Pack<T>, or T where
-// rows are no multiple of 16 bytes.
+// The key of the best class of every anchor, [N, A]; 0 for none above the floor or with a NaN. Unit: Pack<T>, or T
+// where rows are no multiple of 16 bytes.
 template <typename T, typename Unit>
 __global__ void best_kernel(Levels levels, Key* best) {
   constexpr int kPer = sizeof(Unit) / sizeof(T);
@@ -24,7 +24,8 @@ __global__ void best_kernel(Levels levels, Key* best) {
     int level = 0;
     while (level + 1 < levels.count && anchor >= levels.first[level + 1]) ++level;
     const int64_t here = image * levels.anchors[level] + anchor - levels.first[level];
-    const Unit* units = reinterpret_cast<const Unit*>(static_cast<const T*>(levels.logits[level]) + here * levels.classes);
+    const Unit* units =
+        reinterpret_cast<const Unit*>(static_cast<const T*>(levels.logits[level]) + here * levels.classes);
     const int count = static_cast<int>(levels.classes / kPer);
 #pragma unroll 4
     for (int u = threadIdx.x % kRowLanes; u < count; u += kRowLanes) {
@@ -84,21 +85,26 @@ struct PairKeys {
   }
 };
 
-// Calls f(row, column of the first key, keys) for all keys; each warp goes through its own run of rows, in order. The
-// keys of a thread are 32 columns apart.
+// Calls f(row, column, key) for all keys; each warp goes through its own run of rows, in order, with its lanes side by
+// side in a row. They all call f together, with 0 past the end of the row.
 template <typename Keys, typename F>
 __device__ void for_keys(const Keys& keys, F&& f) {
   constexpr int warps = kThreads / 32;
   const int64_t warp = threadIdx.x / 32;
   const int64_t last = keys.rows() * (warp + 1) / warps;
-  const int columns = keys.columns();
+  const int columns = keys.columns(), lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t row = keys.rows() * warp / warps; row < last; ++row) {
     for (int start = 0; start < columns; start += kColumns) {
-      Key batch[kBatch];
-      const int first = start + static_cast<int>(threadIdx.x % 32);
+      Key batch[kBatch];  // loaded together, so that the warp waits once
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) batch[u] = first + 32 * u < columns ? keys.key(row, first + 32 * u) : 0;
-      f(row, first, batch);
+      for (int u = 0; u < kBatch; ++u) {
+        const int column = start + 32 * u + lane;
+        batch[u] = column < columns ? keys.key(row, column) : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (start + 32 * u < columns) f(row, start + 32 * u + lane, batch[u]);
+      }
     }
   }
 }
@@ -109,8 +115,8 @@ struct Limit {
   uint32_t ties;
 };
 
-// Finds, from the highest on, the bin in which the `wanted`-th key falls, and how many stand in those above. By the first
-// warp; a lane has 8 bins.
+// Finds, from the highest on, the bin in which the `wanted`-th key falls, and how many stand in those above. By the
+// first warp; a lane has 8 bins.
 __device__ inline void find_digit(Scratch& s, uint32_t wanted) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   uint32_t own = 0;
@@ -130,7 +136,8 @@ __device__ inline void find_digit(Scratch& s, uint32_t wanted) {
   }
 }
 
-// The limit of the `wanted` largest keys above 0; {0, 0} if there are no more than that. Radix selection, 8 bits a pass.
+// The limit of the `wanted` largest keys above 0; {0, 0} if there are no more than that. Radix selection, 8 bits a
+// pass.
 template <int kBits, typename Keys>
 __device__ Limit find_limit(const Keys& keys, uint32_t wanted, Scratch& s) {
   Key prefix = 0;
@@ -138,12 +145,8 @@ __device__ Limit find_limit(const Keys& keys, uint32_t wanted, Scratch& s) {
     __syncthreads();
     for (int bin = threadIdx.x; bin < 256; bin += kThreads) s.histogram[bin] = 0;
     __syncthreads();
-    for_keys(keys, [&](int64_t, int, const Key* batch) {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const uint64_t key = batch[u];
-        if (key != 0 && key >> (shift + 8) == prefix) atomicAdd(&s.histogram[key >> shift & 255], 1u);
-      }
+    for_keys(keys, [&](int64_t, int, uint64_t key) {
+      if (key != 0 && key >> (shift + 8) == prefix) atomicAdd(&s.histogram[key >> shift & 255], 1u);
     });
     __syncthreads();
     if (threadIdx.x < 32) find_digit(s, wanted);
@@ -155,18 +158,16 @@ __device__ Limit find_limit(const Keys& keys, uint32_t wanted, Scratch& s) {
   return {prefix, wanted};
 }
 
-// Calls emit(row, column, place) for every selected key; places count up in the order of the keys. Returns their number.
+// Calls emit(row, column, place) for every selected key; places count up in the order of the keys. Returns their
+// number.
 template <typename Keys, typename Emit>
 __device__ uint32_t emit_selected(const Keys& keys, const Limit limit, Scratch& s, Emit&& emit) {
   const int warp = static_cast<int>(threadIdx.x / 32);
   const uint32_t earlier = (1u << (threadIdx.x % 32)) - 1;
   uint32_t above = 0, equal = 0;
-  for_keys(keys, [&](int64_t, int, const Key* batch) {
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      above += __popc(__ballot_sync(kAll, batch[u] > limit.key));
-      equal += __popc(__ballot_sync(kAll, limit.key != 0 && batch[u] == limit.key));
-    }
+  for_keys(keys, [&](int64_t, int, Key key) {
+    above += __popc(__ballot_sync(kAll, key > limit.key));
+    equal += __popc(__ballot_sync(kAll, limit.key != 0 && key == limit.key));
   });
   __syncthreads();
   if (threadIdx.x % 32 == 0) {
@@ -181,18 +182,15 @@ __device__ uint32_t emit_selected(const Keys& keys, const Limit limit, Scratch& 
     above += w < warp ? s.above[w] : 0;
     equal += w < warp ? s.equal[w] : 0;
   }
-  for_keys(keys, [&](int64_t row, int first, const Key* batch) {
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const bool is_above = batch[u] > limit.key, is_equal = limit.key != 0 && batch[u] == limit.key;
-      const uint32_t aboves = __ballot_sync(kAll, is_above), equals = __ballot_sync(kAll, is_equal);
-      const uint32_t ties = equal + __popc(equals & earlier);
-      if (is_above || (is_equal && ties < limit.ties)) {
-        emit(row, first + 32 * u, above + __popc(aboves & earlier) + (ties < limit.ties ? ties : limit.ties));
-      }
-      above += __popc(aboves);
-      equal += __popc(equals);
+  for_keys(keys, [&](int64_t row, int column, Key key) {
+    const bool is_above = key > limit.key, is_equal = limit.key != 0 && key == limit.key;
+    const uint32_t aboves = __ballot_sync(kAll, is_above), equals = __ballot_sync(kAll, is_equal);
+    const uint32_t ties = equal + __popc(equals & earlier);
+    if (is_above || (is_equal && ties < limit.ties)) {
+      emit(row, column, above + __popc(aboves & earlier) + (ties < limit.ties ? ties : limit.ties));
     }
+    above += __popc(aboves);
+    equal += __popc(equals);
   });
   return all + limit.ties;
 }

@@ -55,13 +55,11 @@ def _from_floor(logits: Tensor, floor: float) -> Tensor:
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row [N, M] and their places, in the order of the places; of equal ones the first.
 
-    Minus infinity is no value: it comes last, with place 0. A CPU, where looking costs nothing, returns fewer columns
-    if no row has so many.
+    Minus infinity is no value: it comes last, with place 0. Fewer columns if no row needs so many and `_fullest` sees
+    it.
     """
     length = values.shape[1]
-    count = min(count, length)
-    if values.device.type == "cpu":
-        count = min(count, max(1, *(values > -torch.inf).sum(1).tolist(), 1))
+    count = min(count, _fullest(values > -torch.inf))
     bits = (values + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
     rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the values
     places = torch.arange(length, device=values.device)
@@ -70,6 +68,11 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     none = at == length
     at = at.masked_fill(none, 0)
     return values.gather(1, at).masked_fill(none, -torch.inf), at
+
+
+def _fullest(alive: Tensor) -> int:
+    """The most True in a row of [N, M], at least 1; M where only waiting for the device would tell."""
+    return max(1, 1, *alive.sum(1).tolist()) if alive.device.type == "cpu" else alive.shape[1]
 
 
 def _floor(score_thresh: float) -> float:
@@ -101,7 +104,7 @@ def candidates(
     best, anchors, labels, here = found
     scores = torch.sigmoid(best)
     scores = torch.where((scores > score_thresh) & ~best.isneginf(), scores, -1)
-    scores, order = scores.sort(1, descending=True, stable=True)
+    scores, order = scores.sort(stable=True, dim=1, descending=True)
     here = here.gather(1, order[..., None].expand(-1, -1, 4))
     return scores, anchors.gather(1, order), labels.gather(1, order), here
 

@@ -5,11 +5,13 @@ import hashlib
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
+from detcore.ops.bias_relu import bias_relu, bias_relu_reference
 from detcore.resnet import BACKBONES, NORMS, ResNet, load_backbone, load_exactly, weights_file_name
 
 
@@ -52,6 +54,63 @@ def test_features_and_gradients_equal_torchvisions(name, norm):
         torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_convolutions_that_leave_their_bias_to_the_op(name, implementation, monkeypatch):
+    """As on a GPU: float32 features and gradients, and nothing but masks and the convolutions' inputs kept."""
+    used = []
+
+    def spy(*inputs):
+        used.append(len([i for i in inputs if i is not None]))
+        return bias_relu(*inputs)
+
+    for module in ("detcore.ops.bias_relu", "detcore.resnet"):
+        monkeypatch.setattr(f"{module}.bias_relu", spy)
+        monkeypatch.setattr(f"{module}.leaves_bias", lambda x, conv: True)
+    ours, theirs = twin(name, "frozen")
+    device, layout = implementation.device, torch.channels_last
+    ours, theirs = ours.to(device, memory_format=layout), theirs.to(device, memory_format=layout)
+    x = torch.randn(1, 3, 64, 40, generator=torch.Generator().manual_seed(2)).to(device, memory_format=layout)
+    features, expected = ours(x), list(theirs(x).values())
+    blocks = {"resnet18": 8, "resnext50_32x4d": 16}[name]
+    assert (used.count(2), used.count(3)) == (1 + (1 if name == "resnet18" else 2) * blocks, blocks)
+    for own, other in zip(features, expected):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    sum(f.mean() for f in features).backward()
+    sum(f.mean() for f in expected).backward()
+    gradients = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        scale = gradients[key].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_maximum_before_bias_and_relu_changes_nothing(implementation, monkeypatch, dtype):
+    model = twin("resnet18", "frozen")[0].to(implementation.device, dtype)
+    x = torch.randn(2, 3, 37, 50, generator=torch.Generator().manual_seed(4)).to(implementation.device, dtype)
+    weight = model.conv1.weight * model.bn1.scale.view(-1, 1, 1, 1)
+    convolved = F.conv2d(x, weight, None, 2, 3)
+    expected = model.maxpool(bias_relu_reference(convolved, model.bn1.shift))
+    monkeypatch.setattr("detcore.resnet.leaves_bias", lambda x, conv: True)
+    assert torch.equal(model._stem(x), expected)
+
+
+def test_folded_norms_follow_loading_and_types():
+    ours, theirs = twin("resnet18", "frozen")
+    norm, expected = ours.layer3[1].bn2, theirs["layer3"][1].bn2
+    x = torch.randn(2, norm.scale.numel(), 3, 3)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        norm, expected, x = norm.to(dtype), expected.to(dtype), x.to(dtype)
+        folded = x * norm.scale.view(-1, 1, 1) + norm.shift.view(-1, 1, 1)
+        torch.testing.assert_close(folded, FrozenBatchNorm2d.forward(expected, x), rtol=1e-6, atol=1e-6)
+        assert norm.scale.dtype == dtype
+    assert torch.equal(norm.scale, norm.weight * (norm.running_var + norm.eps).rsqrt())
+    address = norm.scale.data_ptr()
+    state = {**norm.state_dict(), "running_var": torch.full_like(norm.running_var, 4 - norm.eps)}
+    norm.load_state_dict(state)
+    assert torch.equal(norm.scale, norm.weight / 2) and norm.scale.data_ptr() == address
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_parameter_names_and_shapes_are_torchvisions(name):
     with torch.device("meta"):
@@ -71,6 +130,15 @@ def test_frozen_layers():
         assert trainable(ResNet("resnet18", "frozen", count)) == set(order[:count])
     assert trainable(ResNet("resnet18", "batch", 3)) == {"layer4", "layer3", "layer2"}
     assert all(p.requires_grad for p in ResNet("resnet18", "batch", 5).parameters())
+
+
+def test_frozen_layers_keep_nothing_for_the_backward():
+    model, saved = ResNet("resnet18", "frozen", 3), []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept):
+        before = model.layer1(model._stem(torch.randn(1, 3, 64, 64)))
+        assert not saved and not before.requires_grad
+        assert model.layer2(before).requires_grad
+    assert saved
 
 
 def test_frozen_norm_has_no_parameters_and_keeps_its_statistics():

@@ -115,10 +115,9 @@ static Tensor run(std::string name, const Tensor& in, int64_t blocks, int64_t th
   auto* to = static_cast<int64_t*>(out.data_ptr());
   using Kernel = void (*)(const int64_t*, int64_t*);
   const std::pair<const char*, Kernel> kernels[] = {
-      {"warp", warp_kernel},           {"early", early_kernel},           {"unset", unset_kernel},
-      {"race", race_kernel},           {"order", order_kernel},           {"divergent", divergent_kernel},
-      {"stuck", stuck_kernel},         {"gone", gone_kernel},             {"mask", mask_kernel},
-      {"misaligned", misaligned_kernel}, {"bounds", bounds_kernel}};
+      {"warp", warp_kernel},   {"early", early_kernel},           {"unset", unset_kernel},  {"race", race_kernel},
+      {"order", order_kernel}, {"divergent", divergent_kernel},   {"stuck", stuck_kernel},  {"gone", gone_kernel},
+      {"mask", mask_kernel},   {"misaligned", misaligned_kernel}, {"bounds", bounds_kernel}};
   if (name == "block") gpu.launch(&block_kernel, blocks, static_cast<int>(threads), from, to, in.numel());
   for (const auto& [known, kernel] : kernels) {
     if (name == known) gpu.launch(kernel, blocks, static_cast<int>(threads), from, to);

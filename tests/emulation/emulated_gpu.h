@@ -6,20 +6,20 @@
 // shows now and then:
 //   - blocks, and the threads of each block, run in a shuffled order (the same in every run);
 //   - all __shared__ memory holds 0xff bytes (NaN, -1) when a block starts;
-//   - misaligned accesses and indices outside of arrays are errors (with -fsanitize=alignment,bounds), and so are barriers
-//     that some of the threads never reach, different barriers at once, and shuffles from threads that have returned.
-// Errors arrive in Python as RuntimeError with the line of the .cu file. Not emulated: 2-D and 3-D launches, dynamic shared
-// memory, streams, memory fences, textures, tensor cores.
+//   - misaligned accesses and indices outside of arrays are errors (with -fsanitize=alignment,bounds);
+//   - so are barriers that some threads never reach, different barriers at once, shuffles from threads that returned.
+// Errors arrive in Python as RuntimeError with the line of the .cu file. Not emulated: 2-D and 3-D launches, dynamic
+// shared memory, streams, memory fences, textures, tensor cores.
 #pragma once
 
+#include <link.h>
+#include <sys/mman.h>
+#include <ucontext.h>
 #include <csetjmp>
 #include <cstring>
-#include <link.h>
 #include <mutex>
 #include <random>
-#include <sys/mman.h>
 #include <type_traits>
-#include <ucontext.h>
 #include <vector>
 
 #define __global__
@@ -390,15 +390,15 @@ T __ldg(const T* from) {
 }
 
 // The types for which CUDA has them; each returns what was there before.
-#define EMULATED_ATOMIC(name, type, result)         \
-  inline type name(type* at, type value) {          \
-    const type before = *at;                        \
-    *at = result;                                   \
-    return before;                                  \
+#define EMULATED_ATOMIC(name, type, result) \
+  inline type name(type* at, type value) {  \
+    const type before = *at;                \
+    *at = result;                           \
+    return before;                          \
   }
-#define EMULATED_ATOMIC_INTEGERS(name, result)              \
-  EMULATED_ATOMIC(name, int, result)                        \
-  EMULATED_ATOMIC(name, unsigned, result)                   \
+#define EMULATED_ATOMIC_INTEGERS(name, result) \
+  EMULATED_ATOMIC(name, int, result)           \
+  EMULATED_ATOMIC(name, unsigned, result)      \
   EMULATED_ATOMIC(name, unsigned long long, result)
 EMULATED_ATOMIC_INTEGERS(atomicAdd, before + value)
 EMULATED_ATOMIC_INTEGERS(atomicMax, before > value ? before : value)

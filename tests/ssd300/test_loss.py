@@ -254,3 +254,16 @@ def test_the_public_op_is_its_reference_here():
     arguments = (deltas, logits, PRIORS, boxes, labels, matched)
     for own, other in zip(multibox_loss(*arguments), multibox_loss_reference(*arguments)):
         torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("m", [0, 3])
+def test_shapes_come_from_shapes_alone(m):
+    """Tensors without values stand for those of a device where reading one would wait, and XLA's."""
+    deltas = torch.empty(2, 8732, 4, device="meta", requires_grad=True)
+    logits = torch.empty(2, 8732, 5, device="meta", requires_grad=True)
+    boxes = torch.empty(2, m, 4, device="meta")
+    labels = torch.empty(2, m, dtype=torch.int64, device="meta")
+    found = losses((deltas, logits), PRIORS.to("meta"), boxes, labels)
+    assert found["box"].shape == found["cls"].shape == ()
+    sum(found.values()).backward()
+    assert logits.grad.shape == logits.shape

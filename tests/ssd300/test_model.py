@@ -11,6 +11,7 @@ from torchvision.models import get_model
 from detcore import UserError
 from detcore.resnet import load_backbone
 from ssd300.anchors import priors
+from ssd300.loss import losses
 from ssd300.model import BACKBONES, CUT_LAYERS, MEAN, SSD300, STD, load_original_state
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ssd300.json").read_text())
@@ -192,6 +193,23 @@ def test_channels_last_and_half_precision():
     assert mixed[0].dtype == torch.bfloat16
     for own, other in zip(mixed, expected):
         assert (own - other).abs().max() < 0.1 * other.abs().max()
+
+
+def test_a_few_steps_learn_a_batch():
+    torch.manual_seed(0)
+    model = SSD300("resnet18", 3).train()
+    boxes = torch.tensor([[[30.0, 40, 150, 200], [180, 60, 290, 140]], [[0.0] * 4, [0.0] * 4]])
+    labels = torch.tensor([[0, 2], [-1, -1]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=5e-3, momentum=0.9)
+    history = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = sum(losses(model(some_images()), model.priors, boxes, labels).values())
+        loss.backward()
+        history.append(loss.item())
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+    assert history[-1] < 0.8 * history[0]
 
 
 def test_wrong_choices():

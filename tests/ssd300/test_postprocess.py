@@ -173,3 +173,10 @@ def test_extreme_thresholds(score_thresh):
     made = some_outputs(3, 2, 2)
     found = postprocess(made, PRIORS, score_thresh=score_thresh)
     assert_equal_detections(found, oracle(*made, score_thresh=score_thresh))
+
+
+def test_shapes_come_from_shapes_alone():
+    """Tensors without values stand for those of a device where reading one would wait, and XLA's."""
+    made = torch.empty(2, 8732, 4, device="meta"), torch.empty(2, 8732, 5, device="meta")
+    boxes, scores, labels = postprocess(made, PRIORS.to("meta"), detections=7)
+    assert boxes.shape == (2, 7, 4) and scores.shape == labels.shape == (2, 7)

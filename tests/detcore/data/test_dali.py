@@ -70,7 +70,7 @@ class TestWithDali:
         pack.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
         packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
         arguments = {**TRAIN, "batch_size": 3, "rank": 1, "world_size": 2, "step": 0, "workers": workers}
-        clock = Pace(1, dali=True)
+        clock = Pace(1, loader="dali")
         first = list(itertools.islice(dali.train_batches(index, **arguments), 9))
         second = list(itertools.islice(dali.train_batches(packed, **arguments, pace=clock), 9))
         for a, b in zip(first, second, strict=True):

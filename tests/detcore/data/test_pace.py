@@ -70,10 +70,21 @@ def test_workers_that_are_fast_enough():
 
 
 def test_dali():
-    words = pace(1, 40, 0, workers=1, dali=True).words(2, 0.5)
+    words = pace(1, 40, 0, workers=1, loader="dali").words(2, 0.5)
     assert "DALI could give" in words and "resizing and flipping" not in words
     assert "bottleneck is DALI's decoding and resizing: more --workers" in words
-    assert "bottleneck is reading: pack the images" in pace(40, 1, 0, workers=1, dali=True).words(2, 0.5)
+    assert "bottleneck is reading: more --workers" in pace(40, 1, 0, workers=1, loader="dali").words(2, 0.5)
+
+
+def test_nvjpeg_names_the_alternatives():
+    words = pace(2, 40, 10, workers=1, loader="nvjpeg").words(2, 0.5)
+    assert "torchvision's decoder in the training process could give reading" not in words
+    assert "that torchvision's decoder in the training process could give" in words and "all together 2;" in words
+    assert "bottleneck is decoding, which --loader nvjpeg does a batch at a time" in words
+    assert "--loader dali does it on the GPU beside them" in words and "--loader torch --workers 16" in words
+    reading = pace(40, 4, 1, workers=1, loader="nvjpeg", sharded=True).words(2, 0.5)
+    assert "all together 2;" in reading  # threads read while the batch before is decoded
+    assert "bottleneck is reading: more --workers, which are threads" in reading and "--read-ahead" in reading
 
 
 def test_too_little_was_measured():

@@ -217,3 +217,29 @@ def test_box_arithmetic_in_float64():
 def test_no_boxes():
     got, keep = transforms.resize_boxes(np.empty((0, 4), np.float32), (5, 6), (7, 8), flip=True, min_box=0)
     assert got.shape == (0, 4) and keep.shape == (0,)
+
+
+class TestIsPlainJpeg:
+    def plain(self, data: bytes, height=HEIGHT, width=WIDTH) -> bool:
+        return transforms.is_plain_jpeg(np.frombuffer(data, np.uint8), size=(height, width))
+
+    @pytest.mark.parametrize("more", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}])
+    def test_colour(self, picture, more):
+        assert self.plain(encoded(picture, "JPEG", **more))
+
+    def test_grey_cmyk_rgb_and_others_are_not(self, picture):
+        assert not self.plain(encoded(picture.convert("L"), "JPEG"))
+        assert not self.plain(encoded(picture.convert("CMYK"), "JPEG"))
+        assert not self.plain(encoded(picture, "JPEG", keep_rgb=True))
+        assert not self.plain(encoded(picture, "PNG"))
+        assert not self.plain(b"") and not self.plain(b"\xff\xd8")
+
+    def test_of_another_size(self, picture):
+        assert not self.plain(encoded(picture, "JPEG"), width=HEIGHT, height=WIDTH)
+
+    @pytest.mark.parametrize("kept", [0.1, 0.3, 0.6, 0.9, 0.999])
+    def test_incomplete_even_with_a_whole_picture_in_its_exif(self, picture, kept):
+        exif = b"Exif\x00\x00" + encoded(picture.resize((16, 12)), "JPEG")
+        data = encoded(picture, "JPEG", exif=exif)
+        assert self.plain(data) and b"\xff\xd9" in data[: len(data) // 2]
+        assert not self.plain(data[: int(len(data) * kept)])

@@ -1,0 +1,144 @@
+// relu(x + bias (+ residual)) and its gradient; one bit a value is kept between the two.
+//
+// A value's place i is its place in memory: [N, H, W, C] for channels_last, [N, C, H, W] for contiguous tensors. Bit
+// i % 8 of byte i / 8 of the mask says that the gradient passes. A thread has 8 neighbours, so that a byte is its own.
+#pragma once
+
+#include <optional>
+
+#include "kernel.h"
+
+namespace detcore {
+
+constexpr int kGroup = 8;
+
+// 8 values, in one or two accesses of 16 bytes where kWhole, else the first `count` of them, one by one.
+template <typename T, bool kWhole>
+struct Group {
+  static constexpr int kPacks = kGroup * sizeof(T) / sizeof(Pack<T>);
+  union {
+    Pack<T> packs[kPacks];
+    T at[kGroup];
+  };
+
+  HOST_DEVICE Group() {}
+  HOST_DEVICE void load(const T* from, int count) {
+    if constexpr (kWhole) {
+      for (int k = 0; k < kPacks; ++k) packs[k] = reinterpret_cast<const Pack<T>*>(from)[k];
+    } else {
+      for (int k = 0; k < kGroup; ++k) at[k] = k < count ? from[k] : T(0.0f);
+    }
+  }
+  HOST_DEVICE void store(T* to, int count) const {
+    if constexpr (kWhole) {
+      for (int k = 0; k < kPacks; ++k) reinterpret_cast<Pack<T>*>(to)[k] = packs[k];
+    } else {
+      for (int k = 0; k < kGroup; ++k) {
+        if (k < count) to[k] = at[k];
+      }
+    }
+  }
+};
+
+// As torch.relu: NaN stays NaN and passes gradients, -0 stays -0 and passes none.
+HOST_DEVICE bool passes(float value) { return !(value <= 0.0f); }
+
+// The sum is rounded to T before the comparison, so that the bit agrees with what the output shows.
+template <typename T>
+HOST_DEVICE float bias_added(T x, float bias, T residual) {
+  return static_cast<float>(static_cast<T>((static_cast<float>(x) + bias) + static_cast<float>(residual)));
+}
+
+template <typename T>
+HOST_DEVICE float bias_added(T x, float bias) {
+  return static_cast<float>(static_cast<T>(static_cast<float>(x) + bias));
+}
+
+// ReLU of 8 sums in place; the mask's byte.
+template <typename T>
+HOST_DEVICE uint8_t rectify(const float* sums, T* out) {
+  unsigned bits = 0;
+  for (int k = 0; k < kGroup; ++k) {
+    out[k] = static_cast<T>(sums[k] < 0.0f ? 0.0f : sums[k]);
+    bits |= static_cast<unsigned>(passes(sums[k])) << k;
+  }
+  return static_cast<uint8_t>(bits);
+}
+
+template <typename T>
+HOST_DEVICE void mask_gradient(T* grad, uint8_t byte) {
+  for (int k = 0; k < kGroup; ++k) grad[k] = byte >> k & 1 ? grad[k] : T(0.0f);
+}
+
+// How a dense 4-D tensor lies in memory: the channel of place i is i / inner % channels.
+struct Places {
+  int64_t numel, channels, inner;
+
+  explicit Places(const Tensor& t) : numel(t.numel()) {
+    check(t.dim() == 4, "x must be [N, C, H, W]");
+    channels = t.size(1);
+    const bool last = dense(t, {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)});
+    check(last || t.is_contiguous(), "x must be channels_last or contiguous");
+    inner = last ? 1 : t.size(2) * t.size(3);
+  }
+
+  HOST_DEVICE int64_t channel(int64_t i) const { return i / inner % channels; }
+
+ private:
+  static bool dense(const Tensor& t, const int64_t (&strides)[4]) {
+    for (int d = 0; d < 4; ++d) {
+      if (t.numel() > 0 && t.size(d) > 1 && t.stride(d) != strides[d]) return false;
+    }
+    return true;
+  }
+};
+
+// The arguments of both implementations, checked. mask: uint8 [ceil(numel / 8)], or [0] where none is asked for.
+struct BiasRelu {
+  Places places;
+  Tensor out, mask;
+  const void* x;
+  const void* residual;
+  const float* bias;
+
+  BiasRelu(const Tensor& x_, const Tensor& bias_, const std::optional<Tensor>& residual_, bool keep)
+      : places(x_),
+        out(torch::stable::empty_like(x_)),
+        mask(torch::stable::empty({keep ? ceil_div(places.numel, kGroup) : 0}, ScalarType::Byte, std::nullopt,
+                                  x_.device())),
+        x(x_.data_ptr()),
+        residual(residual_ ? residual_->data_ptr() : nullptr),
+        bias(static_cast<const float*>(contiguous(bias_, "bias").data_ptr())) {
+    check(bias_.scalar_type() == ScalarType::Float && bias_.numel() == places.channels,
+          "bias must be float32 of one value a channel");
+    if (residual_) {
+      check(residual_->scalar_type() == x_.scalar_type() && residual_->dim() == 4, "the residual must be like x");
+      for (int d = 0; d < 4; ++d) {
+        check(residual_->size(d) == x_.size(d) && (x_.size(d) == 1 || residual_->stride(d) == x_.stride(d)),
+              "the residual must have the shape and layout of x");
+      }
+    }
+  }
+
+  uint8_t* bits() const { return mask.numel() > 0 ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr; }
+};
+
+// Arguments of the gradient, checked. dbias: float32 [C], or [0] where none is asked for.
+struct BiasReluBackward {
+  Places places;
+  Tensor dx, dbias;
+  const uint8_t* bits;
+
+  BiasReluBackward(const Tensor& grad, const Tensor& mask, bool sums)
+      : places(grad),
+        dx(torch::stable::empty_like(grad)),
+        dbias(torch::stable::empty({sums ? places.channels : 0}, ScalarType::Float, std::nullopt, grad.device())),
+        bits(static_cast<const uint8_t*>(contiguous(mask, "mask").data_ptr())) {
+    check(mask.scalar_type() == ScalarType::Byte && mask.numel() == ceil_div(places.numel, kGroup),
+          "mask must be uint8 of one bit a value");
+  }
+
+  float* sums() const { return dbias.numel() > 0 ? static_cast<float*>(dbias.data_ptr()) : nullptr; }
+};
+
+}  // namespace detcore

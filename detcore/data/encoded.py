@@ -1,0 +1,65 @@
+"""The encoded image files of one batch after the other, read by threads while earlier batches are decoded."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from detcore.data.loader import EvalPlan, TrainPlan
+
+AHEAD = 2
+
+
+class EncodedFiles:
+    """Iterates over what a plan chooses for each key: positions int64 [n], mirrored bool [n], n files uint8 [bytes].
+
+    AHEAD batches more than was asked for are being read; an error of reading is raised with its own batch. The pool's
+    threads start with the first batch; `close` ends them.
+    """
+
+    def __init__(self, plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], threads: int) -> None:
+        self.plan, self.keys, self.threads = plan, keys, threads
+        self.pool = ThreadPoolExecutor(threads)
+        self.coming: deque[tuple[np.ndarray, np.ndarray, list[Future]]] = deque()
+        self.seconds, self.bytes, self.waited = 0.0, 0, 0.0
+
+    def __iter__(self) -> "EncodedFiles":
+        return self
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        while len(self.coming) <= AHEAD and (key := next(self.keys, None)) is not None:
+            images, flips = self.plan.choose(*key)
+            self.coming.append((images, flips, [self.pool.submit(self._read, i) for i in images.tolist()]))
+        if not self.coming:
+            raise StopIteration
+        images, flips, reads = self.coming.popleft()
+        begin = time.perf_counter()
+        done = [read.result() for read in reads]
+        self.waited += time.perf_counter() - begin
+        self.seconds += sum(seconds for _, seconds in done) / self.threads
+        files = [data for data, _ in done]
+        self.bytes += sum(map(len, files))
+        return images, flips, files
+
+    def spent(self) -> tuple[int, float, float]:
+        """Bytes; seconds that the threads needed, all reading at once; seconds waited for them; since the last call."""
+        spent = self.bytes, self.seconds, self.waited
+        self.seconds, self.bytes, self.waited = 0.0, 0, 0.0
+        return spent
+
+    def facts(self, i: int) -> dict[str, Any]:
+        """Path, id and (height, width) of the image at a position, as `transforms.decode` takes them."""
+        index = self.plan.index
+        size = (int(index.heights[i]), int(index.widths[i]))
+        return {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size}
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, i: int) -> tuple[np.ndarray, float]:
+        begin = time.perf_counter()
+        data = self.plan.index.read(i)
+        return data, time.perf_counter() - begin

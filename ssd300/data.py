@@ -1,0 +1,67 @@
+"""The data sets of SSD300, and the way from a model to its COCO metrics."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from detcore import detection
+from detcore.backend import Backend
+from detcore.data import Batch
+from detcore.data.coco import CocoIndex
+from detcore.data.pace import Pace
+from detcore.detection import Detector, open_index
+from detcore.task import Context, Data
+from ssd300 import config as constants
+from ssd300.config import Config
+from ssd300.postprocess import postprocess
+
+__all__ = ["DETECTOR", "class_count", "detect", "open_data", "open_index", "train_stream"]
+
+
+def _postprocess(model: nn.Module, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return postprocess(
+        outputs,
+        model.priors,
+        score_thresh=constants.SCORE_THRESHOLD,
+        per_class=constants.TOPK_PER_CLASS,
+        nms_thresh=constants.NMS_THRESHOLD,
+        detections=constants.DETECTIONS_PER_IMAGE,
+    )
+
+
+def _train_options(config: Config) -> dict[str, Any]:
+    return {"hflip": 0.5}
+
+
+def _window(config: Config, height: int, width: int) -> tuple[int, int, int, int]:
+    """All of an image, or with --legacy the square in its middle."""
+    if not config.legacy:
+        return 0, 0, height, width
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+DETECTOR = Detector(_postprocess, _train_options, synthetic_classes=80, window=_window)
+
+
+def class_count(config: Config) -> int:
+    """As `detection.class_count`."""
+    return detection.class_count(DETECTOR, config)
+
+
+def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
+    """As `detection.detect`; 200 rows an image."""
+    return detection.detect(DETECTOR, model, batch, backend, category_ids)
+
+
+def train_stream(
+    config: Config, index: CocoIndex, context: Context, epoch: int, step: int, pace: Pace | None = None
+) -> Iterator[Batch]:
+    """As `detection.train_stream`."""
+    return detection.train_stream(DETECTOR, config, index, context, epoch, step, pace)
+
+
+def open_data(config: Config, context: Context) -> Data:
+    """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0."""
+    return detection.open_data(DETECTOR, config, context)

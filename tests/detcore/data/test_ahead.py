@@ -1,0 +1,211 @@
+"""Batches one step ahead: when they are fetched, where errors and the end come, and which stream waits for which."""
+
+import contextlib
+
+import pytest
+import torch
+
+from detcore import backend
+from detcore.data import Batch
+from detcore.data.ahead import one_ahead
+from detcore.data.synthetic import synthetic_batches
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def batch(value: int) -> Batch:
+    """Everything holds `value`; two boxes of 40 rows are real."""
+    labels = torch.full((2, 40), -1)
+    labels[:, :2] = value
+    return Batch(
+        images=torch.full((2, 8, 8, 3), value, dtype=torch.uint8).permute(0, 3, 1, 2),
+        boxes=torch.full((2, 40, 4), float(value)),
+        labels=labels,
+        image_id=torch.full((2,), value),
+        size=torch.full((2, 2), value),
+    )
+
+
+class Source:
+    """A stream of numbers that notes what is asked of it."""
+
+    def __init__(self, count: int, error: Exception | None = None) -> None:
+        self.count, self.error, self.taken, self.closed = count, error, 0, False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.taken == self.count:
+            raise self.error or StopIteration
+        self.taken += 1
+        return self.taken
+
+    def close(self):
+        self.closed = True
+
+
+def test_nothing_is_fetched_before_it_is_asked_for_and_then_one_more():
+    source = Source(5)
+    stream = one_ahead(source, next, lambda sent: sent)
+    assert source.taken == 0
+    assert [(next(stream), source.taken) for _ in range(5)] == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
+    assert next(stream, None) is None and source.closed
+
+
+def test_an_error_comes_at_its_own_place():
+    source = Source(2, ValueError("third"))
+    stream = one_ahead(source, next, lambda sent: sent)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(ValueError, match="third"):
+        next(stream)
+    assert source.closed and next(stream, None) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_short_streams(count):
+    assert list(one_ahead(iter(range(count)), next, lambda sent: sent)) == list(range(count))
+
+
+def test_closing_closes_the_source():
+    source = Source(9)
+    stream = one_ahead(source, next, lambda sent: sent)
+    next(stream)
+    stream.close()
+    assert source.closed
+
+
+def test_the_cpu_gets_the_stream_itself():
+    source = Source(3)
+    assert backend.select("cpu", "fp32").ahead(source) is source
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Stands in for a GPU's streams on the CPU; what is asked of them, in order."""
+    told: list = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def record_event(self):
+            told.append(f"{self.name} records")
+            return object()
+
+        def wait_event(self, event):
+            told.append(f"{self.name} waits")
+
+    @contextlib.contextmanager
+    def entered(stream):
+        told.append(f"in {stream.name}")
+        yield
+        told.append(f"out of {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"used on {stream.name}"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: told.append("pinned") or tensor)
+    return told
+
+
+class StandIn(backend.Backend):
+    is_gpu = True
+
+
+def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(told):
+    def source():
+        for value in range(2):
+            told.append(f"fetch {value}")
+            yield batch(value)
+
+    stream = StandIn(torch.device("cpu"), "fp32").ahead(source())
+    assert told == []
+    send = lambda n: ["in side", f"fetch {n}", *["pinned"] * 5, "side records", "out of side"]  # noqa: E731
+    receive = ["main waits", *["used on main"] * 5]
+    first = next(stream)
+    assert told == [*send(0), *send(1), *receive]
+    assert first.boxes.shape == (2, 32, 4) and torch.equal(first.images, batch(0).images)
+    told.clear()
+    assert next(stream).image_id.tolist() == [1, 1]
+    assert told == ["in side", *receive]  # the source has ended
+    assert next(stream, None) is None
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_batches_on_a_gpu_are_those_of_the_source_though_it_is_busy():
+    """Each is read only after a long computation, and dropped before that has run, while the next ones are copied."""
+    device = backend.select("cuda", "fp32")
+    values = [torch.randint(0, 256, (4, 256, 256, 3), dtype=torch.uint8) for _ in range(12)]
+    one = next(synthetic_batches(5, (256, 256), 4, 40, seed=0))
+    stream = device.ahead(one._replace(images=pixels.pin_memory().permute(0, 3, 1, 2)) for pixels in values)
+    load, sums, copies = torch.randn(4096, 4096, device="cuda"), [], []
+    for got in stream:
+        assert got.images.is_contiguous(memory_format=torch.channels_last) and got.labels.is_cuda
+        for _ in range(10):
+            load = torch.tanh(load @ load)
+        sums.append(got.images.double().sum() + 0 * load.sum())
+        copies.append(got.images.clone())
+        del got
+    assert [int(s) for s in sums] == [int(v.double().sum()) for v in values]
+    assert all(torch.equal(c.cpu().permute(0, 2, 3, 1), v) for c, v in zip(copies, values, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_gets_the_same_values_as_without_ahead():
+    device = backend.select("cuda", "fp32")
+    plain = [device.to_device(batch(n)) for n in range(5)]
+    for a, b in zip(plain, device.ahead(batch(n) for n in range(5)), strict=True):
+        assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(a, b, strict=True))
+
+
+class TestLargestBatch:
+    def tried(self, device: str, start: int, limit: int, most: int) -> tuple[int, list[int]]:
+        sizes: list[int] = []
+
+        def try_batch(size: int) -> None:
+            sizes.append(size)
+            if size > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return backend.Backend(torch.device(device), "fp32").largest_batch(try_batch, start, limit), sizes
+
+    def test_doubles_until_memory_ends(self):
+        assert self.tried("cuda", 2, 128, most=40) == (32, [4, 8, 16, 32, 64])
+
+    @pytest.mark.parametrize(("start", "limit", "found"), [(2, 20, 16), (32, 128, 128), (24, 128, 96), (8, 3, 8)])
+    def test_stops_at_the_limit(self, start, limit, found):
+        assert self.tried("cuda", start, limit, most=10**9)[0] == found
+
+    def test_nothing_larger_fits(self):
+        assert self.tried("cuda", 16, 128, most=16) == (16, [32])
+
+    def test_the_cpu_tries_nothing(self):
+        assert self.tried("cpu", 2, 128, most=10**9) == (2, [])
+
+    def test_other_errors_are_not_hidden(self):
+        def try_batch(size: int) -> None:
+            raise RuntimeError("a real mistake")
+
+        with pytest.raises(RuntimeError, match="a real mistake"):
+            backend.Backend(torch.device("cuda"), "fp32").largest_batch(try_batch, 1, 8)
+
+    def test_memory_of_the_failed_trial_is_given_back_after_it(self, monkeypatch):
+        given_back = []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+        self.tried("cuda", 2, 8, most=100)
+        assert not given_back
+        self.tried("cuda", 2, 8, most=4)
+        assert given_back
+
+    @pytest.mark.gpu
+    @needs_gpu
+    def test_on_a_gpu(self):
+        device = backend.select("cuda", "fp32")
+        whole = torch.cuda.mem_get_info()[1]
+        found = device.largest_batch(lambda n: torch.empty(n, whole // 20, dtype=torch.uint8, device="cuda"), 1, 64)
+        assert 4 <= found <= 16
+        torch.empty(whole // 20 * found, dtype=torch.uint8, device="cuda")

@@ -1,0 +1,169 @@
+"""From the config to the batches: which loader, on which device, how large for evaluation, and one ahead."""
+
+import dataclasses
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detcore import backend, detection
+from detcore.data import dali, loader, nvjpeg
+from detcore.data.ahead import one_ahead
+from detcore.launcher import World
+from detcore.task import Context
+from single_stage_detector import data
+from single_stage_detector.config import Config
+from single_stage_detector.model import RetinaNet
+
+CPU = backend.Backend(torch.device("cpu"), "fp32")
+ALONE = World(0, 1, 0, 1)
+SIZE = (64, 64)
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """Eleven photographs in a custom data set, training and validation alike."""
+    content: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "thing"}]}
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(11):
+        pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
+        Image.fromarray(pixels).resize((96, 72)).save(tmp_path / "images" / f"{number}.jpg")
+        content["images"].append({"id": number, "file_name": f"{number}.jpg", "height": 72, "width": 96})
+        content["annotations"].append({"id": number, "image_id": number, "category_id": 7, "bbox": [9, 8, 30, 40]})
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    files = {f"{split}_annotations_file": tmp_path / "a.json" for split in ("train", "val")}
+    folders = {f"{split}_data_path": tmp_path / "images" for split in ("train", "val")}
+    return Config(dataset="custom", batch_size=2, image_size=SIZE, max_boxes=4, workers=0, **files, **folders)
+
+
+@pytest.fixture
+def model() -> RetinaNet:
+    torch.manual_seed(0)
+    return RetinaNet("resnet18", 1, SIZE, "batch", 5, 16, 1, (8, 16, 24, 32, 48)).eval()
+
+
+class Ahead(backend.Backend):
+    """A CPU on which the next batch is on its way as on a GPU."""
+
+    def ahead(self, batches):
+        return one_ahead(batches, next, lambda batch: batch)
+
+
+def equal(ours, theirs) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True))
+
+
+def test_nvjpeg_is_chosen_by_name_and_gives_the_same_on_the_cpu(config, monkeypatch):
+    index, context = data.open_index(config, "train"), Context(CPU, ALONE, 3)
+    plain = list(islice(data.train_stream(config, index, context, 0, 2), 8))
+    val = list(detection.eval_stream(config, index, ALONE, CPU, 4))
+    assert [len(batch.image_id) for batch in val] == [4, 4, 4] and val[-1].image_id[-1] == -1
+    monkeypatch.setattr(loader, "train_batches", None)
+    monkeypatch.setattr(loader, "eval_batches", None)
+    other = dataclasses.replace(config, loader="nvjpeg")
+    assert equal(list(islice(data.train_stream(other, index, context, 0, 2), 8)), plain)
+    assert equal(list(detection.eval_stream(other, index, ALONE, CPU, 4)), val)
+
+
+@pytest.mark.parametrize(("name", "module", "key"), [("dali", dali, "device_id"), ("nvjpeg", nvjpeg, "device")])
+def test_the_gpu_of_a_loader_is_the_backends_also_where_each_process_sees_one_only(
+    config, monkeypatch, name, module, key
+):
+    """The process with local rank 3 then computes on device 0."""
+    asked = []
+    monkeypatch.setattr(module, "train_batches", lambda index, **more: asked.append(more[key]))
+    monkeypatch.setattr(module, "eval_batches", lambda index, **more: asked.append(more[key]))
+    gpu, world = backend.Backend(torch.device("cuda", 0), "bf16"), World(3, 4, 3, 4)
+    config, index = dataclasses.replace(config, loader=name), data.open_index(config, "train")
+    data.train_stream(config, index, Context(gpu, world, 0), 0, 0)
+    detection.eval_stream(config, index, world, gpu)
+    assert asked == [0 if name == "dali" else torch.device("cuda", 0)] * 2
+
+
+def test_a_stream_one_ahead_goes_on_exactly_from_any_step(config):
+    index, ahead = data.open_index(config, "train"), Context(Ahead(CPU.device, "fp32"), ALONE, 3)
+    whole = list(islice(data.train_stream(config, index, ahead, 0, 0), 12))
+    for used in (1, 4, 5):
+        first = ahead.backend.ahead(data.train_stream(config, index, ahead, 0, 0))
+        assert equal(list(islice(first, used)), whole[:used])
+        first.close()  # the run ends; one batch more had been fetched
+        again = ahead.backend.ahead(data.train_stream(config, index, ahead, *divmod(used, 5)))
+        assert equal(list(islice(again, 12 - used)), whole[used:])
+
+
+def test_detections_are_the_same_one_ahead(config, model):
+    with torch.no_grad():  # new weights find nothing else
+        for name, value in model.named_parameters():
+            if name.endswith("cls_logits.bias"):
+                value.fill_(-1)
+    index = data.open_index(config, "val")
+    found = [
+        detection.detect_all(
+            detection.finder(data.DETECTOR, model, index.category_ids.tolist(), device),
+            detection.eval_stream(config, index, ALONE, device, 4),
+            device,
+            lambda *told: None,
+        )
+        for device in (CPU, Ahead(CPU.device, "fp32"))
+    ]
+    assert len(found[0]) and torch.equal(*found)
+
+
+class TestEvalBatchSize:
+    def test_what_the_config_says(self, config, model):
+        config = dataclasses.replace(config, eval_batch_size=3)
+        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU) == 3
+
+    def test_on_the_cpu_that_of_training(self, config, model):
+        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU) == 2
+
+    @pytest.mark.parametrize(("world", "limit"), [(ALONE, 11), (World(1, 2, 1, 2), 6)])
+    def test_what_fits_on_all_ranks(self, config, model, monkeypatch, world, limit):
+        asked: list = []
+
+        class Doubles(backend.Backend):
+            def largest_batch(self, try_batch, start, limit):
+                asked.append((start, limit))
+                for size in (2, 4, 8):
+                    try_batch(size)
+                return 8
+
+        seen: list[tuple] = []
+        model.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
+        monkeypatch.setattr(
+            detection.distributed, "agree", lambda values, device: [max(*values, -4)]
+        )  # another rank's is 4
+        gpu = Doubles(torch.device("cpu"), "fp32")
+        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), world, gpu) == 4
+        assert asked == [(2, limit)] and seen == [(n, 3, *SIZE) for n in (2, 4, 8)]
+
+    def test_never_more_than_the_largest(self, config, model, monkeypatch):
+        monkeypatch.setattr(detection, "LARGEST_EVAL_BATCH", 4)
+        limits = []
+        monkeypatch.setattr(
+            backend.Backend, "largest_batch", lambda self, tried, start, limit: limits.append(limit) or 1
+        )
+        detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU)
+        assert limits == [4]
+
+    def test_found_once_and_used_in_every_evaluation(self, config, model, monkeypatch):
+        sizes, calls = [], []
+        monkeypatch.setattr(detection, "eval_batch_size", lambda *arguments: calls.append(True) or 5)
+        inner = detection.eval_stream
+        monkeypatch.setattr(
+            detection, "eval_stream", lambda *arguments: sizes.append(arguments[-1]) or inner(*arguments)
+        )
+        opened = data.open_data(config, Context(CPU, ALONE, 0))
+        try:
+            for _ in range(2):
+                pending = opened.evaluate(model, lambda *told: None)
+                while pending.poll() is None:
+                    pass
+        finally:
+            opened.close()
+        assert sizes == [5, 5] and calls == [True]
