@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +27,10 @@ def open_emulation() -> None:
         from torch_tpu import _loader
 
         _loader._init_device("tpu")
+        with warnings.catch_warnings():  # says that it is experimental
+            warnings.simplefilter("ignore")
+            # Each operation is waited for: several at a time have been seen to wait for each other for ever.
+            torch.tpu.eager_mode = torch.tpu.EagerMode.DEFER_NEVER_AND_LAUNCH_BLOCKING
 
 
 def narrowed(model: nn.Module, by: int) -> nn.Module:
@@ -91,7 +96,8 @@ def on_the_host() -> list[str]:
         return []
     from torch_xla.debug import metrics
 
-    return [name for name in metrics.counter_names() if name.startswith("aten::")]
+    reading = "aten::_local_scalar_dense"  # a number, for the report
+    return [name for name in metrics.counter_names() if name.startswith("aten::") and name != reading]
 
 
 def refused(step, batch) -> str:

@@ -58,8 +58,8 @@ def nothing_installed(monkeypatch):
 
 
 def test_without_either_package_the_user_is_told_what_to_install(nothing_installed):
-    said = r"--device tpu: torch-tpu is not installed, torch-xla is not installed\. Install torch-tpu .*\.\[tpu\].*torch-xla 2\.9"
-    with pytest.raises(UserError, match=said):
+    missing = r"--device tpu: torch-tpu is not installed, torch-xla is not installed"
+    with pytest.raises(UserError, match=missing + r"\. Install torch-tpu .*\.\[tpu\].*torch-xla 2\.9"):
         backend.select("tpu", "auto")
 
 
@@ -78,7 +78,7 @@ def test_what_a_tpu_cannot_do_is_refused():
 
 @pytest.mark.parametrize("seen, expected", [("tpu", True), ("cuda", False), (None, False)])
 def test_auto_asks_torch_for_a_tpu(monkeypatch, seen, expected):
-    accelerator = torch.device(seen) if seen != "tpu" else type("Device", (), {"type": "tpu"})
+    accelerator = type("Device", (), {"type": seen})
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: seen and accelerator)
     assert backend_tpu.found() is expected
 
