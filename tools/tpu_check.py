@@ -11,6 +11,7 @@ is tools/tpu_steps.py: the product's backend and training step, on a ResNet-18 S
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def steps(kind: str, python: Path, device: str, precision: str, *more: str) -> d
 
 
 def apart(ours: list[float], theirs: list[float]) -> list[float]:
-    return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+    """Relative differences; infinite where one is not a number."""
+    found = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+    return [math.inf if math.isnan(difference) else difference for difference in found]
 
 
 def compare(precision: str, there: dict, cpu: dict) -> list[Row]:
