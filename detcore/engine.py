@@ -269,7 +269,7 @@ class _Run:
                 contents = device.to_host(self.state.contents()) | run | about | {"config": to_dict(self.config)}
                 checkpoint.save(self.config.output_dir / "last.pt", contents)
         self.saved_step = self.state.step
-        self.progress.pause(self.state.step)
+        self.progress.saved(self.config.output_dir / "last.pt", self.state.step, self.data.steps_per_epoch)
 
     def epochs(self) -> int:
         """All epochs that are still to do; returns the exit code of the run."""
@@ -329,6 +329,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         log.start(keys.INIT_START)
         torch.manual_seed(distributed.derive_seed(seed, 0))  # the same initial weights in every process
         task = build_task(context)
+        progress.observe = task.observe
         state = State(task.model, task.optimizer, device.scaler(), None)
         if config.ema_decay:
             state.ema = optim.Ema(task.model, config.ema_decay)

@@ -1,5 +1,6 @@
 """SSD300 v1.1 as NVIDIA published it, and what a run of it can choose."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,6 +43,11 @@ class Config(DetectionConfig):
         False, "do as the original where it departs from its own description: hue jitter of half a degree, decay one "
         "epoch earlier, prediction on centre crops of other scaling, images without objects train nothing and are left "
         "out of the validation (4,952 images of COCO 2017)", group="Run",
+    )  # fmt: skip
+
+    mlperf_division: str = option(
+        "open", "submission_division of the log; no ruleset has SSD300, so the log can't be of the closed division",
+        env="MLPERF_DIVISION", flags=("--division",), choices=("open",), group="MLPerf log",
     )  # fmt: skip
 
     epochs: int = option(65, "epochs at most", env="NUMEPOCHS", flags=("-e",), check=at_least(1), group="Training")
@@ -117,6 +123,11 @@ class Config(DetectionConfig):
         return IMAGE_SIZE
 
     @property
+    def original_mode(self) -> str:
+        """The original's name of the mode."""
+        return {own: name for name, own in MODES.items()}.get(self.mode, self.mode)
+
+    @property
     def decay_epochs(self) -> tuple[int, ...]:
         """Epochs, counted from 0, that are the first of a lower learning rate."""
         return tuple(epoch - self.legacy for epoch in self.multistep)
@@ -152,3 +163,32 @@ IGNORED_FLAGS: dict[str, tuple[int, str]] = {
     "--parallel-loader": (0, "batches are always moved ahead of the step"),
     "--suppress-loss-report": (0, "losses are read once in --log-interval steps"),
 }
+
+
+_TRANSLATED = {
+    "--no-cuda": ["--device", "cpu"], "--amp": ["--precision", "auto"], "--no-amp": ["--precision", "tf32"],
+    "--allow-tf32": [], "--no-allow-tf32": ["--precision", "fp32"],
+}  # fmt: skip
+
+
+def own_words(argv: Sequence[str]) -> list[str]:
+    """A command line for the original programs in the words of this one.
+
+    Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder; --no-allow-tf32
+    says nothing beside --amp, which does not use TF32.
+    """
+    words: list[str] = []
+    dashed = [_dashed(word) for word in argv]
+    for word, after in zip(dashed, [*dashed[1:], "--"]):
+        if word == "--save" and after.startswith("-"):
+            words += ["--save", "models"]
+        elif word == "--no-allow-tf32" and "--amp" in dashed:
+            continue
+        else:
+            words += _TRANSLATED.get(word, [word])
+    return words
+
+
+def _dashed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
