@@ -116,8 +116,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(describe(Config, PROGRAM, INTRO))
         return 0
-    given = argv
-    argv = [word for old in given for word in TRANSLATED_FLAGS.get(old, [old])]
+    given, argv = argv, [word for old in argv for word in TRANSLATED_FLAGS.get(old, [old])]
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
     if config.checkpoint and config.mode != "train":
