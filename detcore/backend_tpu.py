@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,11 +32,7 @@ _EAGER = "the compiler of the TPU fuses them"
 
 @dataclass(frozen=True)
 class TpuBackend(Backend):
-    """A core of a TPU by torch-tpu. What several cores exchange lies on the host, but for the gradients."""
-
-    @property
-    def collectives(self) -> str:
-        return "cpu:gloo,tpu:tpu_dist"
+    """A core of a TPU by torch-tpu. What several cores exchange goes over gloo on the host, but for the gradients."""
 
     @property
     def name(self) -> str:
@@ -77,10 +74,14 @@ class TpuBackend(Backend):
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(together)
+        self.add_up(together)
         together /= dist.get_world_size()
         for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    def add_up(self, values: Tensor) -> None:
+        """The sum of a tensor over all cores, in place, by the links between them."""
+        dist.all_reduce(values, group=_cores())
 
     def to_device(self, batch: Batch) -> Batch:
         """Copies a batch to the device as it is, the images as bytes; padding stays, for the shapes must."""
@@ -147,10 +148,6 @@ class XlaBackend(TpuBackend):
     """A core of a TPU by torch-xla, or, with PJRT_DEVICE=CPU, the same program on the CPU."""
 
     @property
-    def collectives(self) -> str:
-        return "cpu:gloo,xla:xla"
-
-    @property
     def name(self) -> str:
         import torch_xla
         from torch_xla import runtime
@@ -167,6 +164,11 @@ class XlaBackend(TpuBackend):
         if batch.images.device.type == self.device.type:
             return batch
         return Batch(*xla_model.send_cpu_data_to_device(list(batch), self.device))
+
+    def add_up(self, values: Tensor) -> None:
+        from torch_xla.core import xla_model
+
+        xla_model.all_reduce(xla_model.REDUCE_SUM, [values])
 
     def flush(self) -> None:
         import torch_xla
@@ -271,6 +273,11 @@ def _select_xla(precision: str, local_rank: int, local_size: int) -> Backend:
     device = torch_xla.device()  # before the first backward pass on the CPU: autograd counts the devices then
     set_mat_mul_precision("highest")
     return XlaBackend(device, precision, eager=_EAGER)
+
+
+@cache
+def _cores() -> dist.ProcessGroup:
+    return dist.new_group(backend="tpu_dist")
 
 
 def _state_of(package: str) -> str:
