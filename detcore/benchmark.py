@@ -39,7 +39,7 @@ def benchmark(
     device = engine.open_device(config, world)
     distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
     try:
-        context = Context(device, world, distributed.choose_seed(config.seed, device.device))
+        context = Context(device, world, distributed.choose_seed(config.seed, device.exchange))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
         steps = {

@@ -152,7 +152,7 @@ def eval_batch_size(
 
     limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
     fits = backend.largest_batch(try_batch, config.batch_size, limit)
-    return -distributed.agree([-fits], backend.device)[0]
+    return -distributed.agree([-fits], backend.exchange)[0]
 
 
 def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
@@ -217,11 +217,10 @@ def open_data(detector: Detector, config: DetectionConfig, context: Context) -> 
         files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
         raise UserError(f"{files} list different categories; training and validation need the same ids")
     per_rank = loader.steps_per_epoch(len(train), config.batch_size, world.size, config.drop_last)
-    steps = per_rank // config.accumulate
+    steps = -(-per_rank // config.accumulate)  # the last of an epoch takes the micro-batches that are left
     if config.max_iters_per_epoch:
         steps = min(steps, config.max_iters_per_epoch)
-    if not steps:
-        raise UserError(f"{len(train)} images do not fill one step of {config.accumulate} micro-batches (--accumulate)")
+    micro_batches = min(per_rank, steps * config.accumulate)
     evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
     names = class_names(val)
     pace = _pace(config, context, train)
@@ -229,11 +228,11 @@ def open_data(detector: Detector, config: DetectionConfig, context: Context) -> 
     ahead = ReadAhead(packs, world.local_rank, world.local_size) if config.read_ahead and packs else None
 
     def train_batches(epoch: int, step: int) -> Iterator[Batch]:
-        if steps * config.accumulate == per_rank:
+        if micro_batches == per_rank:
             yield from train_stream(detector, config, train, context, epoch, step, pace)
         while True:  # an epoch ends before the loader's: go on with the next one from its beginning
             stream = train_stream(detector, config, train, context, epoch, step, pace)
-            yield from islice(stream, steps * config.accumulate - step)
+            yield from islice(stream, micro_batches - step)
             epoch, step = epoch + 1, 0
 
     find = cache(
@@ -246,7 +245,7 @@ def open_data(detector: Detector, config: DetectionConfig, context: Context) -> 
             sizes.append(eval_batch_size(detector, config, model, val, world, context.backend))
         stream = eval_stream(config, val, world, context.backend, sizes[0])
         mine = detect_all(find(model), stream, context.backend, beat)
-        everyone = distributed.gather_rows(mine.to(context.backend.device))
+        everyone = distributed.gather_rows(mine.to(context.backend.exchange))
         if not evaluator:
             return None
         return _Named(evaluator.submit(counted(detector, config, val, everyone), per_class=True), names)
@@ -261,6 +260,7 @@ def open_data(detector: Detector, config: DetectionConfig, context: Context) -> 
         train_samples=len(train),
         eval_samples=len(val),
         steps_per_epoch=steps,
+        micro_batches=micro_batches,
         train_batches=train_batches,
         evaluate=evaluate,
         close=close,

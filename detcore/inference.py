@@ -75,7 +75,7 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         find = detection.finder(detector, model, index.category_ids.tolist(), device)
         stream = detection.eval_stream(config, index, world, device, images)
         found = detection.detect_all(find, stream, device, _no_beat)
-        everyone = distributed.gather_rows(found.to(device.device))
+        everyone = distributed.gather_rows(found.to(device.exchange))
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from detcore.benchmark import benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
-from detcore.launcher import discover
+from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
 from detcore.task import Context, Task
@@ -116,11 +116,13 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(describe(Config, PROGRAM, INTRO))
         return 0
-    argv = [word for given in argv for word in TRANSLATED_FLAGS.get(given, [given])]
+    given, argv = argv, [word for old in argv for word in TRANSLATED_FLAGS.get(old, [old])]
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
     if config.checkpoint and config.mode != "train":
         config = adopt_checkpoint(config, sources)
+    if not printing:
+        spread(config.num_cores, "single_stage_detector.train", given)
     speaks = discover(os.environ)[0].rank == 0
     if speaks:
         print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)

@@ -14,7 +14,7 @@ from detcore.benchmark import PARTS, benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
-from detcore.launcher import discover
+from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_decay
 from detcore.task import Context, Task
@@ -166,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(describe(Config, PROGRAM, INTRO))
         return 0
-    argv = own_words(argv)
+    given, argv = argv, own_words(argv)
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
     if config.checkpoint and config.mode != "train":
@@ -174,6 +174,8 @@ def main(argv: Sequence[str]) -> int:
     if config.mode == "benchmark-inference":  # its batch may be said either way
         images = config.eval_batch_size or config.batch_size
         config = dataclasses.replace(config, batch_size=images, eval_batch_size=images)
+    if not printing:
+        spread(config.num_cores, "ssd300.train", given)
     speaks = discover(os.environ)[0].rank == 0
     if speaks:
         print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)

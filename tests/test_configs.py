@@ -61,6 +61,14 @@ SSD300_MODES = {  # mode, images, precision
     "FP16_INFERENCE_BENCHMARK": ("benchmark-inference", 64, "fp16"),
     "FP32_INFERENCE_BENCHMARK": ("benchmark-inference", 32, "fp32"),
 }
+SSD300_TPU = {  # cores, images a core, micro-batches, warm-up steps, precision, log interval, workers
+    "1CORE_BS64": (1, 64, 1, 1848, "fp32", 10, 4),
+    "1CORE_BS128": (1, 128, 1, 924, "fp32", 10, 4),
+    "1CORE_BS128_BF16": (1, 128, 1, 924, "bf16", 10, 4),
+    "1CORE_BS1024": (1, 128, 8, 300, "fp32", 16, 8),
+    "1CORE_BS2048": (1, 128, 16, 300, "fp32", 16, 8),
+    "8CORE_BS1024": (8, 128, 1, 300, "bf16", 16, 8),
+}
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 by_system = pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
 by_retinanet = pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def settings(exported: dict[str, str], *more: str):
 
 
 def test_all_systems_are_here():
-    published = {f"SSD300_{name}" for name in (*SSD300, *SSD300_MODES)}
+    published = {f"SSD300_{name}" for name in (*SSD300, *SSD300_MODES, *SSD300_TPU)}
     assert {path.stem.removeprefix("config_") for path in SYSTEMS} == {*RECIPES, *published}
 
 
@@ -146,6 +154,19 @@ def test_recipe_of_ssd300(name):
     assert config.departures() == [] and config.mode == "train"
     cores = int(exported["DGXNSOCKET"]) * int(exported["DGXSOCKETCORES"])
     assert (config.workers + 1) * int(exported["DGXNGPU"]) <= cores
+
+
+@pytest.mark.parametrize("name", SSD300_TPU)
+def test_recipe_of_ssd300_on_a_tpu(name):
+    path = FOLDER / f"config_SSD300_{name}.sh"
+    exported = exports(path)
+    config = settings(exported)
+    found = (max(config.num_cores, 1), config.batch_size, config.accumulate, config.warmup, config.precision)
+    assert (*found, config.log_interval, config.workers) == SSD300_TPU[name]
+    images = found[0] * config.batch_size * config.accumulate
+    assert f"_BS{images}" in path.stem and f"global batch {images}." in path.read_text().splitlines()[0]
+    assert config.device == "tpu" and config.seed == 42 and config.lr == 2.6e-3 and config.departures() == []
+    assert exported["DGXNNODES"] == exported["DGXNGPU"] == "1", "the program starts the cores' processes"
 
 
 @pytest.mark.parametrize("name", SSD300_MODES)
