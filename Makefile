@@ -14,10 +14,10 @@ SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run $(wildcard con
 CPP_FILES := $(wildcard */csrc/* tests/emulation/*.h tests/emulation/*.cu)
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
-.PHONY: help setup ops demo test test-slow test-slurm test-docker lint bench gpu clean
+.PHONY: help setup ops demo demo-ssd300 test test-slow test-slurm test-docker test-tpu lint bench gpu clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo "  PYTHON=python3.12   the interpreter of .venv (now: $(PYTHON)); 3.11 or newer"
 	@echo "  PIP_INDEX_URL=URL   the package index, as pip reads it"
@@ -50,17 +50,23 @@ ops: $(READY) ## the kernels, for GPUs too where nvcc is; TORCH_CUDA_ARCH_LIST="
 demo: $(READY) $(KERNELS) ## train a small RetinaNet on generated scenes, check its log, draw the report: results/demo
 	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
 
+demo-ssd300: $(READY) $(KERNELS) ## the same with a small SSD300: results/demo-ssd300
+	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh ssd300
+
 test: $(READY) ## every CPU test but the slow ones
-	@$(PYTEST) -m "not slow and not gpu and not slurm and not docker and not dali"
+	@$(PYTEST) -m "not slow and not gpu and not slurm and not docker and not dali and not tpu"
 
 test-slow: $(READY) ## the CPU tests that take minutes, and those of DALI
-	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm and not docker"
+	@$(PYTEST) -m "(slow or dali) and not gpu and not slurm and not docker and not tpu"
 
 test-slurm: $(READY) ## run.sub on a real Slurm of two nodes on this machine (root; Debian's slurm packages)
 	@$(PYTEST) -n 0 -m slurm
 
 test-docker: $(READY) ## the image, really built (root; Debian's buildah and debootstrap)
 	@$(PYTEST) -n 0 -m docker
+
+test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of their own: build/tpu, 13 GB
+	@$(PYTEST) -n 0 -m tpu
 
 gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, ten minutes: results/gpu
 	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" tools/gpu_check.py --out results/gpu
@@ -77,5 +83,5 @@ bench: $(READY) ## every tools/bench_*.py: ours beside its baseline
 	@for bench in tools/bench_*.py; do echo "== $$bench"; "$(BIN)/python" "$$bench"; done
 
 clean: ## remove what demo and tests made; .venv stays
-	rm -rf build results/demo results/run .pytest_cache .ruff_cache .hypothesis
+	rm -rf build results/demo results/demo-ssd300 results/run .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ from detcore import UserError, graphs
 from detcore.data import Batch
 from detcore.data.ahead import one_ahead
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "tpu")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 GRAPHS = ("auto", "on", "off")
 
@@ -45,6 +45,16 @@ class Backend:
     def own(self) -> torch.device | None:
         """The GPU of this process, for `distributed.init`; None on the CPU."""
         return self.device if self.is_gpu else None
+
+    @property
+    def exchange(self) -> torch.device:
+        """Where processes put what they tell each other, but for gradients: on a GPU its own memory, else the host."""
+        return self.device if self.is_gpu else torch.device("cpu")
+
+    @property
+    def name(self) -> str:
+        """The device in words."""
+        return torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
 
     @property
     def steps(self) -> str:
@@ -105,18 +115,9 @@ class Backend:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def to_device(self, batch: Batch) -> Batch:
-        """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory).
-
-        On the way to a GPU the padding that no image of the batch uses is left behind, in steps of 32 boxes: matching
-        costs time for every row, and here the largest count can be read without waiting for the device. Not so where
-        steps are recorded, which wants fixed shapes.
-        """
+        """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory)."""
         if not self.is_gpu:
             return batch
-        if batch.labels.device.type == "cpu" and not self.recorder:
-            used = int((batch.labels >= 0).sum(1).max())
-            rows = min(-(-max(used, 1) // 32) * 32, batch.labels.shape[1])
-            batch = batch._replace(boxes=batch.boxes[:, :rows], labels=batch.labels[:, :rows])
         return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
 
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -174,6 +175,20 @@ class Backend:
         batches = [self.to_device(batch) for batch in example]
         return graphs.recorded(step, self.recorder, batches, graphs.STEP_WARM_UPS)
 
+    def ready(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
+        """A step that is not recorded, as this device wants it: unchanged, but on a TPU, where shapes are fixed."""
+        return step
+
+    def flush(self) -> None:
+        """Starts the work asked for so far where a device gathers it first, between forward passes and after steps."""
+
+    def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Averages gradients over the processes where `parallel` does not see to it."""
+
+    def to_host(self, contents: Any) -> Any:
+        """The contents of a checkpoint as they can be written."""
+        return contents
+
     def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
         """A function of a batch on the device that changes nothing: recorded at first use, or unchanged."""
         return graphs.recorded_by_shape(infer, self.recorder) if self.recorder else infer
@@ -226,12 +241,11 @@ class Backend:
         """The machine in words, for reports: python, torch, device, processor."""
         import torchvision
 
-        name = torch.cuda.get_device_name(self.device) if self.is_gpu else f"CPU, {torch.get_num_threads()} threads"
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
-            "device": name,
+            "device": self.name,
             "precision": self.precision,
             "processor": _processor_name(),
             "system": f"{platform.system()} {platform.release()}",
@@ -252,17 +266,24 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def select(device: str, precision: str, local_rank: int = 0, graphs: str = "off", world_size: int = 1) -> Backend:
+def select(
+    device: str, precision: str, local_rank: int = 0, graphs: str = "off", world_size: int = 1, local_size: int = 1
+) -> Backend:
     """Chooses the device of this process and sets the global precision switches.
 
-    device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else the CPU.
-    precision: one of PRECISIONS; "auto" is bf16 on a GPU and fp32 on the CPU.
+    device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else a TPU that torch sees,
+    else the CPU. precision: one of PRECISIONS; "auto" is bf16 on a GPU or TPU and fp32 on the CPU.
     graphs: one of GRAPHS, whether steps are recorded; "auto" does so on a GPU when it is the only one of the run.
     Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. Comes before the process
     group is made, whose library reads its variables then.
     """
+    from detcore import backend_tpu
+
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "tpu" if backend_tpu.found() else "cpu"
+    eager = _why_eager(device, graphs, world_size)
+    if device == "tpu":
+        return backend_tpu.select(precision, local_rank, local_size)
     if device == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 1:
@@ -282,7 +303,6 @@ def select(device: str, precision: str, local_rank: int = 0, graphs: str = "off"
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.conv.fp32_precision = fp32
-    eager = _why_eager(device, graphs, world_size)
     return Backend(chosen, precision, None if eager else _GraphRecorder(chosen), eager)
 
 
@@ -290,7 +310,7 @@ def _why_eager(device: str, graphs: str, world_size: int) -> str:
     """Why steps are not recorded; "" if they are."""
     if device != "cuda":
         if graphs == "on":
-            raise UserError("--graphs on: only a GPU can record steps, and this run computes on the CPU; leave it out")
+            raise UserError("--graphs on: only a GPU can record steps; leave it out")
         return "only a GPU can record them"
     if graphs == "auto" and world_size > 1:
         return "recording the exchange between GPUs has not been tried on a machine with several yet; --graphs on does"

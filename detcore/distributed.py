@@ -65,11 +65,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Give every rank the buffers of rank 0's model, such as the running statistics of its normalisation."""
+def broadcast_buffers(model: torch.nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give every rank the buffers of rank 0's model, such as the running statistics of its normalisation.
+
+    device: where the process group takes them.
+    """
     if dist.is_initialized():
         for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+            value = buffer.to(device)
+            dist.broadcast(value, src=0)
+            buffer.copy_(value)
 
 
 def choose_seed(seed: int | None, device: torch.device | str = "cpu") -> int:

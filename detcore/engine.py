@@ -6,7 +6,6 @@ lines is the product; a benchmark brings values and functions in a `Task`.
 """
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
 from detcore.progress import Progress, duration
 from detcore.run_config import RunConfig
 from detcore.state import State, claim_folder, forget_earlier_run
-from detcore.task import Context, Data, Outcome, Pending, Task
+from detcore.task import Context, Data, Outcome, Pending, Task, summary
 from detcore.watchdog import Watchdog
 
 
@@ -46,6 +45,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
         task.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
+            device.flush() if i else None
             exchange = i == len(batches) - 1 or model is task.model
             with nullcontext() if exchange else model.no_sync():
                 with device.autocast():
@@ -54,6 +54,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
             for name, value in terms.items():
                 share = value.detach().float() / len(batches)
                 sums[name] = sums[name] + share if name in sums else share
+        device.reduce_gradients(trained)
         if config.clip_norm:
             state.scaler.unscale_(task.optimizer)
             torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
@@ -61,19 +62,33 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
         state.scaler.update()
         if state.ema:
             state.ema.update(state.model)
+        device.flush()
         return sums
 
     if not device.recorder or not task.example:
-        return train_step
-    model.train()
-    with state.unchanged(device):
-        return device.compile_step(train_step, [task.example()] * config.accumulate)
+        return device.ready(train_step, task.optimizer)
+
+    def record(batches: Sequence[Batch]) -> Callable:
+        model.train()
+        with state.unchanged(device):
+            return device.compile_step(train_step, batches)
+
+    recorded = {config.accumulate: record([task.example()] * config.accumulate)}
+
+    def replay(batches: Sequence[Batch]) -> dict[str, Tensor]:
+        passes = min(len(batches), config.accumulate)
+        if passes not in recorded:  # an epoch's last step has fewer
+            recorded[passes] = record(batches)
+        return recorded[passes](batches)
+
+    return replay
 
 
 def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:
     """The device of this process by the config, and what computes the ops there."""
     native.choose(config.ops)
-    return backend.select(config.device, config.precision, world.local_rank, config.graphs, world.size)
+    chosen = (config.device, config.precision, world.local_rank, config.graphs, world.size, world.local_size)
+    return backend.select(*chosen)
 
 
 class _Run:
@@ -99,14 +114,14 @@ class _Run:
     def train_epoch(self, epoch: int) -> None:
         """Steps to the end of the epoch (from 0), or until something sets self.code."""
         state, config, progress = self.state, self.config, self.progress
-        end = (epoch + 1) * self.data.steps_per_epoch
-        first, began = state.step, progress.elapsed()
+        end, passes, began = (epoch + 1) * self.data.steps_per_epoch, 0, progress.elapsed()
         self.log.start(keys.EPOCH_START, epoch + 1, epoch_num=epoch + 1)
         self.parallel.train()
         while state.step < end and self.code is None:
             self.watchdog.beat("waiting for data", state.step)
             with progress.clock("data"):
-                batches = [next(self.stream) for _ in range(config.accumulate)]
+                batches = [next(self.stream) for _ in range(self.data.passes(state.step, config.accumulate))]
+            passes += len(batches)
             self.watchdog.beat("training step", state.step)
             with progress.clock("train"):
                 self.lr, device = self.task.lr(state.step, self.data.steps_per_epoch), self.context.backend
@@ -126,7 +141,7 @@ class _Run:
                 self.save()
         if self.code is None:
             self.log.end(keys.EPOCH_STOP, epoch + 1, epoch_num=epoch + 1)
-            rate = (state.step - first) * self.images_per_step / max(progress.elapsed() - began, 1e-9)
+            rate = passes * self.images_per_step / config.accumulate / max(progress.elapsed() - began, 1e-9)
             memory = self.context.backend.peak_memory_gib()
             stats = {"throughput": round(rate, 3), "max_memory_usage": round(memory, 3)}
             self.log.event("tracked_stats", stats, step=epoch + 1)
@@ -139,13 +154,13 @@ class _Run:
         losses = torch.stack([torch.stack(list(terms.values())) for _, terms, *_ in self.window]).cpu()
         finite = losses.isfinite().all(dim=1).tolist()
         weights = optim.finite(self.task.optimizer)
-        if distributed.agree([int(not (all(finite) and weights))], self.context.backend.device)[0]:
+        if distributed.agree([int(not (all(finite) and weights))], self.context.backend.exchange)[0]:
             raise NotFinite(self.explain(names, losses, finite, weights, epoch))
         busy = self.context.backend.seconds([marks for *_, marks in self.window])
         self.window.clear()
         step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
         rate, wait = progress.interval(step=step, images_per_step=self.images_per_step, busy=busy)
-        over_ranks = distributed.average(losses.mean(0), self.context.backend.device)
+        over_ranks = distributed.average(losses.mean(0), self.context.backend.exchange)
         means = dict(zip(names, over_ranks.tolist(), strict=True))
         total = sum(means.values())
         fields = {
@@ -196,7 +211,7 @@ class _Run:
                     time.sleep(0.02)
         reached = self.take(result) if result is not None else False
         flags = [int(result is not None), int(reached), int(self.stop.signal != 0)]
-        arrived, reached, stopped = distributed.agree(flags, self.context.backend.device)
+        arrived, reached, stopped = distributed.agree(flags, self.context.backend.exchange)
         if arrived:
             self.pending = None
         if reached:
@@ -234,7 +249,8 @@ class _Run:
                 checkpoint.link_or_copy(last, self.config.output_dir / "evaluated.pt")
             if self.state.ema:
                 stack.enter_context(self.state.ema.applied(self.task.model))
-            distributed.broadcast_buffers(self.task.model)  # running statistics are rank 0's, as in the checkpoint
+            # Running statistics are rank 0's, as in the checkpoint.
+            distributed.broadcast_buffers(self.task.model, self.context.backend.exchange)
             self.task.model.eval()
             self.pending = (completed, self.data.evaluate(self.task.model, self.watchdog.beat))
             self.task.model.train()
@@ -246,14 +262,14 @@ class _Run:
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", self.state.step)
             device = self.context.backend
-            generators = distributed.gather_rows(device.rng_state()[None].to(device.device))
+            generators = distributed.gather_rows(device.rng_state()[None].to(device.exchange))
             if self.context.world.rank == 0:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
-                contents = self.state.contents() | run | about | {"config": to_dict(self.config)}
+                contents = device.to_host(self.state.contents()) | run | about | {"config": to_dict(self.config)}
                 checkpoint.save(self.config.output_dir / "last.pt", contents)
         self.saved_step = self.state.step
-        self.progress.pause(self.state.step)
+        self.progress.saved(self.config.output_dir / "last.pt", self.state.step, self.data.steps_per_epoch)
 
     def epochs(self) -> int:
         """All epochs that are still to do; returns the exit code of the run."""
@@ -294,7 +310,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
         stack.callback(device.close)
         saved = claim_folder(config, world)
-        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.device)
+        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.exchange)
         context = Context(device, world, seed)
         folder = config.output_dir if world.rank == 0 else None
         log = MLPerfLog(folder and folder / f"result_{config.result_index}.txt", append=config.resume)
@@ -313,6 +329,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         log.start(keys.INIT_START)
         torch.manual_seed(distributed.derive_seed(seed, 0))  # the same initial weights in every process
         task = build_task(context)
+        progress.observe = task.observe
         state = State(task.model, task.optimizer, device.scaler(), None)
         if config.ema_decay:
             state.ema = optim.Ema(task.model, config.ema_decay)
@@ -334,7 +351,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         progress.write("start", benchmark=benchmark, config=to_dict(config) | {"seed": seed}, **about)
         for note in (*computing, *task.notes):
             progress.say(note)
-        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.device)
+        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.exchange)
         watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
         watchdog.beat("preparing the step", 0)
         parallel = device.parallel(task.model, world.size)
@@ -376,23 +393,5 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             )
         epoch, best = state.best() or (None, None)
         outcome = Outcome(code, state.step, best, epoch, seconds)
-        progress.say(_summary(outcome, task, config, stop.signal))
+        progress.say(summary(outcome, task, config.output_dir, config.epochs, stop.signal))
         return outcome
-
-
-def _summary(outcome: Outcome, task: Task, config: RunConfig, number: int) -> str:
-    """The closing words of a run."""
-    where = f"after {duration(outcome.seconds)}; the log, the checkpoints and progress.jsonl lie in {config.output_dir}"
-    best = "no evaluation yet"
-    if outcome.best is not None:
-        best = f"best {task.metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
-    match outcome.code:
-        case cli.OK if task.target is not None:
-            return f"Target {task.target:g} reached: {best}, {where}"
-        case cli.OK:
-            return f"Done: {best}, {where}"
-        case cli.TARGET_NOT_REACHED:
-            return f"Target {task.target:g} NOT reached in {config.epochs} epochs: {best}, {where}"
-        case cli.STOPPED:
-            return f"Stopped by {signal.Signals(number).name}: {best}, {where}. Go on with --resume."
-    return f"Aborted at step {outcome.step}: {best}, {where}"

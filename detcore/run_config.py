@@ -24,10 +24,16 @@ class RunConfig:
         None, "seed of the run; none draws one from the system", env="SEED", flags=("-s",), check=between(0, 2**31 - 1),
         group="Run",
     )  # fmt: skip
-    device: str = option("auto", "where to compute; auto takes a GPU if there is one", choices=DEVICES, group="Run")
+    device: str = option(
+        "auto", "where to compute; auto takes a GPU if there is one, else a TPU", choices=DEVICES, group="Run"
+    )
+    num_cores: int = option(
+        0, "start so many processes of this program on this machine, one for each core of a TPU (or to share a CPU); "
+        "0: this process alone, or those of a launcher", flags=("--num_cores",), check=between(0, 1024), group="Run",
+    )  # fmt: skip
     precision: str = option(
-        "auto", "arithmetic; auto is bf16 on a GPU and fp32 on the CPU. With bf16 and fp16 the layers compute with "
-        "narrow copies of fp32 weights, which are what is trained and kept; fp16 scales the loss as well",
+        "auto", "arithmetic; auto is bf16 on a GPU or TPU and fp32 on the CPU. With bf16 and fp16 the layers compute "
+        "with narrow copies of fp32 weights, which are what is trained and kept; fp16 scales the loss as well",
         choices=PRECISIONS, group="Run",
     )  # fmt: skip
     ops: str = option(
@@ -81,7 +87,8 @@ class RunConfig:
         group="Training",
     )  # fmt: skip
     accumulate: int = option(
-        1, "forward passes per optimizer step", flags=("--gradient-accumulation-steps",), check=at_least(1),
+        1, "forward passes per optimizer step; the last step of an epoch takes what is left",
+        flags=("--gradient-accumulation-steps", "--accumulation"), check=at_least(1),
         group="Training",
     )  # fmt: skip
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", check=at_least(0), group="Training")
@@ -120,12 +127,14 @@ class RunConfig:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {"output_dir", "overwrite", "resume", "checkpoint", "checkpoint_interval", "log_interval", "hang_timeout"}
         | {"dead_timeout", "epochs", "eval_batch_size", "mlperf_org", "mlperf_platform", "mlperf_division"}
-        | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared", "graphs"}
+        | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared", "graphs", "num_cores"}
     )
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: one goes on with a run, one replaces it")
+        if self.mode == "predict" and self.num_cores > 1:
+            raise UserError("--num-cores: one process predicts; leave it out with --mode predict")
 
     @property
     def program(self) -> str:

@@ -1,15 +1,19 @@
 """What the training loop needs to know of a benchmark: values and functions, nothing else."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from detcore import cli
 from detcore.backend import Backend
 from detcore.data import Batch
 from detcore.launcher import World
+from detcore.progress import duration
 
 Beat = Callable[[str, int], None]
 
@@ -28,6 +32,8 @@ class Data:
     evaluate(model, beat): runs the model over this rank's evaluation images; returns a Pending on rank 0, None
     elsewhere. Its result holds the metrics by name. beat(phase, count) tells the watchdog of progress.
     classes: (the file's category id, name) of each class index; kept in checkpoints, for prediction.
+    micro_batches: forward passes of an epoch and process; where --accumulate does not divide them, the last step of the
+    epoch has fewer, and the mean over these is what it minimises. 0: steps_per_epoch times --accumulate.
     advise(images per second, fraction of the time spent waiting for data): what holds the loader back, in words.
     """
 
@@ -39,7 +45,13 @@ class Data:
     close: Callable[[], None]
     summary: str = ""
     classes: tuple[tuple[int, str], ...] = ()
+    micro_batches: int = 0
     advise: Callable[[float, float], str] = lambda rate, wait: ""
+
+    def passes(self, step: int, accumulate: int) -> int:
+        """Forward passes of a global step: `accumulate`, or what an epoch leaves for its last one."""
+        whole = self.micro_batches or self.steps_per_epoch * accumulate
+        return min(accumulate, whole - step % self.steps_per_epoch * accumulate)
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,9 @@ class Task:
     terms, each a mean over the batch, whose sum is minimised. open_data: called after RUN_START. target: the run ends
     with success when `metric` reaches it; None trains all epochs. eval_epochs(completed): whether to evaluate then.
     hyperparameters: MLPerf event names and values, logged before INIT_STOP. example: a synthetic batch of the shapes of
-    training, on which a step is warmed up before RUN_START; without it steps are not recorded.
+    training, on which a step is warmed up before RUN_START; without it steps are not recorded. observe(kind, fields):
+    called on rank 0 with each record of progress.jsonl, and "saved" (path, step, steps_per_epoch, time_s) with each
+    checkpoint.
     """
 
     model: nn.Module
@@ -64,6 +78,7 @@ class Task:
     hyperparameters: dict[str, Any]
     notes: tuple[str, ...] = ()
     example: Callable[[], Batch] | None = None
+    observe: Callable[[str, dict[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,3 +99,21 @@ class Outcome:
     best: float | None
     best_epoch: int | None
     seconds: float
+
+
+def summary(outcome: Outcome, task: Task, folder: Path, epochs: int, number: int) -> str:
+    """The closing words of a run of so many epochs at most; number: of the signal that ended it."""
+    where = f"after {duration(outcome.seconds)}; the log, the checkpoints and progress.jsonl lie in {folder}"
+    best = "no evaluation yet"
+    if outcome.best is not None:
+        best = f"best {task.metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
+    match outcome.code:
+        case cli.OK if task.target is not None:
+            return f"Target {task.target:g} reached: {best}, {where}"
+        case cli.OK:
+            return f"Done: {best}, {where}"
+        case cli.TARGET_NOT_REACHED:
+            return f"Target {task.target:g} NOT reached in {epochs} epochs: {best}, {where}"
+        case cli.STOPPED:
+            return f"Stopped by {signal.Signals(number).name}: {best}, {where}. Go on with --resume."
+    return f"Aborted at step {outcome.step}: {best}, {where}"

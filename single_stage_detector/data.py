@@ -1,144 +1,28 @@
 """The data sets of the single-stage detector, and the way from a model to its COCO metrics."""
 
-from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import islice
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from detcore import UserError, distributed
+from detcore import detection
 from detcore.backend import Backend
-from detcore.data import Batch, loader, nvjpeg, synthetic
+from detcore.data import Batch
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
-from detcore.data.shards import ReadAhead
-from detcore.distributed import World
-from detcore.evaluation.background import BackgroundEvaluator
-from detcore.task import Beat, Context, Data, Pending
+from detcore.detection import Detector, open_index
+from detcore.task import Context, Data
 from single_stage_detector import config as constants
 from single_stage_detector.config import Config
 from single_stage_detector.postprocess import postprocess
 
-LARGEST_EVAL_BATCH = 128  # images; a larger one only takes memory
+__all__ = ["DETECTOR", "class_count", "detect", "open_data", "open_index", "train_stream"]
 
 
-def open_index(config: Config, split: str) -> CocoIndex:
-    """The index of "train" or "val". Raises UserError if its classes are not those that the layout must have."""
-    annotations, images = config.split(split)
-    layout = config.layout
-    exact = layout.classes if layout.contiguous else None
-    index = CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=exact)
-    if layout.classes not in (None, index.num_classes):
-        raise UserError(
-            f"{annotations}: {index.num_classes} categories, but --dataset {config.dataset} has {layout.classes}; "
-            "--dataset custom takes any number"
-        )
-    return index
-
-
-def class_count(config: Config) -> int:
-    """Number of classes: the layout's own, or counted in the training JSON of a custom data set.
-
-    Raises UserError if --num-classes says another number.
-    """
-    if config.synthetic:
-        return config.num_classes or config.layout.classes or 264
-    count = config.layout.classes or open_index(config, "train").num_classes
-    if config.num_classes not in (0, count):
-        raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
-    return count
-
-
-def train_stream(
-    config: Config, index: CocoIndex, context: Context, epoch: int, step: int, pace: Pace | None = None
-) -> Iterator[Batch]:
-    """The loader's endless stream of training batches from a position on. pace: told how long each part takes."""
-    world = context.world
-    chosen, extra = _loader(config, context.backend)
-    return chosen.train_batches(
-        index,
-        image_size=config.image_size,
-        batch_size=config.batch_size,
-        max_boxes=config.max_boxes,
-        seed=context.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        epoch=epoch,
-        step=step,
-        drop_last=config.drop_last,
-        hflip=0.5 if config.data_augmentation == "hflip" else 0.0,
-        antialias=config.antialias,
-        crowd=config.layout.crowd,
-        pace=pace,
-        **extra,
-    )
-
-
-def eval_stream(
-    config: Config, index: CocoIndex, world: World, backend: Backend, batch_size: int | None = None
-) -> Iterator[Batch]:
-    """This rank's batches of one pass over an index, by the loader of the config. batch_size: none, the config's."""
-    chosen, extra = _loader(config, backend)
-    return chosen.eval_batches(
-        index,
-        image_size=config.image_size,
-        batch_size=batch_size or config.eval_batch_size or config.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        antialias=config.antialias,
-        **extra,
-    )
-
-
-def _loader(config: Config, backend: Backend) -> tuple[ModuleType, dict[str, Any]]:
-    """The module whose train_batches and eval_batches make the batches, and what they want beside the usual."""
-    if config.loader == "dali":
-        from detcore.data import dali
-
-        return dali, {"device_id": backend.device.index if backend.is_gpu else None}
-    if config.loader == "nvjpeg":
-        return nvjpeg, {"device": backend.device}
-    return loader, {"pin_memory": backend.is_gpu}
-
-
-def eval_batch_size(config: Config, model: nn.Module, index: CocoIndex, world: World, backend: Backend) -> int:
-    """Images of an evaluation batch, the same on every rank: those of the config, or as many as a GPU has memory for.
-
-    These are the training batch doubled while it fits, up to 128 and to the images that a rank has. All ranks call it.
-    """
-    if config.eval_batch_size:
-        return config.eval_batch_size
-    ids = torch.zeros(index.num_classes, dtype=torch.int64, device=backend.device)
-
-    @torch.inference_mode()
-    def try_batch(images: int) -> None:
-        whole = torch.zeros(3, images, *config.image_size, 3, dtype=torch.uint8)  # as many as are under way at a time
-        boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
-        numbers = torch.arange(images), torch.ones(images, 2, dtype=torch.int64)
-        batches = [backend.to_device(Batch(part.permute(0, 3, 1, 2), boxes, labels, *numbers)) for part in whole]
-        detect(model, batches[0], backend, ids)
-
-    limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
-    fits = backend.largest_batch(try_batch, config.batch_size, limit)
-    return -distributed.agree([-fits], backend.device)[0]
-
-
-def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
-    """Detections of a batch as float64 [N * 300, 7] on the device: image_id, x, y, w, h, score, category_id.
-
-    Boxes are in pixels of the original image, categories are the file's own ids. Unused rows, and all rows of padding
-    images, have score 0. category_ids: int64 [K] on the device.
-    """
-    with backend.autocast():
-        logits, deltas = model(batch.images)
-    boxes, scores, labels = postprocess(
-        logits.float(),
-        deltas.float(),
+def _postprocess(model: nn.Module, outputs: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    logits, deltas = outputs
+    return postprocess(
+        logits,
+        deltas,
         model.anchors,
         model.image_size,
         score_thresh=constants.SCORE_THRESHOLD,
@@ -146,136 +30,32 @@ def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tenso
         nms_thresh=constants.NMS_THRESHOLD,
         detections=constants.DETECTIONS_PER_IMAGE,
     )
-    height, width = model.image_size  # no tensor is made of it: a copy from the host can't be recorded
-    scale = torch.stack((batch.size[:, 1].double() / width, batch.size[:, 0].double() / height), 1)
-    corners = boxes.double().unflatten(2, (2, 2)) * scale[:, None, None]
-    corner, extent = corners[:, :, 0], corners[:, :, 1] - corners[:, :, 0]
-    real = (batch.image_id >= 0)[:, None] & (labels >= 0)
-    columns = [
-        batch.image_id[:, None, None].expand(-1, scores.shape[1], 1).double(),
-        corner,
-        extent,
-        torch.where(real, scores, 0).double()[..., None],
-        category_ids[labels.clamp(min=0)].double()[..., None],
-    ]
-    return torch.cat(columns, 2).flatten(0, 1)
 
 
-def detector(model: nn.Module, index: CocoIndex, backend: Backend) -> Callable[[Batch], Tensor]:
-    """`detect` with a model as a function of a batch on the device, recorded where the device records."""
-    ids = torch.tensor(index.category_ids.tolist(), device=backend.device)
-    return backend.compile_inference(lambda batch: detect(model, batch, backend, ids))
+DETECTOR = Detector(
+    postprocess=_postprocess,
+    train_options=lambda config: {"hflip": 0.5 if config.data_augmentation == "hflip" else 0.0},
+    synthetic_classes=264,
+)
 
 
-@torch.inference_mode()
-def detect_all(find: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
-    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. find: a `detector`."""
-    rows = []
-    for step, batch in enumerate(backend.ahead(batches)):
-        beat("evaluation", step)
-        rows.append(find(batch))
-    found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
-    found = found.cpu()
-    return found[found[:, 5] > 0]
+def class_count(config: Config) -> int:
+    """As `detection.class_count`."""
+    return detection.class_count(DETECTOR, config)
+
+
+def detect(model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
+    """As `detection.detect`; 300 rows an image."""
+    return detection.detect(DETECTOR, model, batch, backend, category_ids)
+
+
+def train_stream(
+    config: Config, index: CocoIndex, context: Context, epoch: int, step: int, pace: Pace | None = None
+) -> Iterator[Batch]:
+    """As `detection.train_stream`."""
+    return detection.train_stream(DETECTOR, config, index, context, epoch, step, pace)
 
 
 def open_data(config: Config, context: Context) -> Data:
     """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0."""
-    if config.synthetic:
-        return _synthetic(config, context)
-    world = context.world
-    train, val = open_index(config, "train"), open_index(config, "val")
-    if list(train.category_ids) != list(val.category_ids):
-        files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
-        raise UserError(f"{files} list different categories; training and validation need the same ids")
-    per_rank = loader.steps_per_epoch(len(train), config.batch_size, world.size, config.drop_last)
-    steps = per_rank // config.accumulate
-    if config.max_iters_per_epoch:
-        steps = min(steps, config.max_iters_per_epoch)
-    if not steps:
-        raise UserError(f"{len(train)} images do not fill one step of {config.accumulate} micro-batches (--accumulate)")
-    evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
-    names = class_names(val)
-    pace = _pace(config, context, train)
-    packs = [index.shards for index in (train, val) if index.shards]
-    ahead = ReadAhead(packs, world.local_rank, world.local_size) if config.read_ahead and packs else None
-
-    def train_batches(epoch: int, step: int) -> Iterator[Batch]:
-        if steps * config.accumulate == per_rank:
-            yield from train_stream(config, train, context, epoch, step, pace)
-        while True:  # an epoch ends before the loader's: go on with the next one from its beginning
-            stream = train_stream(config, train, context, epoch, step, pace)
-            yield from islice(stream, steps * config.accumulate - step)
-            epoch, step = epoch + 1, 0
-
-    find = cache(lambda model: detector(model, val, context.backend))  # what it records serves every evaluation
-
-    sizes: list[int] = []  # of an evaluation batch, found at the first
-
-    def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
-        if not sizes:
-            sizes.append(eval_batch_size(config, model, val, world, context.backend))
-        stream = eval_stream(config, val, world, context.backend, sizes[0])
-        mine = detect_all(find(model), stream, context.backend, beat)
-        everyone = distributed.gather_rows(mine.to(context.backend.device))
-        return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
-
-    def close() -> None:
-        for part in (ahead, evaluator):
-            if part:
-                part.close()
-
-    summary = f"training: {train.summary()}\nvalidation: {val.summary()}"
-    return Data(
-        train_samples=len(train),
-        eval_samples=len(val),
-        steps_per_epoch=steps,
-        train_batches=train_batches,
-        evaluate=evaluate,
-        close=close,
-        classes=tuple(names.items()),
-        summary=f"{summary}\n{ahead.words}" if ahead else summary,
-        advise=pace.words,
-    )
-
-
-def _pace(config: Config, context: Context, index: CocoIndex) -> Pace:
-    """The clocks of the training loader, and what its advice has to know."""
-    world, torch_loader = context.world, config.loader == "torch"
-    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
-    workers = loader.usable_workers(config.workers) if torch_loader else 1  # the others' threads are measured as one
-    return Pace(workers, world.size, world.local_size, index.shards is not None, config.loader, more)
-
-
-def class_names(index: CocoIndex) -> dict[int, str]:
-    """Name by the file's category id; classes that share a name are told apart by their ids."""
-    ids, names = index.category_ids.tolist(), index.category_names
-    return {i: name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(ids, names, strict=True)}
-
-
-class _Named:
-    """A pending result whose per-class values carry class names instead of the file's ids."""
-
-    def __init__(self, pending, names: dict[int, str]):
-        self.pending, self.names = pending, names
-
-    def poll(self) -> dict | None:
-        result = self.pending.poll()
-        if result is None:
-            return None
-        return {**result, "per_class": {self.names[i]: ap for i, ap in result["per_class"].items()}}
-
-
-def _synthetic(config: Config, context: Context) -> Data:
-    """Random batches of the real shapes: what a step costs without any data behind it."""
-    seed = distributed.derive_seed(context.seed, 2, context.world.rank)
-    shape = (config.image_size, config.batch_size, config.max_boxes)
-    return Data(
-        train_samples=0,
-        eval_samples=0,
-        steps_per_epoch=config.max_iters_per_epoch or 100,
-        train_batches=lambda epoch, step: synthetic.synthetic_batches(class_count(config), *shape, seed),
-        evaluate=lambda model, beat: None,
-        close=lambda: None,
-        summary="synthetic data: random images and boxes, no evaluation",
-    )
+    return detection.open_data(DETECTOR, config, context)

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from mlperf_logging.mllog import constants as keys
 
-from detcore import UserError, engine, optim
+from detcore import UserError, engine, inference, optim
+from detcore.benchmark import benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
-from detcore.launcher import discover
+from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
 from detcore.task import Context, Task
-from single_stage_detector import inference
 from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, TRANSLATED_FLAGS, Config
-from single_stage_detector.data import class_count, open_data
+from single_stage_detector.data import DETECTOR, class_count, open_data
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet, load_reference_state
 
@@ -116,25 +116,27 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(describe(Config, PROGRAM, INTRO))
         return 0
-    argv = [word for given in argv for word in TRANSLATED_FLAGS.get(given, [given])]
+    given, argv = argv, [word for old in argv for word in TRANSLATED_FLAGS.get(old, [old])]
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
     if config.checkpoint and config.mode != "train":
         config = adopt_checkpoint(config, sources)
+    if not printing:
+        spread(config.num_cores, "single_stage_detector.train", given)
     speaks = discover(os.environ)[0].rank == 0
     if speaks:
         print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
     if printing:
         return 0
     if config.mode == "evaluate":
-        return inference.evaluate(config, build_model)
+        return inference.evaluate(config, DETECTOR, build_model)
     if config.mode == "predict":
-        return inference.predict(config, build_model)
+        return inference.predict(config, DETECTOR, build_model)
     if config.mode == "benchmark":
-        return inference.benchmark(config, build_task)
+        return benchmark(config, DETECTOR, build_task)
     outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
     if config.gallery and outcome.best is not None and speaks:
-        inference.gallery(config, build_model)
+        inference.gallery(config, DETECTOR, build_model)
     return outcome.code
 
 

@@ -9,19 +9,28 @@ from pathlib import Path
 import pytest
 
 from detcore.config import load
-from single_stage_detector.config import IGNORED_FLAGS, Config
+from single_stage_detector import config as retinanet
+from ssd300 import config as ssd300
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(set(FOLDER.glob("config_*.sh")) - {FOLDER / "config_common.sh", FOLDER / "config_mounts.sh"})
 DEMOS = [path for path in FILES if "cpu_demo" in path.name]
 SYSTEMS = [path for path in FILES if path not in DEMOS]
-PROGRAM = {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(Config)} - {None}
+MODULES = {"single_stage_detector": retinanet, "ssd300": ssd300}
+PROGRAMS = {
+    name: {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(module.Config)} - {None}
+    for name, module in MODULES.items()
+}
 LAUNCHER = {
     "BENCHMARK", "EXTRA_PARAMS", "DGXNNODES", "DGXNGPU", "DGXSYSTEM", "DGXSOCKETCORES", "DGXNSOCKET", "DGXHT",
     "WALLTIME_RUNANDTIME", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK",
     "NCCL_NVLS_ENABLE", "NCCL_GRAPH_REGISTER", "NCCL_LOCAL_REGISTER", "GOMP_SPINCOUNT",
 }  # fmt: skip
-REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"} | {"BATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS"}
+REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"} | {"BATCHSIZE"}
+TRAINING = {
+    "single_stage_detector": {"NUMEPOCHS", "LR", "WARMUP_EPOCHS"},
+    "ssd300": {"NUMEPOCHS", "LR", "WARMUP_STEPS"},
+}
 RECIPES = {  # nodes, GPUs a node, images a GPU, learning rate, warm-up epochs, epochs at most, as published
     "DGXA100": (1, 8, 32, 1e-4, 1, 8),
     "DGXH100_001x08x032": (1, 8, 32, 8.5e-5, 0, 8),
@@ -32,8 +41,39 @@ RECIPES = {  # nodes, GPUs a node, images a GPU, learning rate, warm-up epochs, 
     "DGXH200_008x08x004": (8, 8, 4, 1e-4, 1, 6),
     "DGXB200_008x08x004": (8, 8, 4, 1e-4, 1, 6),
 }
+SSD300 = {  # GPUs, images a GPU, learning rate of 32 images, warm-up steps, precision, as in the original's scripts
+    "A100_FP16_1GPU": (1, 256, 2.6e-3, 300, "fp16"),
+    "A100_FP16_4GPU": (4, 256, 2.7e-3, 1200, "fp16"),
+    "A100_FP16_8GPU": (8, 128, 2.7e-3, 1200, "fp16"),
+    "A100_FP32_8GPU": (8, 128, 2.7e-3, 1200, "tf32"),
+    "A100_TF32_1GPU": (1, 64, 2.6e-3, 300, "tf32"),
+    "A100_TF32_4GPU": (4, 64, 2.6e-3, 300, "tf32"),
+    "A100_TF32_8GPU": (8, 128, 2.7e-3, 1200, "tf32"),
+    **{f"FP16_{n}GPU": (n, 64, 2.6e-3, 300, "fp16") for n in (1, 4, 8)},
+    **{f"FP32_{n}GPU": (n, 32, 2.6e-3, 300, "fp32") for n in (1, 4, 8)},
+    "DGXH100_001x08x128": (8, 128, 2.7e-3, 1200, "bf16"),
+    "DGXH200_001x08x128": (8, 128, 2.7e-3, 1200, "bf16"),
+    "DGXH100_002x08x064": (16, 64, 2.7e-3, 1200, "bf16"),
+}
+SSD300_MODES = {  # mode, images, precision
+    "FP16_EVAL": ("evaluate", 32, "fp16"),
+    "FP32_EVAL": ("evaluate", 32, "fp32"),
+    "FP16_INFERENCE_BENCHMARK": ("benchmark-inference", 64, "fp16"),
+    "FP32_INFERENCE_BENCHMARK": ("benchmark-inference", 32, "fp32"),
+}
+SSD300_TPU = {  # cores, images a core, micro-batches, warm-up steps, precision, log interval, workers
+    "1CORE_BS64": (1, 64, 1, 1848, "fp32", 10, 4),
+    "1CORE_BS128": (1, 128, 1, 924, "fp32", 10, 4),
+    "1CORE_BS128_BF16": (1, 128, 1, 924, "bf16", 10, 4),
+    "1CORE_BS1024": (1, 128, 8, 300, "fp32", 16, 8),
+    "1CORE_BS2048": (1, 128, 16, 300, "fp32", 16, 8),
+    "8CORE_BS1024": (8, 128, 1, 300, "bf16", 16, 8),
+}
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 by_system = pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
+by_retinanet = pytest.mark.parametrize(
+    "path", [path for path in SYSTEMS if "SSD300" not in path.stem], ids=lambda path: path.stem
+)
 
 
 def exports(path: Path, **environ: str) -> dict[str, str]:
@@ -47,28 +87,33 @@ def exports(path: Path, **environ: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in ("PATH", "PWD", "OLDPWD", "SHLVL", "_")}
 
 
-def settings(exported: dict[str, str]) -> Config:
+def settings(exported: dict[str, str], *more: str):
     """The program's settings as run_and_time.sh starts it."""
-    loaded = load(Config, exported["EXTRA_PARAMS"].split(), exported, IGNORED_FLAGS)
+    module = MODULES[exported["BENCHMARK"]]
+    loaded = load(module.Config, [*exported["EXTRA_PARAMS"].split(), *more], exported, module.IGNORED_FLAGS)
     assert loaded.notices == []
     return loaded.config
 
 
 def test_all_systems_are_here():
-    assert {path.stem.removeprefix("config_") for path in SYSTEMS} == set(RECIPES)
+    published = {f"SSD300_{name}" for name in (*SSD300, *SSD300_MODES, *SSD300_TPU)}
+    assert {path.stem.removeprefix("config_") for path in SYSTEMS} == {*RECIPES, *published}
 
 
 @by_file
 def test_every_export_has_a_reader(path):
-    names = set(exports(path))
-    assert names - PROGRAM - LAUNCHER == set()
-    assert set() == REQUIRED - names
+    exported = exports(path)
+    names, benchmark = set(exported), exported["BENCHMARK"]
+    assert names - PROGRAMS[benchmark] - LAUNCHER == set()
+    trains = "--mode" not in exported["EXTRA_PARAMS"]
+    assert set() == (REQUIRED | TRAINING[benchmark] if trains else REQUIRED) - names
 
 
 @by_file
 def test_benchmark_is_the_first_export_and_the_common_part_the_last_line(path):
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    assert lines[0] == "export BENCHMARK=single_stage_detector"
+    benchmark = "ssd300" if "ssd300" in path.stem.lower() else "single_stage_detector"
+    assert lines[0] == f"export BENCHMARK={benchmark}"
     assert lines[-1] == 'source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"'
 
 
@@ -82,7 +127,7 @@ def test_the_system_is_called_as_the_file(path, tmp_path):
     assert exports(folder / "config_OTHER_001x02x003.sh")["DGXSYSTEM"] == "OTHER_001x02x003"
 
 
-@by_system
+@by_retinanet
 def test_recipe(path):
     exported = exports(path)
     config = settings(exported)
@@ -96,6 +141,44 @@ def test_recipe(path):
     assert (config.workers + 1) * found[1] <= cores
 
 
+@pytest.mark.parametrize("name", SSD300)
+def test_recipe_of_ssd300(name):
+    path = FOLDER / f"config_SSD300_{name}.sh"
+    exported = exports(path)
+    config, gpus = settings(exported), int(exported["DGXNNODES"]) * int(exported["DGXNGPU"])
+    assert (gpus, config.batch_size, config.lr, config.warmup, config.precision) == SSD300[name]
+    if triple := re.search(r"_(\d{3})x(\d{2})x(\d{3})$", name):
+        found = (int(exported["DGXNNODES"]), int(exported["DGXNGPU"]), config.batch_size)
+        assert found == tuple(int(number) for number in triple.groups())
+    assert f"global batch {gpus * config.batch_size}." in path.read_text().splitlines()[0]
+    assert config.departures() == [] and config.mode == "train"
+    cores = int(exported["DGXNSOCKET"]) * int(exported["DGXSOCKETCORES"])
+    assert (config.workers + 1) * int(exported["DGXNGPU"]) <= cores
+
+
+@pytest.mark.parametrize("name", SSD300_TPU)
+def test_recipe_of_ssd300_on_a_tpu(name):
+    path = FOLDER / f"config_SSD300_{name}.sh"
+    exported = exports(path)
+    config = settings(exported)
+    found = (max(config.num_cores, 1), config.batch_size, config.accumulate, config.warmup, config.precision)
+    assert (*found, config.log_interval, config.workers) == SSD300_TPU[name]
+    images = found[0] * config.batch_size * config.accumulate
+    assert f"_BS{images}" in path.stem and f"global batch {images}." in path.read_text().splitlines()[0]
+    assert config.device == "tpu" and config.seed == 42 and config.lr == 2.6e-3 and config.departures() == []
+    assert exported["DGXNNODES"] == exported["DGXNGPU"] == "1", "the program starts the cores' processes"
+
+
+@pytest.mark.parametrize("name", SSD300_MODES)
+def test_evaluation_and_benchmark_of_ssd300(name):
+    exported = exports(FOLDER / f"config_SSD300_{name}.sh")
+    more = ["--checkpoint", "x.pt"] if name.endswith("EVAL") else []
+    config = settings(exported, *more)
+    images = config.eval_batch_size or config.batch_size
+    assert (config.mode, images, config.precision) == SSD300_MODES[name]
+    assert exported["DGXNNODES"] == exported["DGXNGPU"] == "1"
+
+
 @by_system
 def test_header_says_what_to_expect_and_that_it_was_not_measured(path):
     header = path.read_text().split("\n\n")[0]
@@ -103,7 +186,15 @@ def test_header_says_what_to_expect_and_that_it_was_not_measured(path):
     assert "published by" in header and "not measured here" in header.lower() and "Expected: " in header
 
 
-@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_demo_of_ssd300_is_small_and_open():
+    exported = exports(FOLDER / "config_ssd300_cpu_demo.sh")
+    config = settings(exported)
+    assert exported["DGXNNODES"] == exported["DGXNGPU"] == "1" and config.device == "cpu" and not config.pretrained
+    assert config.backbone == "resnet18" and config.dataset == "custom" and config.target_map
+    assert config.mlperf_org == "demonstration" and config.overwrite and config.gallery > 0 and config.departures()
+
+
+@pytest.mark.parametrize("path", [path for path in DEMOS if "ssd300" not in path.stem], ids=lambda path: path.stem)
 def test_demo_is_small_open_and_named_so(path):
     exported = exports(path)
     config = settings(exported)
@@ -145,9 +236,10 @@ def test_the_environment_overrides_each_hyperparameter(path):
     own = exports(path)
     given = {
         "BATCHSIZE": "3", "EVALBATCHSIZE": "5", "NUMEPOCHS": "77", "LR": "0.25", "WARMUP_EPOCHS": "0.5",
+        "WARMUP_STEPS": "7",
         "EXTRA_PARAMS": "--workers 1  --seed 9", "DATASET_DIR": "/a b/c", "MLPERF_DIVISION": "closed",
         "MLPERF_SUBMISSION_ORG": "we & co", "MLPERF_SUBMISSION_PLATFORM": "two words", "LOG_INTERVAL": "30",
     }  # fmt: skip
-    assert set(own) & PROGRAM <= set(given)
+    assert set(own) & PROGRAMS[own["BENCHMARK"]] <= set(given)
     exported = exports(path, **given)
     assert {name: exported[name] for name in given} == given

@@ -1,20 +1,33 @@
 #!/usr/bin/env bash
-# make demo: renders the scenes, trains on them with configs/config_cpu_demo.sh, has the official checker read the log,
-# and draws the report. PYTHON: the interpreter (default: python). Exit codes: those of the training (3: target not
-# reached), 1 if the checker refuses the log.
+# make demo, make demo-ssd300: renders the scenes, trains on them with configs/config_cpu_demo.sh, has the official checker
+# read the log, and draws the report.
+#
+#   tools/demo.sh [single_stage_detector | ssd300]
+#
+# PYTHON: the interpreter (default: python). Exit codes: those of the training (3: target not reached), 1 if the checker
+# refuses the log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python}
-export PYTHON=$python DATASET_DIR=build/demo-data OUTPUT_DIR=results/demo RESULT_INDEX=0
+case ${1:-single_stage_detector} in
+single_stage_detector) config=configs/config_cpu_demo.sh out=results/demo data=build/demo-data scenes=() ;;
+ssd300)
+    config=configs/config_ssd300_cpu_demo.sh out=results/demo-ssd300 data=build/demo-data-ssd300
+    scenes=(--train 600 --val 60)
+    ;;
+*) echo "demo: there is no demo of $1; choose single_stage_detector or ssd300" >&2 && exit 2 ;;
+esac
+export PYTHON=$python DATASET_DIR=$data OUTPUT_DIR=$out RESULT_INDEX=0
 
 last=$DATASET_DIR/annotations/instances_val.json
 if [[ ! -f $last || tools/make_scenes.py -nt $last ]]; then
     rm -rf "$DATASET_DIR"
-    "$python" tools/make_scenes.py --out "$DATASET_DIR"
+    "$python" tools/make_scenes.py --out "$DATASET_DIR" "${scenes[@]}"
 fi
 
-source configs/config_cpu_demo.sh
+# shellcheck source=configs/config_cpu_demo.sh
+source "$config"
 status=0
 ./run_and_time.sh || status=$?
 if ((status != 0 && status != 3)); then

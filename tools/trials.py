@@ -137,19 +137,26 @@ class Verdict(NamedTuple):
 
 
 def check(path: Path, ruleset: str) -> Verdict:
-    """The official compliance checker's verdict on a log, with its reason. Raises UserError for an unknown ruleset."""
+    """The official compliance checker's verdict on a log, with its reason. Raises UserError for an unknown ruleset.
+
+    Logs of a benchmark that MLPerf has no rules for, but this project (tools/rules_<benchmark>.yaml), are checked by
+    those, and the verdict says so: it is none on compliance.
+    """
     if ruleset not in rulesets():
         raise UserError(f"ruleset {ruleset!r} is not known to mlperf-logging; choose one of {', '.join(rulesets())}")
+    own = _own_rules(path, ruleset)
+    title = f"events of {path}, {own.name} (no MLPerf ruleset has this benchmark)" if own else ""
+    title = title or f"compliance of {path}, ruleset {ruleset}"
     output, complaints = "", []
-    reason = _unfit(path, ruleset)
+    reason = None if own else _unfit(path, ruleset)
     if reason is None:
-        words = ("--usage", "training", "--ruleset", ruleset, str(path.resolve()))
-        code, output = official("compliance_checker", *words)
+        words = ("--usage", "training", "--ruleset", ruleset, *(("--config", str(own)) if own else ()))
+        code, output = official("compliance_checker", *words, str(path.resolve()))
         complaints = _complaints(output)
         if code == 0 and "INFO - SUCCESS" in output:
             many = f"{len(complaints)} warnings, the first" if len(complaints) > 1 else "1 warning"
             warned = f" with {many}: {complaints[0]}" if complaints else ""
-            return Verdict(True, f"compliance of {path}, ruleset {ruleset}: SUCCESS{warned}", output, complaints)
+            return Verdict(True, f"{title}: SUCCESS{warned}", output, complaints)
         reason = (
             complaints[0] if complaints else f"the checker itself failed: {(output.strip() or '?').splitlines()[-1]}"
         )
@@ -158,7 +165,14 @@ def check(path: Path, ruleset: str) -> Verdict:
             reason = f"the run was resumed, so its log has {starts} parts and is no result; the checker: {reason}"
         more = len(complaints) - 1
         reason += f" (and {more} more complaint{'s' * (more > 1)})" if more > 0 else ""
-    return Verdict(False, f"compliance of {path}, ruleset {ruleset}: FAILED: {reason}", output, complaints)
+    return Verdict(False, f"{title}: FAILED: {reason}", output, complaints)
+
+
+def _own_rules(path: Path, ruleset: str) -> Path | None:
+    """This project's rule file for a log, where the ruleset has none for its benchmark."""
+    names = read_log(path).values("submission_benchmark") if path.is_file() else []
+    rules = Path(__file__).resolve().parent / f"rules_{names[0]}.yaml" if names else None
+    return rules if rules and rules.is_file() and f"closed_{names[0]}" not in rulesets()[ruleset] else None
 
 
 def _unfit(path: Path, ruleset: str) -> str | None:

@@ -159,6 +159,63 @@ def test_accumulation_is_the_mean_over_micro_batches(tmp_path):
     assert float(saved["model"]["weight"]) == pytest.approx(by_hand([0.5, 2.5]), abs=1e-12)
 
 
+def with_tail(micro_batches, per_epoch, events=None):
+    """make_task() whose epochs have so many micro-batches, 0, 1, 2, ..., in per_epoch steps."""
+    task = make_task(target=None, per_epoch=per_epoch)
+
+    def open_data():
+        def stream(epoch, passed):
+            if events is not None:
+                events.append((epoch, passed))
+            return (batch(i % micro_batches, i) for i in count(epoch * micro_batches + passed))
+
+        return dataclasses.replace(task.open_data(), micro_batches=micro_batches, train_batches=stream)
+
+    return dataclasses.replace(task, open_data=open_data)
+
+
+def test_the_last_step_of_an_epoch_takes_the_micro_batches_that_are_left(tmp_path):
+    outcome, _ = run(tmp_path, with_tail(5, per_epoch=2), accumulate=3, epochs=2)
+    assert outcome.step == 4
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert float(saved["model"]["weight"]) == pytest.approx(by_hand([1, 3.5, 1, 3.5]), abs=1e-12)
+
+
+def test_a_run_with_such_a_tail_is_resumed_where_it_was(tmp_path):
+    events, options = [], {"accumulate": 3, "output_dir": tmp_path / "out"}
+    run(tmp_path, with_tail(5, per_epoch=2), epochs=1, **options)
+    run(tmp_path, with_tail(5, per_epoch=2, events=events), epochs=2, resume=True, **options)
+    assert events == [(1, 0)]
+    saved = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert float(saved["model"]["weight"]) == pytest.approx(by_hand([1, 3.5, 1, 3.5]), abs=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [(2, 2, 2), (3, 3), (6,)])
+def test_micro_batches_make_the_step_of_one_large_batch(pieces):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8)
+    empty = batch(0)
+    whole = empty._replace(images=images)
+    parts = [empty._replace(images=part) for part in images.split(pieces)]
+
+    def step_on(batches):
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 2)).double()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        task = dataclasses.replace(
+            make_task(loss=lambda m, b: {"square": (m(b.images.double() / 255) ** 2).mean()}),
+            model=network, optimizer=optimizer,
+        )  # fmt: skip
+        device = backend.select("cpu", "fp32")
+        state = State(network, optimizer, device.scaler(), None)
+        step = engine.make_train_step(task, state, network, RunConfig(accumulate=len(batches)), device)
+        losses = [float(step(batches)["square"]) for _ in range(3)]
+        return losses, torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+
+    (expected, weights), (found, others) = step_on([whole]), step_on(parts)
+    assert found == pytest.approx(expected, rel=1e-6) and torch.allclose(weights, others, rtol=0, atol=1e-14)
+
+
 def test_clipping_limits_the_gradient(tmp_path):
     run(tmp_path, make_task(target=None, values=lambda i: 200), epochs=1, clip_norm=1.0)
     saved = torch.load(tmp_path / "out/last.pt", weights_only=True)

@@ -90,7 +90,7 @@ def make_state(task: Task, config: RunConfig, scale: bool) -> State:
     return State(task.model, task.optimizer, scaler, optim.Ema(task.model, 0.9) if config.ema_decay else None)
 
 
-def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None, spoil=None, drop=0.25):
+def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None, spoil=None, drop=0.25, passes=None):
     """(the terms of every step, the state's contents and the random generators after it)."""
     device = backend.Backend(torch.device("cpu"), "fp32", recorder)
     task = make_task(optimizer)
@@ -109,7 +109,7 @@ def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None,
     terms = []
     for i in range(first, first + steps):
         optim.set_lr(task.optimizer, task.lr(i, 1))
-        given = batches(i, config.accumulate)
+        given = batches(i, passes[i] if passes else config.accumulate)
         if i == spoil:
             given[0].boxes.fill_(float("inf"))
         terms.append(step(given))
@@ -175,6 +175,15 @@ def test_runs_go_on_from_recorded_to_plain_and_back(optimizer):
         more, contents = train(recorder, optimizer, config, scale=True, steps=3, resume=contents)
         terms += more
     assert terms == whole and same(contents, expected)
+
+
+@pytest.mark.parametrize("optimizer", [adam, sgd])
+def test_the_tail_of_an_epoch_is_recorded_when_it_comes(optimizer):
+    config, passes, recorder = RunConfig(accumulate=3, ema_decay=0.9), (3, 2, 3, 2), TapeRecorder()
+    plain = train(None, optimizer, config, steps=4, passes=passes)
+    recorded = train(recorder, optimizer, config, steps=4, passes=passes)
+    assert recorder.recordings == 2 and recorder.replays == 4
+    assert plain[0] == recorded[0] and same(plain[1], recorded[1])
 
 
 @pytest.mark.parametrize("optimizer", [adam, sgd])

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from detcore import UserError, checkpoint
+from detcore.inference import load_checkpoint
 from detcore.resnet import load_exactly
-from single_stage_detector.inference import load_checkpoint
 from single_stage_detector.model import load_reference_state
 
 ROOT = Path(__file__).resolve().parents[2]

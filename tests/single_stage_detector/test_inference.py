@@ -11,8 +11,8 @@ from PIL import Image
 
 from detcore import UserError, checkpoint
 from detcore.cli import run_main
+from detcore.inference import load_checkpoint
 from single_stage_detector import train
-from single_stage_detector.inference import load_checkpoint
 from single_stage_detector.model import RetinaNet
 
 SIZES = (8, 16, 24, 32, 48)

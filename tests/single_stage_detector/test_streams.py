@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detcore import backend
+from detcore import backend, detection
 from detcore.data import dali, loader, nvjpeg
 from detcore.data.ahead import one_ahead
 from detcore.launcher import World
@@ -61,13 +61,13 @@ def equal(ours, theirs) -> bool:
 def test_nvjpeg_is_chosen_by_name_and_gives_the_same_on_the_cpu(config, monkeypatch):
     index, context = data.open_index(config, "train"), Context(CPU, ALONE, 3)
     plain = list(islice(data.train_stream(config, index, context, 0, 2), 8))
-    val = list(data.eval_stream(config, index, ALONE, CPU, 4))
+    val = list(detection.eval_stream(config, index, ALONE, CPU, 4))
     assert [len(batch.image_id) for batch in val] == [4, 4, 4] and val[-1].image_id[-1] == -1
     monkeypatch.setattr(loader, "train_batches", None)
     monkeypatch.setattr(loader, "eval_batches", None)
     other = dataclasses.replace(config, loader="nvjpeg")
     assert equal(list(islice(data.train_stream(other, index, context, 0, 2), 8)), plain)
-    assert equal(list(data.eval_stream(other, index, ALONE, CPU, 4)), val)
+    assert equal(list(detection.eval_stream(other, index, ALONE, CPU, 4)), val)
 
 
 @pytest.mark.parametrize(("name", "module", "key"), [("dali", dali, "device_id"), ("nvjpeg", nvjpeg, "device")])
@@ -81,7 +81,7 @@ def test_the_gpu_of_a_loader_is_the_backends_also_where_each_process_sees_one_on
     gpu, world = backend.Backend(torch.device("cuda", 0), "bf16"), World(3, 4, 3, 4)
     config, index = dataclasses.replace(config, loader=name), data.open_index(config, "train")
     data.train_stream(config, index, Context(gpu, world, 0), 0, 0)
-    data.eval_stream(config, index, world, gpu)
+    detection.eval_stream(config, index, world, gpu)
     assert asked == [0 if name == "dali" else torch.device("cuda", 0)] * 2
 
 
@@ -102,20 +102,25 @@ def test_detections_are_the_same_one_ahead(config, model):
             if name.endswith("cls_logits.bias"):
                 value.fill_(-1)
     index = data.open_index(config, "val")
-    found = []
-    for device in (CPU, Ahead(CPU.device, "fp32")):
-        stream = data.eval_stream(config, index, ALONE, device, 4)
-        found.append(data.detect_all(data.detector(model, index, device), stream, device, lambda *told: None))
+    found = [
+        detection.detect_all(
+            detection.finder(data.DETECTOR, model, index.category_ids.tolist(), device),
+            detection.eval_stream(config, index, ALONE, device, 4),
+            device,
+            lambda *told: None,
+        )
+        for device in (CPU, Ahead(CPU.device, "fp32"))
+    ]
     assert len(found[0]) and torch.equal(*found)
 
 
 class TestEvalBatchSize:
     def test_what_the_config_says(self, config, model):
         config = dataclasses.replace(config, eval_batch_size=3)
-        assert data.eval_batch_size(config, model, data.open_index(config, "val"), ALONE, CPU) == 3
+        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU) == 3
 
     def test_on_the_cpu_that_of_training(self, config, model):
-        assert data.eval_batch_size(config, model, data.open_index(config, "val"), ALONE, CPU) == 2
+        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU) == 2
 
     @pytest.mark.parametrize(("world", "limit"), [(ALONE, 11), (World(1, 2, 1, 2), 6)])
     def test_what_fits_on_all_ranks(self, config, model, monkeypatch, world, limit):
@@ -130,25 +135,29 @@ class TestEvalBatchSize:
 
         seen: list[tuple] = []
         model.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
-        monkeypatch.setattr(data.distributed, "agree", lambda values, device: [max(*values, -4)])  # another rank's is 4
+        monkeypatch.setattr(
+            detection.distributed, "agree", lambda values, device: [max(*values, -4)]
+        )  # another rank's is 4
         gpu = Doubles(torch.device("cpu"), "fp32")
-        assert data.eval_batch_size(config, model, data.open_index(config, "val"), world, gpu) == 4
+        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), world, gpu) == 4
         assert asked == [(2, limit)] and seen == [(n, 3, *SIZE) for n in (2, 4, 8)]
 
     def test_never_more_than_the_largest(self, config, model, monkeypatch):
-        monkeypatch.setattr(data, "LARGEST_EVAL_BATCH", 4)
+        monkeypatch.setattr(detection, "LARGEST_EVAL_BATCH", 4)
         limits = []
         monkeypatch.setattr(
             backend.Backend, "largest_batch", lambda self, tried, start, limit: limits.append(limit) or 1
         )
-        data.eval_batch_size(config, model, data.open_index(config, "val"), ALONE, CPU)
+        detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU)
         assert limits == [4]
 
     def test_found_once_and_used_in_every_evaluation(self, config, model, monkeypatch):
         sizes, calls = [], []
-        monkeypatch.setattr(data, "eval_batch_size", lambda *arguments: calls.append(True) or 5)
-        inner = data.eval_stream
-        monkeypatch.setattr(data, "eval_stream", lambda *arguments: sizes.append(arguments[-1]) or inner(*arguments))
+        monkeypatch.setattr(detection, "eval_batch_size", lambda *arguments: calls.append(True) or 5)
+        inner = detection.eval_stream
+        monkeypatch.setattr(
+            detection, "eval_stream", lambda *arguments: sizes.append(arguments[-1]) or inner(*arguments)
+        )
         opened = data.open_data(config, Context(CPU, ALONE, 0))
         try:
             for _ in range(2):

@@ -1,9 +1,11 @@
-"""What a trained detector is for: `--mode evaluate`, `predict` and `benchmark`, and the gallery of the report."""
+"""What a trained detector is for: `--mode evaluate`, `predict` and the gallery of the report.
+
+A benchmark brings its `Detector` and build_model(config, number of classes) -> model on the CPU.
+"""
 
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,28 +18,16 @@ from torch import Tensor, nn
 from torchvision.io import encode_jpeg
 from torchvision.utils import draw_bounding_boxes
 
-from detcore import UserError, backend, checkpoint, cli, distributed, engine, launcher, native, optim
-from detcore.data import Batch, synthetic, transforms
+from detcore import UserError, backend, checkpoint, cli, detection, distributed, engine, launcher, native
+from detcore.data import Batch, transforms
 from detcore.data.coco import CocoIndex
+from detcore.detection import Detector, class_names, open_index
+from detcore.detection_config import DetectionConfig
 from detcore.evaluation.coco import evaluate as coco_metrics
-from detcore.state import State
-from detcore.task import Context, Task
-from single_stage_detector.config import Config
-from single_stage_detector.data import (
-    class_count,
-    class_names,
-    detect,
-    detect_all,
-    detector,
-    eval_batch_size,
-    eval_stream,
-    open_index,
-    train_stream,
-)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
-BuildModel = Callable[[Config, int], nn.Module]
+BuildModel = Callable[[Any, int], nn.Module]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -68,7 +58,7 @@ def _no_beat(phase: str, count: int) -> None:
     """For programs that no watchdog looks at."""
 
 
-def evaluate(config: Config, build_model: BuildModel) -> int:
+def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> int:
     """The twelve COCO numbers of a checkpoint on the validation images; all processes of the job share the work.
 
     Writes evaluation.json into the output folder and prints a table, with the AP of every class.
@@ -81,14 +71,16 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
         _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
-        images = eval_batch_size(config, model, index, world, device)
-        stream = eval_stream(config, index, world, device, images)
-        found = detect_all(detector(model, index, device), stream, device, _no_beat)
-        everyone = distributed.gather_rows(found.to(device.device))
+        images = detection.eval_batch_size(detector, config, model, index, world, device)
+        find = detection.finder(detector, model, index.category_ids.tolist(), device)
+        stream = detection.eval_stream(config, index, world, device, images)
+        found = detection.detect_all(find, stream, device, _no_beat)
+        everyone = distributed.gather_rows(found.to(device.exchange))
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
-        result = coco_metrics(index.ground_truth(), everyone.cpu().numpy(), per_class=True)
+        counted = detection.counted(detector, config, index, everyone)
+        result = coco_metrics(index.ground_truth(), counted, per_class=True)
     finally:
         device.close()
         distributed.shutdown()
@@ -99,7 +91,7 @@ def evaluate(config: Config, build_model: BuildModel) -> int:
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
-    _write_json(config.output_dir / "evaluation.json", {"checkpoint": str(config.checkpoint), **result})
+    write_json(config.output_dir / "evaluation.json", {"checkpoint": str(config.checkpoint), **result})
     return cli.OK
 
 
@@ -118,7 +110,7 @@ def _same_classes(path: Path, index: CocoIndex) -> None:
             )
 
 
-def predict(config: Config, build_model: BuildModel) -> int:
+def predict(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> int:
     """Detections on images that need no annotations.
 
     Writes predictions/detections.json (COCO format: images, categories, annotations with a score) and a drawn copy of
@@ -142,7 +134,7 @@ def predict(config: Config, build_model: BuildModel) -> int:
         "annotations": [],
     }
     skipped: list[str] = []
-    detected = _detect_files(config, model, paths, device, classes, skipped)
+    detected = _detect_files(config, detector, model, paths, device, classes, skipped)
     for number, (path, image, found) in enumerate(detected, 1):
         if number == 1:
             for old in folder.glob("*.jpg"):  # pictures of an earlier call
@@ -157,7 +149,7 @@ def predict(config: Config, build_model: BuildModel) -> int:
         print(f"{path}: {len(found)} objects")
     if not content["images"]:
         raise UserError("\n".join(skipped))
-    _write_json(folder / "detections.json", content)
+    write_json(folder / "detections.json", content)
     total = len(content["annotations"])
     print(f"{len(content['images'])} images, {total} objects of score {config.score_threshold:g} or more: {folder}")
     if skipped:
@@ -168,7 +160,8 @@ def predict(config: Config, build_model: BuildModel) -> int:
 
 @torch.inference_mode()
 def _detect_files(
-    config: Config,
+    config: DetectionConfig,
+    detector: Detector,
     model: nn.Module,
     paths: list[Path],
     device: backend.Backend,
@@ -191,16 +184,35 @@ def _detect_files(
                 raise
             skipped.append(str(error))
             continue
-        resized = transforms.resize(image, config.image_size, flip=False, antialias=config.antialias)
-        batch = Batch(
-            images=resized.permute(2, 0, 1)[None],
-            boxes=torch.zeros(1, 1, 4),
-            labels=torch.full((1, 1), -1),
-            image_id=torch.tensor([number]),
-            size=torch.tensor([image.shape[-2:]]),
-        )
-        rows = detect(model, device.to_device(batch), device, ids).cpu()
-        yield path, image, rows[rows[:, 5] >= max(config.score_threshold, 1e-9)][:, 1:]
+        rows = look(config, detector, model, image, device, ids)
+        yield path, image, rows[rows[:, 4] >= max(config.score_threshold, 1e-9)]
+
+
+@torch.inference_mode()
+def look(
+    config: DetectionConfig,
+    detector: Detector,
+    model: nn.Module,
+    image: Tensor,
+    device: backend.Backend,
+    category_ids: Tensor,
+) -> Tensor:
+    """What the model finds in a uint8 image [3, h, w]: float64 [d, 6] x, y, w, h, score, category_id on the CPU.
+
+    By falling score, in pixels of the image; unused rows have score 0.
+    """
+    top, left, height, width = detector.window(config, *image.shape[-2:])
+    part = image[:, top : top + height, left : left + width]
+    resized = transforms.resize(part, config.image_size, flip=False, antialias=config.antialias)
+    batch = Batch(
+        images=resized.permute(2, 0, 1)[None],
+        boxes=torch.zeros(1, 1, 4),
+        labels=torch.full((1, 1), -1),
+        image_id=torch.tensor([0]),
+        size=torch.tensor([[height, width]]),
+    )
+    rows = detection.detect(detector, model, device.to_device(batch), device, category_ids).cpu()[:, 1:]
+    return rows + torch.tensor([left, top, 0, 0, 0, 0], dtype=rows.dtype)
 
 
 def _image_paths(source: Path) -> list[Path]:
@@ -225,19 +237,22 @@ def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
     return draw_bounding_boxes(image, boxes, labels, colours, width=max(1, image.shape[-1] // 300))
 
 
-def gallery(config: Config, build_model: BuildModel) -> None:
+def gallery(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> None:
     """Writes gallery.json and gallery/*.jpg: validation images, their true boxes and what best.pt finds in them."""
     index: CocoIndex = open_index(config, "val")
     classes = list(class_names(index).items())
     device = engine.open_device(config, launcher.World())
-    best = Config(**{**vars(config), "checkpoint": config.output_dir / "best.pt", "resume": False, "overwrite": False})
+    found = config.output_dir / "best.pt"
+    best = dataclasses.replace(config, checkpoint=found, resume=False, overwrite=False)
     model = device.place(build_model(best, len(classes))).eval()
     chosen = np.unique(np.linspace(0, len(index) - 1, min(config.gallery, len(index))).round().astype(int)).tolist()
     folder = config.output_dir / "gallery"
     folder.mkdir(exist_ok=True)
     entries = []
     paths = [index.path(i) for i in chosen]
-    detected = _detect_files(best, model, paths, device, classes, read=lambda number: index.read(chosen[number]))
+    detected = _detect_files(
+        best, detector, model, paths, device, classes, read=lambda number: index.read(chosen[number])
+    )
     for i, (_, image, found) in zip(chosen, detected):
         name = f"gallery/{len(entries):03}.jpg"
         (config.output_dir / name).write_bytes(encode_jpeg(image, quality=90).numpy().tobytes())
@@ -257,103 +272,10 @@ def gallery(config: Config, build_model: BuildModel) -> None:
                 ],
             }
         )
-    _write_json(config.output_dir / "gallery.json", entries)
+    write_json(config.output_dir / "gallery.json", entries)
 
 
-def benchmark(config: Config, build_task: Callable[[Config, Context], Task]) -> int:
-    """Speed of training steps and of inference with post-processing, without and with the data set.
-
-    Prints images/s (all processes together) and the milliseconds of an iteration: median, p90, p95, p99 as percentiles
-    of the measured iterations (linear between neighbours), and peak memory. Writes benchmark.json. Each iteration ends
-    with a wait for the device.
-    """
-    world, _ = launcher.discover(os.environ)
-    device = engine.open_device(config, world)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
-    try:
-        context = Context(device, world, distributed.choose_seed(config.seed, device.device))
-        torch.manual_seed(context.seed)
-        task = build_task(config, context)
-        state = State(task.model, task.optimizer, device.scaler(), None)
-        parallel = device.parallel(task.model, world.size)
-        step = engine.make_train_step(task, state, parallel, dataclasses.replace(config, accumulate=1), device)
-        optim.set_lr(task.optimizer, config.lr)
-        category_ids = torch.arange(class_count(config), device=device.device)
-        find = device.compile_inference(lambda batch: detect(task.model, batch, device, category_ids))
-
-        def train(batch: Batch) -> None:
-            parallel.train()
-            step([device.to_device(batch)])
-
-        @torch.inference_mode()
-        def infer(batch: Batch) -> None:
-            task.model.eval()
-            find(device.to_device(batch))
-
-        shape = (config.image_size, config.batch_size, config.max_boxes)
-        fake = device.to_device(next(synthetic.synthetic_batches(class_count(config), *shape, context.seed)))
-        results = [
-            _measure("training, synthetic", train, _forever(fake), config, config.batch_size, context),
-            _measure("inference, synthetic", infer, _forever(fake), config, config.batch_size, context),
-        ]
-        if not config.synthetic:
-            stream = device.ahead(train_stream(config, open_index(config, "train"), context, 0, 0))
-            results.append(_measure("training, with data", train, stream, config, config.batch_size, context))
-            val = open_index(config, "val")
-            images = eval_batch_size(config, task.model.eval(), val, world, device)
-            again = (batch for _ in iter(int, 1) for batch in eval_stream(config, val, world, device, images))
-            again = device.ahead(again)
-            results.append(_measure("inference, with data", infer, again, config, images, context))
-    finally:
-        device.close()
-        distributed.shutdown()
-    if world.rank == 0:
-        print(native.describe(config.program, device.device), f"steps: {device.steps}", sep="\n")
-        print(f"{'':22} images/s   median ms      p90      p95      p99   peak GiB")
-        for r in results:
-            times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))
-            print(f"{r['name']:22} {r['images_per_s']:8.1f}   {r['median_ms']:9.1f}{times}   {r['peak_gib']:8.2f}")
-        about = {"environment": device.describe() | {"processes": world.size}}
-        _write_json(config.output_dir / "benchmark.json", {**about, "results": results})
-    return cli.OK
-
-
-def _forever(batch: Batch) -> Iterator[Batch]:
-    while True:
-        yield batch
-
-
-def _measure(
-    name: str,
-    run: Callable[[Batch], None],
-    batches: Iterator[Batch],
-    config: Config,
-    images: int,
-    context: Context,
-) -> dict[str, Any]:
-    for _ in range(config.benchmark_warmup):
-        run(next(batches))
-    context.backend.synchronize()
-    times = []
-    for _ in range(config.benchmark_iterations):
-        start = time.perf_counter()
-        run(next(batches))
-        context.backend.synchronize()
-        times.append(time.perf_counter() - start)
-    p90, p95, p99 = (float(p) * 1e3 for p in np.percentile(times, (90, 95, 99)))
-    return {
-        "name": name,
-        "images_per_s": len(times) * images * context.world.size / sum(times),
-        "median_ms": statistics.median(times) * 1e3,
-        "p90_ms": p90,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "peak_gib": context.backend.peak_memory_gib(),
-        "iterations": len(times),
-    }
-
-
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

@@ -1,0 +1,17 @@
+# SSD300, speed of inference, 1 node x 1 GPU x 32 images: global batch 32.
+# Recipe: published by NVIDIA, examples/SSD300_FP32_INFERENCE_BENCHMARK.sh.
+# Expected: 271.73 images/s on a V100 (batch 32), without decoding (published by NVIDIA); not measured here.
+
+export BENCHMARK=ssd300
+
+export BATCHSIZE=${BATCHSIZE:-32}
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--precision fp32 --workers 4 --mode benchmark-inference --no-pretrained"}
+
+export DGXNNODES=1
+export DGXNGPU=1
+export DGXSOCKETCORES=20
+export DGXNSOCKET=2
+export DGXHT=2
+export WALLTIME_RUNANDTIME=15
+
+source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

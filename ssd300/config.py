@@ -1,0 +1,197 @@
+"""SSD300 v1.1 as NVIDIA published it, and what a run of it can choose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from detcore import UserError
+from detcore.backend import PRECISIONS
+from detcore.config import above, at_least, between, option
+from detcore.data.layouts import LAYOUTS
+from detcore.detection_config import DetectionConfig
+
+BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+IMAGE_SIZE = (300, 300)
+SCORE_THRESHOLD, TOPK_PER_CLASS, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 200, 0.5, 200
+LR_BATCH = 32  # images of a step that --lr stands for
+DECAY = 0.1  # of the learning rate, at each epoch of --multistep
+MODES = {"training": "train", "evaluation": "evaluate"}
+"""The original's names of the modes that have another one here."""
+BENCHMARKS = ("benchmark", "benchmark-training", "benchmark-inference")
+
+
+@dataclass(frozen=True)
+class Config(DetectionConfig):
+    """A run of SSD300. The defaults are the original's, `legacy` says where they differ."""
+
+    mode: str = option(
+        "train", "what to do; benchmark measures training and inference", group="Run",
+        choices=("train", "evaluate", "predict", *BENCHMARKS, *MODES),
+    )  # fmt: skip
+    precision: str = option(
+        "tf32", "arithmetic; tf32 is fp32 with the GPU's TF32 products (elsewhere fp32 alone); auto, or --amp, is "
+        "bf16 on a GPU and fp32 on the CPU. With bf16 and fp16 the layers compute with narrow copies of fp32 weights; "
+        "fp16 scales the loss as well", choices=PRECISIONS, group="Run",
+    )  # fmt: skip
+    save: Path | None = option(
+        None, "folder that gets epoch_0.pt, epoch_1.pt, ... after each epoch; without a value ./models", group="Run"
+    )
+    json_summary: Path | None = option(None, "file that gets dllogger's JSON lines", group="Run")
+    legacy: bool = option(
+        False, "do as the original where it departs from its own description: hue jitter of half a degree, decay one "
+        "epoch earlier, prediction on centre crops of other scaling, images without objects train nothing and are left "
+        "out of the validation (4,952 images of COCO 2017)", group="Run",
+    )  # fmt: skip
+
+    mlperf_division: str = option(
+        "open", "submission_division of the log; no ruleset has SSD300, so the log can't be of the closed division",
+        env="MLPERF_DIVISION", flags=("--division",), choices=("open",), group="MLPerf log",
+    )  # fmt: skip
+
+    epochs: int = option(65, "epochs at most", env="NUMEPOCHS", flags=("-e",), check=at_least(1), group="Training")
+    batch_size: int = option(
+        32, "images per process and forward pass", env="BATCHSIZE", flags=("-b", "--bs"), check=between(1, 65536),
+        group="Training",
+    )  # fmt: skip
+    eval_batch_size: int = option(
+        0, "images per process in evaluation; 0: as in training, on a GPU as many as fit, up to 128",
+        env="EVALBATCHSIZE", flags=("--ebs",), check=between(0, 65536), group="Training",
+    )  # fmt: skip
+    accumulate: int = option(
+        1, "forward passes per optimizer step", flags=("--gradient-accumulation-steps", "--accumulation"),
+        check=at_least(1), group="Training",
+    )  # fmt: skip
+    lr: float = option(
+        2.6e-3, "learning rate of 32 images a step; scaled by the images of a step, over all processes", env="LR",
+        flags=("--learning-rate",), check=between(1e-12, 100), group="Training",
+    )  # fmt: skip
+    momentum: float = option(0.9, "of SGD", flags=("-m",), check=between(0, 0.99999), group="Training")
+    weight_decay: float = option(
+        5e-4, "of weights with more than one dimension; none for biases and normalisation", flags=("--wd",),
+        check=between(0, 1), group="Training",
+    )  # fmt: skip
+    warmup: int | None = option(
+        None, "steps of linear warm-up from 0; none: no warm-up", env="WARMUP_STEPS", check=at_least(0),
+        group="Training",
+    )  # fmt: skip
+    multistep: tuple[int, ...] = option(
+        (43, 54), "epochs, counted from 0, before which the learning rate falls to a tenth", check=above(0),
+        group="Training",
+    )  # fmt: skip
+    evaluation: tuple[int, ...] = option(
+        (21, 31, 37, 42, 48, 53, 59, 64), "epochs, counted from 0, after which to evaluate; the last one always is",
+        check=at_least(0), group="Training",
+    )  # fmt: skip
+
+    backbone: str = option("resnet50", "ResNet that begins the network", choices=BACKBONES, group="Model")
+    torchvision_weights_version: str = option(
+        "IMAGENET1K_V2", "which of torchvision's ImageNet weights (resnet18 and resnet34 have V1 alone)",
+        choices=("IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"), group="Model",
+    )  # fmt: skip
+    predictor_norm: bool = option(
+        False, "batch normalisation after the predicting convolutions, which the original's text has and its code "
+        "has not", group="Model",
+    )  # fmt: skip
+
+    dataset: str = option("coco", "layout of the data set", choices=tuple(LAYOUTS), group="Data")
+    max_boxes: int = option(
+        100, "boxes of an image at most, to which all are padded (COCO's fullest has 93)", check=between(1, 100000),
+        group="Data",
+    )  # fmt: skip
+    antialias: bool = option(
+        True, "anti-aliased resizing, as Pillow and DALI do in the original; without it faster", group="Data"
+    )
+    workers: int = option(
+        8, "loader processes per rank; threads with dali and nvjpeg", flags=("-j", "--num-workers"), check=at_least(0),
+        group="Data",
+    )  # fmt: skip
+    benchmark_warmup: int = option(
+        20, "benchmarks: iterations before the clock", check=at_least(0), group="Predict and benchmark"
+    )
+
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = DetectionConfig.FREE_ON_RESUME | {
+        "mode", "save", "json_summary", "evaluation", "torchvision_weights_version",
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", MODES.get(self.mode, self.mode))
+        super().__post_init__()
+        if list(self.multistep) != sorted(set(self.multistep)):
+            raise UserError(f"--multistep {' '.join(map(str, self.multistep))}: give rising epochs")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return IMAGE_SIZE
+
+    @property
+    def original_mode(self) -> str:
+        """The original's name of the mode."""
+        return {own: name for name, own in MODES.items()}.get(self.mode, self.mode)
+
+    @property
+    def decay_epochs(self) -> tuple[int, ...]:
+        """Epochs, counted from 0, that are the first of a lower learning rate."""
+        return tuple(epoch - self.legacy for epoch in self.multistep)
+
+    def evaluates(self, completed: int) -> bool:
+        """Whether to evaluate after so many epochs."""
+        return not self.synthetic and (completed - 1 in self.evaluation or completed == self.epochs)
+
+    def departures(self) -> list[str]:
+        """What keeps this run from being the original's recipe, in words; empty if nothing does."""
+        fixed = {
+            "backbone": "resnet50", "predictor_norm": False, "pretrained": True, "dataset": "coco", "synthetic": False,
+            "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65, "multistep": (43, 54), "ema_decay": 0.0,
+            "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None, "target_map": None,
+            "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
+            "val_annotations_file": None,
+        }  # fmt: skip
+        return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
+
+
+ADOPTED = (
+    "backbone", "predictor_norm", "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file",
+    "val_data_path", "val_annotations_file", "shards",
+)  # fmt: skip
+"""What evaluation and prediction take from the checkpoint where the user says nothing else."""
+
+_WHERE = "the launcher's variables say it"
+_LAYOUT = "the memory layout follows the device"
+IGNORED_FLAGS: dict[str, tuple[int, str]] = {
+    # flags of the original programs: number of values, what to know
+    "--local-rank": (1, _WHERE),
+    "--data-layout": (1, _LAYOUT),
+    "--parallel-loader": (0, "batches are always moved ahead of the step"),
+    "--suppress-loss-report": (0, "losses are read once in --log-interval steps"),
+}
+
+
+_TRANSLATED = {
+    "--no-cuda": ["--device", "cpu"], "--amp": ["--precision", "auto"], "--no-amp": ["--precision", "tf32"],
+    "--allow-tf32": [], "--no-allow-tf32": ["--precision", "fp32"],
+}  # fmt: skip
+
+
+def own_words(argv: Sequence[str]) -> list[str]:
+    """A command line for the original programs in the words of this one.
+
+    Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder; --no-allow-tf32
+    says nothing beside --amp, which does not use TF32.
+    """
+    words: list[str] = []
+    dashed = [_dashed(word) for word in argv]
+    for word, after in zip(dashed, [*dashed[1:], "--"]):
+        if word == "--save" and after.startswith("-"):
+            words += ["--save", "models"]
+        elif word == "--no-allow-tf32" and "--amp" in dashed:
+            continue
+        else:
+            words += _TRANSLATED.get(word, [word])
+    return words
+
+
+def _dashed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value

@@ -1,0 +1,198 @@
+"""SSD300: `python -m ssd300.train`."""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from mlperf_logging.mllog import constants as keys
+
+from detcore import UserError, checkpoint, engine, inference, optim
+from detcore.benchmark import PARTS, benchmark
+from detcore.cli import run_main
+from detcore.config import describe, format_config, from_dict, load, to_dict
+from detcore.data import Batch, synthetic
+from detcore.launcher import discover, spread
+from detcore.resnet import load_backbone
+from detcore.schedule import warmup_then_decay
+from detcore.task import Context, Task
+from ssd300.config import ADOPTED, BENCHMARK, BENCHMARKS, DECAY, IGNORED_FLAGS, LR_BATCH, Config, own_words
+from ssd300.data import DETECTOR, class_count, open_data
+from ssd300.loss import losses
+from ssd300.model import CUT_LAYERS, SSD300, load_original_state, scale_as_the_originals_inference
+from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
+from ssd300.records import RATES, Records, Summary, coco_lines
+
+PROGRAM = "python -m ssd300.train"
+INTRO = (
+    "Trains SSD300 with a ResNet; also evaluates a checkpoint, predicts on images and measures speed (--mode). Takes "
+    "the flags of NVIDIA's main.py, and more. Every option can be given here; those with a variable also by the "
+    "environment, as configs/*.sh do. A data set of your own in COCO format: --dataset custom --data DIR."
+)
+
+
+def build_model(config: Config, num_classes: int) -> SSD300:
+    """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
+    model = SSD300(config.backbone, num_classes, config.predictor_norm)
+    if config.checkpoint:
+        saved = inference.load_checkpoint(config.checkpoint)
+        load_original_state(model, saved.get("ema") or saved, str(config.checkpoint))
+    elif config.pretrained and not config.resume and not config.synthetic:
+        only_first = config.backbone in ("resnet18", "resnet34")  # there is no second version of their weights
+        version = "IMAGENET1K_V1" if only_first else config.torchvision_weights_version
+        load_backbone(model.backbone, config.backbone, config.weights, version, CUT_LAYERS)
+    if config.legacy and config.mode == "predict":
+        scale_as_the_originals_inference(model)
+    return model
+
+
+def build_task(config: Config, context: Context) -> Task:
+    """SSD300 as the training loop sees it."""
+    place = context.backend.place(build_model(config, class_count(config)))
+    model = context.backend.sync_batch_norm(place) if config.sync_bn else place
+    images = config.batch_size * config.accumulate * context.world.size
+    rate = config.lr * images / LR_BATCH
+    empty_negatives = 0 if config.legacy else NEGATIVES_PER_POSITIVE
+
+    def loss(network, batch: Batch) -> dict:
+        outputs = network(batch.images)
+        return losses(outputs, model.priors, batch.boxes, batch.labels, empty_negatives)
+
+    return Task(
+        model=model,
+        optimizer=optim.sgd(model, rate, config.momentum, config.weight_decay, fused=context.backend.is_gpu),
+        lr=lambda step, per_epoch: warmup_then_decay(
+            step, per_epoch, rate, config.warmup or 0, config.decay_epochs, DECAY
+        ),
+        loss=loss,
+        open_data=lambda: open_data(config, context),
+        metric="AP",
+        target=config.target_map,
+        eval_epochs=config.evaluates,
+        hyperparameters={
+            keys.OPT_NAME: keys.SGD,
+            keys.OPT_BASE_LR: rate,
+            keys.OPT_WEIGHT_DECAY: config.weight_decay,
+            "opt_momentum": config.momentum,
+            keys.OPT_LR_WARMUP_STEPS: config.warmup or 0,
+            keys.OPT_LR_DECAY_BOUNDARY_EPOCHS: list(config.decay_epochs),
+            keys.OPT_LR_DECAY_FACTOR: DECAY,
+        },
+        notes=notes(config),
+        example=lambda: next(
+            synthetic.synthetic_batches(
+                model.num_classes, config.image_size, config.batch_size, config.max_boxes, context.seed
+            )
+        ),
+        observe=Records(config) if config.mode == "train" and context.world.rank == 0 else None,
+    )
+
+
+def notes(config: Config) -> tuple[str, ...]:
+    """What a reader of this run must know."""
+    departures = ", ".join(config.departures())
+    ruleless = "No MLPerf result: no ruleset of today has SSD300; the log has the events and their order alone."
+    return (ruleless, f"Not the original's recipe: {departures}.") if departures else (ruleless,)
+
+
+def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
+    """The config with the model and the data set of its checkpoint, wherever the user said nothing else.
+
+    So `--mode evaluation --checkpoint epoch_64.pt` needs no further option. The original's checkpoints have no config.
+    """
+    saved = inference.load_checkpoint(config.checkpoint).get("config")
+    if not saved:
+        return config
+    adopted = {name: saved[name] for name in ADOPTED if sources[name] == "default" and name in saved}
+    try:
+        return from_dict(Config, to_dict(config) | adopted)
+    except UserError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from error
+
+
+def go_on(config: Config, first: bool) -> Config:
+    """The config of a training that goes on from `--checkpoint epoch_12.pt` with epoch 13, as the original does.
+
+    Such a file (--save) holds a whole state. It becomes last.pt of the output folder, which must hold no other run;
+    the process that is `first` sees to that, before any other looks. Other files, and those of the original, only give
+    their weights.
+    """
+    if not re.fullmatch(r"epoch_\d+\.pt", config.checkpoint.name if config.checkpoint else "") or config.resume:
+        return config
+    if "generators" not in inference.load_checkpoint(config.checkpoint):
+        return config
+    last = config.output_dir / "last.pt"
+    if first and not (last.exists() and last.samefile(config.checkpoint)):
+        if last.exists() and not config.overwrite:
+            raise UserError(
+                f"--checkpoint {config.checkpoint}: {config.output_dir} holds a run already. Go on in another "
+                "--output-dir, or replace it with --overwrite; --resume goes on with what is there."
+            )
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.link_or_copy(config.checkpoint, last)
+    return dataclasses.replace(config, resume=True, overwrite=False, checkpoint=None)
+
+
+def evaluate(config: Config, first: bool) -> int:
+    """`--mode evaluation`."""
+    code = inference.evaluate(config, DETECTOR, build_model)
+    if first:
+        result = json.loads((config.output_dir / "evaluation.json").read_text())
+        print("\n".join(coco_lines(result)))
+        summary = Summary(config.json_summary)
+        summary.parameters(config)
+        summary.log((), {"mAP": result["AP"]})
+    return code
+
+
+def measure(config: Config) -> int:
+    """`--mode benchmark`, `benchmark-training` and `benchmark-inference`."""
+    part = config.mode.removeprefix("benchmark").removeprefix("-")
+
+    def tell(results: list[dict]) -> None:
+        for result in results:
+            rates = [f"{short} {result[name]:.1f}" for short, name in RATES.items()]
+            print(f"{result['name']}: images/s {', '.join(rates)}")
+        summary = Summary(config.json_summary)
+        summary.parameters(config)
+        summary.benchmark(results)
+
+    return benchmark(config, DETECTOR, build_task, (part,) if part else PARTS, tell)
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(describe(Config, PROGRAM, INTRO))
+        return 0
+    given, argv = argv, own_words(argv)
+    printing = "--print-config" in argv
+    config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
+    if config.checkpoint and config.mode != "train":
+        config = adopt_checkpoint(config, sources)
+    if config.mode == "benchmark-inference":  # its batch may be said either way
+        images = config.eval_batch_size or config.batch_size
+        config = dataclasses.replace(config, batch_size=images, eval_batch_size=images)
+    if not printing:
+        spread(config.num_cores, "ssd300.train", given)
+    speaks = discover(os.environ)[0].rank == 0
+    if speaks:
+        print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
+    if printing:
+        return 0
+    if config.mode == "evaluate":
+        return evaluate(config, speaks)
+    if config.mode == "predict":
+        return inference.predict(config, DETECTOR, build_model)
+    if config.mode in BENCHMARKS:
+        return measure(config)
+    config = go_on(config, speaks)
+    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
+    if config.gallery and outcome.best is not None and speaks:
+        inference.gallery(config, DETECTOR, build_model)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
