@@ -7,15 +7,14 @@
 
 namespace detcore {
 
-// exp(x) for x <= 0.
-HOST_DEVICE float exp_of_negative(float x) {
+// exp(x) for x of -87..0; not a number where x is none.
+HOST_DEVICE float exp_above_least(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
   return y;
 #else
   // 2^n exp(r) with a polynomial for exp(r) (Cephes, expf): plain operations, which become vector instructions.
-  x = x < -87.f ? -87.f : x;
   const float shift = 12582912.f;  // adding it rounds to an integer, which stands in the lowest bits
   const float shifted = x * 1.44269504f + shift;
   const float n = shifted - shift;
@@ -33,6 +32,18 @@ HOST_DEVICE float exp_of_negative(float x) {
   float power;
   memcpy(&power, &bits, sizeof(power));
   return y * power;
+#endif
+}
+
+// The least x whose exponential is told from its neighbours' on the CPU.
+HOST_DEVICE float at_least(float x) { return x < -87.f ? -87.f : x; }
+
+// exp(x) for x <= 0.
+HOST_DEVICE float exp_of_negative(float x) {
+#if defined(__CUDA_ARCH__)
+  return exp_above_least(x);
+#else
+  return exp_above_least(at_least(x));
 #endif
 }
 

@@ -19,6 +19,11 @@ static float least_margin(double threshold) {
   return low > 0 && low < 1 ? static_cast<float>(std::log(low / (1 - low))) : -INFINITY;
 }
 
+// A logit below which no score of the row is above the threshold, but little lower than need be.
+static float least_logit(Softmax row, float threshold) {
+  return threshold > 0 ? row.most + std::log(threshold * row.sum) - 1e-4f * (1 + std::fabs(row.most)) : -INFINITY;
+}
+
 // Leaves the `most` best, in the order of the priors. Of equal scores the lower prior is the better.
 static void keep_best(std::vector<Scored>& all, int64_t most) {
   if (static_cast<int64_t>(all.size()) <= most) return;
@@ -29,16 +34,28 @@ static void keep_best(std::vector<Scored>& all, int64_t most) {
   std::sort(all.begin(), all.end(), [](const Scored& a, const Scored& b) { return a.prior < b.prior; });
 }
 
+// Whether a row may have a score above the threshold. Most have none, so compilers shall make vector instructions of
+// it.
+template <typename T>
+static bool may_have(const T* row, int classes, float margin) {
+  const float background = static_cast<float>(row[0]), least = background + margin - 1e-6f * std::fabs(background);
+  int32_t high = 0;
+  for (int k = 1; k < classes; ++k) high |= !(static_cast<float>(row[k]) < least);  // NaN is not below
+  return high;
+}
+
 // The pairs of one image, class by class.
 template <typename T>
 static void choose(const Candidates& a, const T* logits, float margin, float* scores, int64_t* priors) {
   std::vector<std::vector<Scored>> found(a.classes - 1);
   Row row(a.classes);
   for (int64_t p = 0; p < a.count; ++p) {
+    if (!may_have(logits + p * a.classes, a.classes, margin)) continue;
     row.load(logits + p * a.classes);
-    if (row.most_but_first() - row[0] <= margin) continue;
     const Softmax soft = row.softmax();
+    const float least = least_logit(soft, a.threshold);
     for (int k = 1; k < a.classes; ++k) {
+      if (row[k] < least) continue;
       const float score = probability(soft, row[k]);
       if (score > a.threshold) found[k - 1].push_back({score, static_cast<int32_t>(p)});
     }

@@ -11,11 +11,11 @@ namespace detcore {
 
 constexpr int kLanes = 16;
 
-// The largest of values first..count; NaN is none.
-WIDE_VECTORS static float most_of(const float* values, int first, int count) {
+// The largest value; NaN is none.
+WIDE_VECTORS static float most_of(const float* values, int count) {
   float lanes[kLanes];
-  for (int k = 0; k < kLanes; ++k) lanes[k] = k < first ? -INFINITY : values[k];
-  for (int i = kLanes; i < count; i += kLanes) {
+  for (float& lane : lanes) lane = -INFINITY;
+  for (int i = 0; i < count; i += kLanes) {
     for (int k = 0; k < kLanes; ++k) lanes[k] = values[i + k] > lanes[k] ? values[i + k] : lanes[k];
   }
   float most = -INFINITY;
@@ -23,10 +23,12 @@ WIDE_VECTORS static float most_of(const float* values, int first, int count) {
   return most;
 }
 
-WIDE_VECTORS static float sum_of_exponentials(const float* values, int count, float most) {
+// The sum of exp(value - most). work: as long as values; in two loops, so that compilers make vector instructions.
+WIDE_VECTORS static float sum_of_exponentials(const float* values, int count, float most, float* work) {
+  for (int i = 0; i < count; ++i) work[i] = at_least(values[i] - most);
   float lanes[kLanes] = {}, sum = 0;
   for (int i = 0; i < count; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) lanes[k] += exp_of_negative(values[i + k] - most);
+    for (int k = 0; k < kLanes; ++k) lanes[k] += exp_above_least(work[i + k]);
   }
   for (float lane : lanes) sum += lane;
   return sum;
@@ -36,24 +38,23 @@ WIDE_VECTORS static float sum_of_exponentials(const float* values, int count, fl
 class Row {
  public:
   explicit Row(int64_t classes)
-      : classes_(static_cast<int>(classes)), values_(ceil_div(classes, kLanes) * kLanes, -INFINITY) {}
+      : classes_(static_cast<int>(classes)), values_(ceil_div(classes, kLanes) * kLanes, -INFINITY), work_(values_) {}
 
   template <typename T>
   void load(const T* logits) {
     for (int k = 0; k < classes_; ++k) values_[k] = static_cast<float>(logits[k]);
   }
-  Softmax softmax() const {
-    const float most = most_of(values_.data(), 0, padded());
-    return {most, sum_of_exponentials(values_.data(), padded(), most)};
+  Softmax softmax() {
+    const float most = most_of(values_.data(), padded());
+    return {most, sum_of_exponentials(values_.data(), padded(), most, work_.data())};
   }
-  float most_but_first() const { return most_of(values_.data(), 1, padded()); }
   float operator[](int64_t k) const { return values_[k]; }
 
  private:
   int padded() const { return static_cast<int>(values_.size()); }
 
   int classes_;
-  std::vector<float> values_;
+  std::vector<float> values_, work_;
 };
 
 }  // namespace detcore
