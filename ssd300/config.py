@@ -12,6 +12,7 @@ from detcore.data.layouts import LAYOUTS
 from detcore.detection_config import DetectionConfig
 
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
+AUGMENTATIONS = ("ssd", "flip", "none")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 IMAGE_SIZE = (300, 300)
 SCORE_THRESHOLD, TOPK_PER_CLASS, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 200, 0.5, 200
@@ -100,6 +101,10 @@ class Config(DetectionConfig):
         100, "boxes of an image at most, to which all are padded (COCO's fullest has 93)", check=between(1, 100000),
         group="Data",
     )  # fmt: skip
+    augmentation: str = option(
+        "ssd", "of training images: ssd as the original, crops, mirroring and colours; flip mirrors half of them; none "
+        "takes them as they are. Crops and colours want long training", choices=AUGMENTATIONS, group="Data",
+    )  # fmt: skip
     antialias: bool = option(
         True, "anti-aliased resizing, as Pillow and DALI do in the original; without it faster", group="Data"
     )
@@ -143,8 +148,8 @@ class Config(DetectionConfig):
         """What keeps this run from being the original's recipe, in words; empty if nothing does."""
         fixed = {
             "backbone": "resnet50", "predictor_norm": False, "pretrained": True, "dataset": "coco", "synthetic": False,
-            "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65, "multistep": (43, 54), "ema_decay": 0.0,
-            "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None, "target_map": None,
+            "augmentation": "ssd", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65, "multistep": (43, 54),
+            "ema_decay": 0.0, "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None, "target_map": None,
             "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
             "val_annotations_file": None,
         }  # fmt: skip
