@@ -14,6 +14,7 @@ from detcore.detection_config import DetectionConfig
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
 AUGMENTATIONS = ("ssd", "flip", "none")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+OPTIMIZERS = ("sgd", "adam")
 IMAGE_SIZE = (300, 300)
 SCORE_THRESHOLD, TOPK_PER_CLASS, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 200, 0.5, 200
 LR_BATCH = 32  # images of a step that --lr stands for
@@ -67,6 +68,10 @@ class Config(DetectionConfig):
     lr: float = option(
         2.6e-3, "learning rate of 32 images a step; scaled by the images of a step, over all processes", env="LR",
         flags=("--learning-rate",), check=between(1e-12, 100), group="Training",
+    )  # fmt: skip
+    optimizer: str = option(
+        "sgd", "sgd; or adam, which from random weights learns faster, with a --lr of about .004", choices=OPTIMIZERS,
+        group="Training",
     )  # fmt: skip
     momentum: float = option(0.9, "of SGD", flags=("-m",), check=between(0, 0.99999), group="Training")
     weight_decay: float = option(
@@ -148,9 +153,9 @@ class Config(DetectionConfig):
         """What keeps this run from being the original's recipe, in words; empty if nothing does."""
         fixed = {
             "backbone": "resnet50", "predictor_norm": False, "pretrained": True, "dataset": "coco", "synthetic": False,
-            "augmentation": "ssd", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65, "multistep": (43, 54),
-            "ema_decay": 0.0, "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None, "target_map": None,
-            "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
+            "augmentation": "ssd", "optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65,
+            "multistep": (43, 54), "ema_decay": 0.0, "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None,
+            "target_map": None, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
             "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
