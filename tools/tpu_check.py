@@ -29,7 +29,7 @@ STEPS = 20
 TOLERANCES = {"fp32": 5e-3, "bf16": 3e-2}
 """Largest relative difference of a step's loss. The first step's, before rounding has gone through the weights, is held
 to a hundredth of it in fp32."""
-STATISTICS = 2e-3  # absolute, of the first normalisation's running mean and variance after all steps
+STATISTICS = 5e-3  # absolute, of the first normalisation's running mean and variance after all steps
 Row = tuple[str, str, bool]
 
 
