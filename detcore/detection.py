@@ -9,6 +9,7 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +34,14 @@ class Detector(NamedTuple):
     labels int64 [N, D] (class index, -1 where unused); fixed shapes. train_options(config): what the loaders'
     train_batches is told beside the usual. synthetic_classes: of random data, where nobody says how many.
     window(config, height, width): top, left, height and width of what prediction shows the model of an image.
+    scores_empty(config): whether detections on validation images without any annotation count.
     """
 
     postprocess: Callable[[nn.Module, Any], tuple[Tensor, Tensor, Tensor]]
     train_options: Callable[[Any], dict[str, Any]]
     synthetic_classes: int
     window: Callable[[Any, int, int], tuple[int, int, int, int]] = lambda config, height, width: (0, 0, height, width)
+    scores_empty: Callable[[Any], bool] = lambda config: True
 
 
 def open_index(config: DetectionConfig, split: str) -> CocoIndex:
@@ -196,6 +199,14 @@ def detect_all(find: Callable[[Batch], Tensor], batches: Iterator[Batch], backen
     return found[found[:, 5] > 0]
 
 
+def counted(detector: Detector, config: DetectionConfig, index: CocoIndex, found: Tensor) -> np.ndarray:
+    """The detections of all ranks, float64 [D, 7], that the metrics are made of."""
+    rows = found.cpu().numpy()
+    if detector.scores_empty(config):
+        return rows
+    return rows[np.isin(rows[:, 0], index.image_ids[index.box_count() > 0])]
+
+
 def open_data(detector: Detector, config: DetectionConfig, context: Context) -> Data:
     """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0."""
     if config.synthetic:
@@ -235,7 +246,9 @@ def open_data(detector: Detector, config: DetectionConfig, context: Context) -> 
         stream = eval_stream(config, val, world, context.backend, sizes[0])
         mine = detect_all(find(model), stream, context.backend, beat)
         everyone = distributed.gather_rows(mine.to(context.backend.exchange))
-        return _Named(evaluator.submit(everyone.cpu().numpy(), per_class=True), names) if evaluator else None
+        if not evaluator:
+            return None
+        return _Named(evaluator.submit(counted(detector, config, val, everyone), per_class=True), names)
 
     def close() -> None:
         for part in (ahead, evaluator):

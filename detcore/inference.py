@@ -79,7 +79,8 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
-        result = coco_metrics(index.ground_truth(), everyone.cpu().numpy(), per_class=True)
+        counted = detection.counted(detector, config, index, everyone)
+        result = coco_metrics(index.ground_truth(), counted, per_class=True)
     finally:
         device.close()
         distributed.shutdown()

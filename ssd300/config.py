@@ -100,6 +100,9 @@ class Config(DetectionConfig):
         100, "boxes of an image at most, to which all are padded (COCO's fullest has 93)", check=between(1, 100000),
         group="Data",
     )  # fmt: skip
+    antialias: bool = option(
+        True, "anti-aliased resizing, as Pillow and DALI do in the original; without it faster", group="Data"
+    )
     workers: int = option(
         8, "loader processes per rank; threads with dali and nvjpeg", flags=("-j", "--num-workers"), check=at_least(0),
         group="Data",

@@ -145,3 +145,10 @@ def load_original_state(model: SSD300, state: Mapping, source: str = "the checkp
         )
 
     load_exactly(model, {own_name(str(key)): value for key, value in state.items()}, source)
+
+
+@torch.no_grad()
+def scale_as_the_originals_inference(model: SSD300) -> None:
+    """From now on pixels become (x / 255 * 256 - 128) / 128, as the original's inference script has it."""
+    model.pixel_scale.fill_(256 / (255 * 128))
+    model.pixel_shift.fill_(-1)

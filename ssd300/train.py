@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Sequence
 
-import torch
 from mlperf_logging.mllog import constants as keys
 
 from detcore import UserError, checkpoint, engine, inference, optim
@@ -22,7 +21,7 @@ from detcore.task import Context, Task
 from ssd300.config import ADOPTED, BENCHMARK, BENCHMARKS, DECAY, IGNORED_FLAGS, LR_BATCH, Config, own_words
 from ssd300.data import DETECTOR, class_count, open_data
 from ssd300.loss import losses
-from ssd300.model import CUT_LAYERS, SSD300, load_original_state
+from ssd300.model import CUT_LAYERS, SSD300, load_original_state, scale_as_the_originals_inference
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
 from ssd300.records import RATES, Records, Summary, coco_lines
 
@@ -47,13 +46,6 @@ def build_model(config: Config, num_classes: int) -> SSD300:
     if config.legacy and config.mode == "predict":
         scale_as_the_originals_inference(model)
     return model
-
-
-@torch.no_grad()
-def scale_as_the_originals_inference(model: SSD300) -> None:
-    """From now on pixels become (x / 255 * 256 - 128) / 128, as the original's inference script has it."""
-    model.pixel_scale.fill_(256 / (255 * 128))
-    model.pixel_shift.fill_(-1)
 
 
 def build_task(config: Config, context: Context) -> Task:

@@ -1,14 +1,19 @@
-"""What only a GPU can show: the same program there, against the CPU. Skipped where torch sees none (make gpu)."""
+"""What only a GPU can show: the same program there, against the CPU. Skipped where torch sees none (make gpu).
+
+The ops have their own tests, which run on a GPU as well (the fixture `implementation`).
+"""
 
 import dataclasses
 
 import pytest
 import torch
 
-from detcore import backend, engine, optim
+from detcore import backend, engine, native, optim
 from detcore.data.synthetic import synthetic_batches
 from detcore.state import State
 from detcore.task import Task
+from single_stage_detector.anchors import anchors, grids
+from single_stage_detector.data import detect
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
 from single_stage_detector.postprocess import postprocess
@@ -18,14 +23,17 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
 ]
+needs_kernels = pytest.mark.skipif(
+    bool(native.load("single_stage_detector") or native.load("detcore")), reason="the kernels are not built"
+)
 SIZE, CLASSES = (128, 128), 5
 
 
-def train(device: str, precision: str, steps: int = 3) -> tuple[list[float], RetinaNet]:
+def train(device: str, precision: str, steps: int = 3, norm: str = "batch") -> tuple[list[float], RetinaNet]:
     """The losses of a few steps on one synthetic batch, and the model after them."""
     chosen = backend.select(device, precision)
     torch.manual_seed(0)
-    model = chosen.place(RetinaNet("resnet18", CLASSES, SIZE, "batch", 5, 32, 1, (16, 32, 64, 128, 256)))
+    model = chosen.place(RetinaNet("resnet18", CLASSES, SIZE, norm, 5, 32, 1, (16, 32, 64, 128, 256)))
     config = Config(norm="batch", pretrained=False, trainable_backbone_layers=5)
 
     def loss(network, batch):
@@ -52,13 +60,67 @@ def test_other_precisions_train_close_to_fp32(precision):
     assert ours == pytest.approx(theirs, rel=5e-2)
 
 
+@needs_kernels
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("tf32", 1e-2), ("bf16", 3e-2), ("fp16", 3e-2)])
+def test_native_training_is_that_of_the_references(norm, precision, tolerance):
+    with native.using("native"):
+        ours = train("cuda", precision, norm=norm)[0]
+    with native.using("reference"):
+        theirs = train("cuda", precision, norm=norm)[0]
+    assert ours == pytest.approx(theirs, rel=tolerance)
+
+
+@needs_kernels
+def test_native_training_repeats_itself_bit_for_bit():
+    with native.using("native"):
+        first, model = train("cuda", "bf16", norm="frozen")
+        second, again = train("cuda", "bf16", norm="frozen")
+    heads = model.head["classification_head"], again.head["classification_head"]
+    # Convolutions of cuDNN may add in another order each time; the first step's losses come before any of their sums.
+    assert first[0] == second[0]
+    assert all(torch.isfinite(p).all() for head in heads for p in head.parameters())
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_native_detections_are_those_of_the_references(precision):
+    chosen = backend.select("cuda", precision)
+    _, model = train("cuda", precision, steps=20)
+    batch = chosen.to_device(next(synthetic_batches(CLASSES, SIZE, 4, 10, seed=1)))
+    ids = torch.arange(CLASSES, device="cuda")
+    found = []
+    for policy in ("native", "reference"):
+        with native.using(policy):
+            found.append(detect(model.eval(), batch, chosen, ids).cpu())
+    ours, theirs = found
+    assert ours.shape == theirs.shape and (theirs[:, 5] > 0).any()
+    loose = 1e-3 if precision == "fp32" else 3e-2
+    assert torch.allclose(ours[:, 5], theirs[:, 5], atol=loose)
+
+
+def test_every_batch_of_a_stream_arrives_on_the_gpu():
+    chosen = backend.select("cuda", "bf16")
+    stream = synthetic_batches(CLASSES, SIZE, 4, 10, seed=1)
+    sent = [next(stream)._replace(image_id=torch.full((4,), i)) for i in range(5)]
+    arrived = list(chosen.ahead(iter(sent)))
+    assert [int(b.image_id[0]) for b in arrived] == list(range(5))
+    for before, after in zip(sent, arrived, strict=True):
+        assert after.images.is_cuda and after.images.dtype == torch.uint8
+        assert torch.equal(after.images.cpu(), before.images)
+        rows = after.labels.shape[1]
+        assert torch.equal(after.labels.cpu(), before.labels[:, :rows]) and (before.labels[:, rows:] < 0).all()
+
+
 def test_detections_are_those_of_the_cpu():
     torch.manual_seed(0)
-    _, model = train("cpu", "fp32", steps=0)
-    logits = torch.randn(2, len(model.anchors), CLASSES) * 2 - 4
-    deltas = torch.randn(2, len(model.anchors), 4) * 0.2
-    ours = postprocess(logits.cuda(), deltas.cuda(), model.anchors.cuda(), SIZE)
-    theirs = postprocess(logits, deltas, model.anchors, SIZE)
+    lengths = [rows * columns * 9 for rows, columns in grids(SIZE)]
+    place = anchors(SIZE, grids(SIZE))
+    logits = [torch.randn(2, a, CLASSES) * 2 - 4 for a in lengths]
+    deltas = [torch.randn(2, a, 4) * 0.2 for a in lengths]
+    ours = postprocess([x.cuda() for x in logits], [d.cuda() for d in deltas], place.cuda(), SIZE)
+    theirs = postprocess(logits, deltas, place, SIZE)
     assert torch.equal(ours[2].cpu(), theirs[2])
     assert torch.allclose(ours[1].cpu(), theirs[1], atol=1e-5) and torch.allclose(ours[0].cpu(), theirs[0], atol=1e-2)
 

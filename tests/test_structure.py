@@ -53,8 +53,8 @@ def test_device_words_stay_in_their_files(path):
     if name(path) in KNOW_DEVICES:
         return
     text = path.read_text()
-    if path.name == "config.py" and path.parent.name in BENCHMARKS:
-        text = re.sub(r"--cuda-[a-z-]+", "", text)  # flags of the original programs
+    if path.name in ("config.py", "records.py") and path.parent.name in BENCHMARKS:
+        text = re.sub(r"--(no-)?cuda[a-z-]*|no cuda", "", text)  # flags of the original programs
     text = re.sub(r"nvidia-[a-z]+-cuda\d+", "", text)  # names of wheels
     lines = text.splitlines()
     assert [f"{i}: {line}" for i, line in enumerate(lines, 1) if re.search(r"cuda|xla|\.is_cuda", line)] == []

@@ -53,7 +53,8 @@ def make(folder: Path, images: int) -> CocoIndex:
 
 def pillow_batch(plan: loader.TrainPlan, step: int, size: tuple[int, int], uint8: bool) -> Batch:
     """One batch as a loader on Pillow makes it; float32 and normalised unless uint8."""
-    images, flips = plan.choose(0, step)
+    choice = plan.choose(0, step)
+    images, flips = choice.images, choice.flips
     pixels = []
     for i, flip in zip(images.tolist(), flips.tolist()):
         image = Image.open(plan.index.path(i)).convert("RGB")
@@ -66,7 +67,7 @@ def pillow_batch(plan: loader.TrainPlan, step: int, size: tuple[int, int], uint8
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
         tensor = (tensor - MEAN) / DEVIATION
         pixels.append(torch.nn.functional.interpolate(tensor[None], size=size, mode="bilinear")[0])
-    return Batch(images=torch.stack(pixels), **plan.targets(images, flips))
+    return Batch(images=torch.stack(pixels), **plan.targets(choice))
 
 
 def on_gpu(index: CocoIndex, stream: dict, with_dali: bool) -> dict[str, Callable]:

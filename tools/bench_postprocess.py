@@ -1,10 +1,11 @@
 """RetinaNet's post-processing against torchvision's, on the same logits: 8 images, 800x800, 264 classes.
 
     python tools/bench_postprocess.py [--images 8] [--image-size 800] [--classes 264] [--rounds 5] [--json PATH]
+                                      [--dtype float32|bfloat16|float16] [--device cpu|cuda]
 
 Two cases: "busy" logits have thousands of pairs above the score threshold in every image (an early epoch);
-"calm" ones have a few hundred (a trained model). The two implementations run alternately in one process; the table
-gives the median. Their results are compared as well.
+"calm" ones have a few hundred (a trained model). The native ops, their PyTorch references and torchvision run
+alternately in one process; the table gives the medians. Their results are compared as well.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from detcore import native
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.postprocess import postprocess
 
@@ -43,6 +47,12 @@ def outputs(images: int, a: Tensor, classes: int, objects: int, spread: float, s
     return logits, deltas
 
 
+def split(image_size: tuple[int, int], *wholes: Tensor) -> list[list[Tensor]]:
+    """Each of the tensors [N, A, ...] as a list over the levels."""
+    lengths = [9 * rows * columns for rows, columns in grids(image_size)]
+    return [[level.contiguous() for level in whole.split(lengths, 1)] for whole in wholes]
+
+
 def baseline(image_size: tuple[int, int], classes: int):
     """torchvision's own post-processing, without the network around it."""
     model = TorchvisionRetinaNet.__new__(TorchvisionRetinaNet)
@@ -51,12 +61,12 @@ def baseline(image_size: tuple[int, int], classes: int):
     from torchvision.models.detection._utils import BoxCoder
 
     model.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
-    lengths = [9 * rows * columns for rows, columns in grids(image_size)]
 
-    def run(logits: Tensor, deltas: Tensor, a: Tensor):
-        heads = {"cls_logits": list(logits.split(lengths, 1)), "bbox_regression": list(deltas.split(lengths, 1))}
-        per_image = [list(a.split(lengths))] * len(logits)
-        return model.postprocess_detections(heads, per_image, [image_size] * len(logits))
+    def run(logits: list[Tensor], deltas: list[Tensor], a: Tensor):
+        images = len(logits[0])
+        levels = [a[0] for a in split(image_size, a[None])[0]]
+        heads = {"cls_logits": logits, "bbox_regression": deltas}
+        return model.postprocess_detections(heads, [levels] * images, [image_size] * images)
 
     return run
 
@@ -70,6 +80,55 @@ def differences(ours: tuple[Tensor, Tensor, Tensor], theirs: list[dict[str, Tens
     return worst
 
 
+def seconds(run: Callable, device: str) -> tuple[float, Any]:
+    """Time of one call, and its result."""
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    result = run()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def measure(options: argparse.Namespace, case: str, objects: int, spread: float) -> dict[str, Any]:
+    """One row of the table: the medians, and how far the results are apart."""
+    size = (options.image_size, options.image_size)
+    a = anchors(size, grids(size))
+    logits, deltas = outputs(options.images, a, options.classes, objects, spread, seed=1)
+    candidates = (logits.sigmoid() > 0.05).sum(dim=(1, 2)).float().mean()
+    dtype = getattr(torch, options.dtype)
+    logits, deltas = split(size, logits.to(options.device, dtype), deltas.to(options.device, dtype))
+    a = a.to(options.device)
+
+    def ours(policy: str) -> tuple[Tensor, Tensor, Tensor]:
+        with native.using(policy):
+            return postprocess(logits, deltas, a, size)
+
+    torchvision_run = baseline(size, options.classes)
+    runs: dict[str, Callable] = {
+        "native": lambda: ours("native"),
+        "reference": lambda: ours("reference"),
+        "torchvision": lambda: torchvision_run(logits, deltas, a),
+    }
+    if missing := native.load("single_stage_detector"):
+        print(missing)
+        del runs["native"]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    results = {}
+    for turn in range(options.rounds + 1):  # the first turn warms up
+        for name, run in runs.items():
+            taken, results[name] = seconds(run, options.device)
+            times[name] += [taken] * (turn > 0)
+    row: dict[str, Any] = {name: statistics.median(values) for name, values in times.items()}
+    best = next(iter(runs))
+    row |= {"case": case, "candidates": float(candidates), "speedup": row["torchvision"] / row[best]}
+    row["difference"] = max(
+        differences(results[name], results["torchvision"]) for name in runs if name != "torchvision"
+    )
+    row["detections"] = float((results[best][2] >= 0).sum() / options.images)
+    return row
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,38 +136,20 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=800)
     parser.add_argument("--classes", type=int, default=264)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    size = (options.image_size, options.image_size)
-    a = anchors(size, grids(size))
-    torchvision_run = baseline(size, options.classes)
-    rows = []
-    for case, objects, spread in (("busy", 60, 4.0), ("calm", 8, 16.0)):
-        logits, deltas = outputs(options.images, a, options.classes, objects, spread, seed=1)
-        candidates = (logits.sigmoid() > 0.05).sum(dim=(1, 2)).float().mean()
-        times: dict[str, list[float]] = {"ours": [], "torchvision": []}
-        for turn in range(options.rounds + 1):  # the first turn warms up
-            start = time.perf_counter()
-            ours = postprocess(logits, deltas, a, size)
-            middle = time.perf_counter()
-            theirs = torchvision_run(logits, deltas, a)
-            end = time.perf_counter()
-            if turn:
-                times["ours"].append(middle - start)
-                times["torchvision"].append(end - middle)
-        row = {name: statistics.median(values) for name, values in times.items()}
-        row |= {"case": case, "candidates": float(candidates), "difference": differences(ours, theirs)}
-        row["detections"] = float((ours[2] >= 0).sum() / options.images)
-        rows.append(row | {"speedup": row["torchvision"] / row["ours"]})
-    shape = f"{options.images} images, {options.image_size} pixels, {options.classes} classes"
+    rows = [measure(options, *case) for case in (("busy", 60, 4.0), ("calm", 8, 16.0))]
+    shape = f"{options.images} images, {options.image_size} pixels, {options.classes} classes, {options.dtype}"
     print(f"{shape}; median of {options.rounds}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        f"{'case':6} {'pairs > .05':>11} {'kept':>6} {'ours ms':>9} {'torchvision ms':>15} {'speed-up':>9} {'diff':>8}"
-    )
+    names = [name for name in ("native", "reference", "torchvision") if name in rows[0]]
+    heads = "".join(f"{name + ' ms':>15}" for name in names)
+    print(f"{'case':6} {'pairs > .05':>11} {'kept':>6}{heads} {'speed-up':>9} {'diff':>8}")
     for row in rows:
-        ours, theirs = 1000 * row["ours"], 1000 * row["torchvision"]
+        times = "".join(f"{1000 * row[name]:15.1f}" for name in names)
         print(
-            f"{row['case']:6} {row['candidates']:11.0f} {row['detections']:6.0f} {ours:9.1f} {theirs:15.1f} "
+            f"{row['case']:6} {row['candidates']:11.0f} {row['detections']:6.0f}{times} "
             f"{row['speedup']:8.1f}x {row['difference']:8.1g}"
         )
     if options.json:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from detcore.data.loader import EvalPlan, TrainPlan
+from detcore.data.loader import Choice, EvalPlan, TrainPlan
 
 AHEAD = 2
 
 
 class EncodedFiles:
-    """Iterates over what a plan chooses for each key: positions int64 [n], mirrored bool [n], n files uint8 [bytes].
+    """Iterates over what a plan chooses for each key, with the n files, uint8 [bytes] each.
 
     AHEAD batches more than was asked for are being read; an error of reading is raised with its own batch. The pool's
     threads start with the first batch; `close` ends them.
@@ -23,26 +23,26 @@ class EncodedFiles:
     def __init__(self, plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], threads: int) -> None:
         self.plan, self.keys, self.threads = plan, keys, threads
         self.pool = ThreadPoolExecutor(threads)
-        self.coming: deque[tuple[np.ndarray, np.ndarray, list[Future]]] = deque()
+        self.coming: deque[tuple[Choice, list[Future]]] = deque()
         self.seconds, self.bytes, self.waited = 0.0, 0, 0.0
 
     def __iter__(self) -> "EncodedFiles":
         return self
 
-    def __next__(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    def __next__(self) -> tuple[Choice, list[np.ndarray]]:
         while len(self.coming) <= AHEAD and (key := next(self.keys, None)) is not None:
-            images, flips = self.plan.choose(*key)
-            self.coming.append((images, flips, [self.pool.submit(self._read, i) for i in images.tolist()]))
+            choice = self.plan.choose(*key)
+            self.coming.append((choice, [self.pool.submit(self._read, i) for i in choice.images.tolist()]))
         if not self.coming:
             raise StopIteration
-        images, flips, reads = self.coming.popleft()
+        choice, reads = self.coming.popleft()
         begin = time.perf_counter()
         done = [read.result() for read in reads]
         self.waited += time.perf_counter() - begin
         self.seconds += sum(seconds for _, seconds in done) / self.threads
         files = [data for data, _ in done]
         self.bytes += sum(map(len, files))
-        return images, flips, files
+        return choice, files
 
     def spent(self) -> tuple[int, float, float]:
         """Bytes; seconds that the threads needed, all reading at once; seconds waited for them; since the last call."""

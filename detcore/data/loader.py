@@ -1,7 +1,8 @@
 """Batches from image files, decoded in worker processes: an endless stream to train on, one pass to evaluate.
 
 What a batch holds follows from (seed, epoch, step, rank, world size) and nothing else. The order of an epoch is the
-permutation drawn from (seed, epoch); whether an image is mirrored is a hash of (seed, epoch, position in the file).
+permutation drawn from (seed, epoch); whether an image is mirrored, and all else that is drawn for it, is a hash of
+(seed, epoch, position in the file).
 Each worker makes whole micro-batches, so any number of workers, and a start at any step, give the same batches.
 
 Micro-batch s of rank r takes positions (s * world + r) * batch_size onwards of the permutation: the ranks share an
@@ -22,8 +23,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import repeat
 from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from detcore import UserError
 from detcore.data import Batch, transforms
+from detcore.data.augment import Augment, cut_boxes, jitter, uniform
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
 
@@ -59,21 +62,29 @@ def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed % 2**64, epoch]).permutation(n_images)
 
 
-def uniform(seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1), one for each image position: SplitMix64 over seed, epoch and position in turn."""
-    state = np.zeros(len(images), np.uint64)
-    for value in (np.uint64(seed % 2**64), np.uint64(epoch), images.astype(np.uint64)):
-        state = (state ^ value) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    return (state >> np.uint64(11)) * 2.0**-53
+class Choice(NamedTuple):
+    """Which images a batch takes, and what is done to each: cut to the window, mirrored, resized, recoloured.
+
+    images: int64 [n] positions in the file. flips: bool [n]. windows: int64 [n, 4] x1, y1, x2, y2 in pixels of the
+    original image; None: all of each image. colours: float32 [n, 3, 4] as for `augment.jitter`; None: as they are.
+    """
+
+    images: np.ndarray
+    flips: np.ndarray
+    windows: np.ndarray | None = None
+    colours: np.ndarray | None = None
+
+    def views(self) -> Iterator[tuple[bool, tuple[int, int, int, int] | None, torch.Tensor | None]]:
+        """Of each image: whether it is mirrored, its window, its colours."""
+        windows = repeat(None) if self.windows is None else map(tuple, self.windows.tolist())
+        colours = repeat(None) if self.colours is None else torch.from_numpy(self.colours)
+        return zip(self.flips.tolist(), windows, colours)
 
 
 class TrainPlan:
-    """Which images a training micro-batch takes, which are mirrored, and what their boxes become.
+    """Which images a training micro-batch takes, what is done to each, and what their boxes become.
 
-    The torch and the DALI loader both read it, so that they agree on everything but the pixels.
+    All loaders read it, so that they agree on everything but the pixels.
     """
 
     def __init__(
@@ -89,46 +100,61 @@ class TrainPlan:
         hflip: float,
         crowd: str,
         min_box: float,
+        augment: Augment | None = None,
     ) -> None:
         if crowd not in ("keep", "drop"):
             raise ValueError(f"crowd is {crowd!r}, neither keep nor drop")
         self.index, self.image_size, self.batch_size, self.max_boxes = index, image_size, batch_size, max_boxes
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.hflip, self.crowd, self.min_box = hflip, crowd, min_box
+        self.hflip, self.crowd, self.min_box, self.augment = hflip, crowd, min_box, augment
         self.steps = steps_per_epoch(len(index), batch_size, world_size, drop_last)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         index.check_images()
         for i in np.flatnonzero(index.box_count() > max_boxes):
-            self._kept_boxes(int(i), flip=False)
+            self._kept_boxes(int(i), flip=False, window=None)
 
-    def choose(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [N] positions of the images in the file, bool [N] whether each is mirrored."""
+    def choose(self, epoch: int, step: int) -> Choice:
+        """What batch_size images are taken, and what is drawn for them."""
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.index), self.seed, epoch))
         first = (step * self.world_size + self.rank) * self.batch_size
         images = self._order[1][np.arange(first, first + self.batch_size) % len(self.index)]
-        return images, uniform(self.seed, epoch, images) < self.hflip
+        flips = uniform(self.seed, epoch, images) < self.hflip
+        if not self.augment:
+            return Choice(images, flips)
+        boxes = [self._boxes(i)[0] for i in images.tolist()]
+        windows = self.augment.windows(self.seed, epoch, images, self._size(images), boxes)
+        return Choice(images, flips, windows, self.augment.colours(self.seed, epoch, images))
 
-    def targets(self, images: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+    def targets(self, choice: Choice) -> dict[str, torch.Tensor]:
         """The fields of `Batch` other than the images."""
+        images = choice.images
         boxes = np.zeros((len(images), self.max_boxes, 4), np.float32)
         labels = np.full((len(images), self.max_boxes), -1, np.int64)
-        for row, (i, flip) in enumerate(zip(images.tolist(), flips.tolist())):
-            kept, classes = self._kept_boxes(i, flip)
+        for row, (i, (flip, window, _)) in enumerate(zip(images.tolist(), choice.views())):
+            kept, classes = self._kept_boxes(i, flip, window)
             boxes[row, : len(kept)], labels[row, : len(kept)] = kept, classes
         return {
             "boxes": torch.from_numpy(boxes),
             "labels": torch.from_numpy(labels),
             "image_id": torch.from_numpy(self.index.image_ids[images]),
-            "size": torch.from_numpy(np.stack([self.index.heights[images], self.index.widths[images]], 1).astype(int)),
+            "size": torch.from_numpy(self._size(images)),
         }
 
-    def _kept_boxes(self, i: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _size(self, images: np.ndarray) -> np.ndarray:
+        return np.stack([self.index.heights[images], self.index.widths[images]], 1).astype(int)
+
+    def _boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         boxes, labels, crowd = self.index.boxes(i)
+        return (boxes[~crowd], labels[~crowd]) if self.crowd == "drop" else (boxes, labels)
+
+    def _kept_boxes(self, i: int, flip: bool, window: tuple[int, int, int, int] | None) -> tuple[np.ndarray, ...]:
+        boxes, labels = self._boxes(i)
         size = (int(self.index.heights[i]), int(self.index.widths[i]))
+        if window:
+            boxes, inside = cut_boxes(boxes, window)
+            boxes, labels, size = boxes[inside], labels[inside], (window[3] - window[1], window[2] - window[0])
         boxes, keep = transforms.resize_boxes(boxes, size, self.image_size, flip=flip, min_box=self.min_box)
-        if self.crowd == "drop":
-            keep &= ~crowd
         if keep.sum() > self.max_boxes:
             raise UserError(
                 f"{self.index.path(i)}: image {self.index.image_ids[i]} has {keep.sum()} boxes, more than "
@@ -152,14 +178,15 @@ class EvalPlan:
         self.steps = eval_steps(len(index), batch_size, world_size)
         index.check_images()
 
-    def choose(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def choose(self, epoch: int, step: int) -> Choice:
         """As `TrainPlan.choose`, but fewer images, or none, where the file ends."""
         first = (step * self.world_size + self.rank) * self.batch_size
         images = np.arange(first, max(first, min(first + self.batch_size, len(self.index))))
-        return images, np.zeros(len(images), bool)
+        return Choice(images, np.zeros(len(images), bool))
 
-    def targets(self, images: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+    def targets(self, choice: Choice) -> dict[str, torch.Tensor]:
         """The fields of `Batch` other than the images, padded to the batch size; one empty box an image."""
+        images = choice.images
         image_id = np.full(self.batch_size, -1, np.int64)
         image_id[: len(images)] = self.index.image_ids[images]
         size = np.ones((self.batch_size, 2), np.int64)
@@ -192,6 +219,7 @@ def train_batches(
     antialias: bool = False,
     crowd: str = "keep",
     min_box: float = 0.0,
+    augment: Augment | None = None,
     pin_memory: bool = False,
     pace: Pace | None = None,
 ) -> Iterator[Batch]:
@@ -199,13 +227,15 @@ def train_batches(
 
     image_size: (height, width) of every image. hflip: the probability of mirroring. crowd: "keep" crowd boxes as
     ordinary ones or "drop" them. Boxes not wider and higher than min_box pixels of the resized image are left out.
+    augment: crop and recolour images at random too; boxes whose centre is cut off are left out, the others clipped.
     workers: processes that decode; 0 decodes in this one. Images come in channels_last memory, pinned if asked.
     pace: told how long the workers took for each batch.
 
     Raises UserError, before the first batch, for missing images, more boxes than max_boxes and too few images for a
     batch; later for files that do not decode and for a worker that was killed.
     """
-    plan = TrainPlan(index, image_size, batch_size, max_boxes, seed, rank, world_size, drop_last, hflip, crowd, min_box)
+    shard = (batch_size, max_boxes, seed, rank, world_size, drop_last)
+    plan = TrainPlan(index, image_size, *shard, hflip, crowd, min_box, augment)
     return _stream(_Batches(plan, image_size, antialias), plan.keys(epoch, step), workers, pin_memory, pace)
 
 
@@ -236,20 +266,20 @@ class _Batches(Dataset):
         self.plan, self.image_size, self.antialias = plan, image_size, antialias
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
-        images, flips = self.plan.choose(*key)
+        choice = self.plan.choose(*key)
         self.clock, self.bytes, cpu = [0.0, 0.0, 0.0], 0, time.thread_time()
         try:
-            pixels = [self._image(i, flip) for i, flip in zip(images.tolist(), flips.tolist())]
-            targets = self.plan.targets(images, flips)
+            pixels = [self._image(i, *view) for i, view in zip(choice.images.tolist(), choice.views())]
+            targets = self.plan.targets(choice)
         except UserError as error:
             return str(error)
         blank = torch.zeros(*self.image_size, 3, dtype=torch.uint8)
         pixels += [blank] * (self.plan.batch_size - len(pixels))
         # default_collate stacks straight into shared memory when it runs in a worker.
-        spent = (len(images), self.bytes, self.clock, time.thread_time() - cpu)
+        spent = (len(choice.images), self.bytes, self.clock, time.thread_time() - cpu)
         return {"images": default_collate(pixels), **targets, "spent": spent}
 
-    def _image(self, i: int, flip: bool) -> torch.Tensor:
+    def _image(self, i: int, flip: bool, window: tuple | None, colour: torch.Tensor | None) -> torch.Tensor:
         index = self.plan.index
         size = (int(index.heights[i]), int(index.widths[i]))
         times = [time.perf_counter()]
@@ -257,7 +287,9 @@ class _Batches(Dataset):
         times.append(time.perf_counter())
         image = transforms.decode(data, path=index.path(i), image_id=int(index.image_ids[i]), size=size)
         times.append(time.perf_counter())
-        resized = transforms.resize(image, self.image_size, flip=flip, antialias=self.antialias)
+        resized = transforms.resize(image, self.image_size, flip=flip, antialias=self.antialias, window=window)
+        if colour is not None:
+            resized = jitter(resized, colour)
         times.append(time.perf_counter())
         self.clock = [sum(so_far) for so_far in zip(self.clock, np.diff(times).tolist(), strict=True)]
         self.bytes += len(data)

@@ -1,8 +1,8 @@
 """The loader's batches with the JPEG files decoded by torchvision on the device: for a GPU machine without DALI.
 
-Order, mirroring, boxes and labels come from the same `TrainPlan` and `EvalPlan` as those of `detcore.data.loader` and
-are equal to the bit; mirroring and resizing are the same functions of `transforms`, on the device. On the CPU the
-pixels are equal too; a GPU's inverse transform, colour upsampling and rounding differ by a few grey levels.
+Order, mirroring, crops, colours, boxes and labels come from the same `TrainPlan` and `EvalPlan` as those of
+`detcore.data.loader` and are equal to the bit; the pixels go through the same functions, on the device. On the CPU they
+are equal too; a GPU's inverse transform, colour upsampling and rounding differ by a few grey levels.
 
 A few threads read the files ahead; decoding itself happens in the training process, when a batch is asked for. Files
 that a GPU's decoder does not take (other formats, grey, CMYK or RGB-coded JPEG, incomplete ones) are decoded by the
@@ -20,6 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from detcore import UserError
 from detcore.data import Batch, transforms
+from detcore.data.augment import Augment, jitter
 from detcore.data.coco import CocoIndex
 from detcore.data.encoded import EncodedFiles
 from detcore.data.loader import EvalPlan, TrainPlan
@@ -44,11 +45,13 @@ def train_batches(
     antialias: bool = False,
     crowd: str = "keep",
     min_box: float = 0.0,
+    augment: Augment | None = None,
     pace: Pace | None = None,
 ) -> Iterator[Batch]:
     """As `detcore.data.loader.train_batches`. workers: threads that read files. device: decodes and holds the images;
     the other fields stay in host memory. UserError where torchvision cannot decode there."""
-    plan = TrainPlan(index, image_size, batch_size, max_boxes, seed, rank, world_size, drop_last, hflip, crowd, min_box)
+    shard = (batch_size, max_boxes, seed, rank, world_size, drop_last)
+    plan = TrainPlan(index, image_size, *shard, hflip, crowd, min_box, augment)
     return _stream(plan, plan.keys(epoch, step), image_size, workers, antialias, device, pace)
 
 
@@ -92,24 +95,27 @@ def _batches(
 ) -> Iterator[Batch]:
     blank = torch.zeros(*image_size, 3, dtype=torch.uint8, device=device)
     try:
-        for images, flips, data in files:
+        for choice, data in files:
             if device.type != "cpu":
                 # torchvision decodes on a stream of its own, into memory that ours may have freed but not yet read.
                 torch.accelerator.current_stream(device).synchronize()
             times, cpu = [time.perf_counter()], time.thread_time()
-            decoded = _decode(files, images, data, device)
+            decoded = _decode(files, choice.images, data, device)
             times.append(time.perf_counter())
             pixels = [
-                transforms.resize(image, image_size, flip=flip, antialias=antialias)
-                for image, flip in zip(decoded, flips.tolist(), strict=True)
+                transforms.resize(image, image_size, flip=flip, antialias=antialias, window=window)
+                for image, (flip, window, _) in zip(decoded, choice.views())
             ]
+            if choice.colours is not None:
+                colours = torch.from_numpy(choice.colours).to(device)
+                pixels = [jitter(image, colour) for image, colour in zip(pixels, colours)]
             pixels += [blank] * (files.plan.batch_size - len(pixels))
             batch = torch.stack(pixels).permute(0, 3, 1, 2)
             times.append(time.perf_counter())
             if pace:
                 size, reading, _ = files.spent()
-                pace.add(len(images), size, [reading, *np.diff(times).tolist()], time.thread_time() - cpu)
-            yield Batch(images=batch, **files.plan.targets(images, flips))
+                pace.add(len(choice.images), size, [reading, *np.diff(times).tolist()], time.thread_time() - cpu)
+            yield Batch(images=batch, **files.plan.targets(choice))
     finally:
         files.close()
 

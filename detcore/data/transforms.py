@@ -1,6 +1,6 @@
-"""From an image file and its boxes to fixed-shape arrays: decode, flip, resize, all in uint8.
+"""From an image file and its boxes to fixed-shape arrays: decode, cut, flip, resize, all in uint8.
 
-The order is that of the reference recipe: flip, then bilinear resize to exactly (height, width) without keeping the
+The order is that of the reference recipes: flip, then bilinear resize to exactly (height, width) without keeping the
 aspect ratio. Normalisation comes later, on the device: a quarter of the bytes to move and of the work here.
 EXIF orientation is never applied; a file whose pixels do not have the size that the annotation file gives is an error.
 
@@ -164,8 +164,23 @@ def check_size(found_height: int, found_width: int, *, path: Path, image_id: int
     )
 
 
-def resize(image: Tensor, image_size: tuple[int, int], *, flip: bool, antialias: bool) -> Tensor:
-    """uint8 [3, h, w] -> uint8 [H, W, 3]: mirrored left to right if asked, then bilinear, pixel centres at .5."""
+def resize(
+    image: Tensor,
+    image_size: tuple[int, int],
+    *,
+    flip: bool,
+    antialias: bool,
+    window: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """uint8 [3, h, w] -> uint8 [H, W, 3]: mirrored left to right if asked, then bilinear, pixel centres at .5.
+
+    window: x1, y1, x2, y2 of the part to take, in pixels.
+    """
+    if window:
+        x1, y1, x2, y2 = window
+        image = image[:, y1:y2, x1:x2]
+        if not flip:  # mirroring copies; the resize is slower on rows that do not follow each other
+            image = image[None].contiguous(memory_format=torch.channels_last)[0]
     if flip:
         image = image.flip(-1)
     resized = functional.resize(image, list(image_size), antialias=antialias)

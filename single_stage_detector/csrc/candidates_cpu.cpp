@@ -18,28 +18,16 @@ static void keep_best(std::vector<Ranked>& all, int64_t most) {
   std::sort(all.begin(), all.end(), [](const Ranked& a, const Ranked& b) { return a.index < b.index; });
 }
 
-// The key of a row's best logit; 0 with a NaN among them. Written so that the compiler makes vector instructions of it.
+// The key of a row's best logit; 0 with a NaN among them. Most rows are below the floor: the first loop, which
+// compilers turn into vector instructions, finds them.
 template <typename T>
 static Key best_key(const T* row, int64_t classes, float floor) {
-  constexpr int kLanes = 16;
-  float best[kLanes];
-  int32_t bad[kLanes] = {};
-  std::fill(best, best + kLanes, -INFINITY);
-  int64_t k = 0;
-  for (; k + kLanes <= classes; k += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float value = static_cast<float>(row[k + j]);
-      best[j] = value > best[j] ? value : best[j];
-      bad[j] |= value != value;
-    }
-  }
-  for (; k < classes; ++k) {
-    const float value = static_cast<float>(row[k]);
-    best[0] = value > best[0] ? value : best[0];
-    bad[0] |= value != value;
-  }
-  if (std::any_of(bad, bad + kLanes, [](int32_t b) { return b != 0; })) return 0;
-  return key_of(static_cast<T>(*std::max_element(best, best + kLanes)), floor);
+  int32_t high = 0;
+  for (int64_t k = 0; k < classes; ++k) high |= !(static_cast<float>(row[k]) < floor);  // NaN is not below
+  if (!high) return 0;
+  Key best = 0;
+  for (int64_t k = 0; k < classes; ++k) best = std::max(best, key_of(row[k], floor));
+  return best == kNoNumber<T> ? 0 : best;
 }
 
 // The pairs of one image and level.

@@ -10,13 +10,22 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from single_stage_detector import loss as loss_module
+from detcore import native
+from single_stage_detector import ops
 from single_stage_detector.anchors import anchors, grids
-from single_stage_detector.loss import IGNORED, UNMATCHED, focal_loss, losses, match
+from single_stage_detector.loss import losses
+from single_stage_detector.ops.match import IGNORED, UNMATCHED, match
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
 CHECK = GOLDEN["match_and_loss_check"]
 SIZE = (160, 224)
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def policy(request):
+    """Every test runs with the native ops, where they are built and apply, and with the references."""
+    with native.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +83,9 @@ def test_golden_losses(at_800, logit, expected):
     assert float(result["box"]) == pytest.approx(CHECK["box_l1_loss_zero_deltas"], rel=2e-6)
 
 
-def test_golden_focal_points():
-    for point in GOLDEN["focal"]["points"]:
-        target = 0 if point["target"] else -1
-        logits = torch.tensor([[point["logit"]]], dtype=torch.float64)
-        value = focal_loss(logits, torch.tensor([target]), torch.ones(1, dtype=torch.float64))
-        assert float(value) == pytest.approx(point["loss"], rel=1e-6)
-
-
 @pytest.mark.parametrize("work", [1, 2**12, 2**18, 2**30])
 def test_match_equals_torchvision_in_any_chunking(monkeypatch, work):
-    monkeypatch.setattr(loss_module, "_work_elements", lambda device: work)
+    monkeypatch.setattr(ops, "work_elements", lambda device: work)
     a = anchors(SIZE, grids(SIZE))
     for seed in range(4):
         boxes, labels = random_truth(seed, [9, 0, 1, 23, 4], padded=25)
@@ -146,48 +147,6 @@ def test_no_ground_truth_columns_at_all():
     torch.testing.assert_close(result["cls"], expected)
     assert result["box"].item() == 0
     assert float(deltas.grad.abs().sum()) == 0
-
-
-def focal_case(rows: int = 40, classes: int = 5, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(9)
-    logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * 4
-    target = torch.randint(-1, classes, (rows,), generator=generator)
-    weights = torch.rand(rows, generator=generator, dtype=torch.float64)
-    weights[::7] = 0
-    return logits.to(dtype).requires_grad_(), target, weights.to(torch.promote_types(dtype, torch.float32))
-
-
-@pytest.mark.parametrize("work", [1, 64, 2**18])
-def test_focal_gradcheck(monkeypatch, work):
-    monkeypatch.setattr(loss_module, "_work_elements", lambda device: work)
-    logits, target, weights = focal_case(rows=12)
-    assert torch.autograd.gradcheck(lambda x: focal_loss(x, target, weights), (logits,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_focal_equals_torchvision(dtype):
-    logits, target, weights = focal_case(dtype=dtype)
-    one_hot = torch.zeros(logits.shape, dtype=torch.float64)
-    one_hot[target >= 0, target[target >= 0]] = 1
-    exact = logits.detach().double().requires_grad_()
-    expected = (sigmoid_focal_loss(exact, one_hot) * weights.double()[:, None]).sum()
-    value = focal_loss(logits, target, weights)
-    assert value.dtype == weights.dtype
-    (value * 3).backward()
-    (expected * 3).backward()
-    tight = 1e-10 if dtype == torch.float64 else 2e-6
-    torch.testing.assert_close(value.double(), expected, rtol=tight, atol=0)
-    rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=rounding, atol=1e-7)
-
-
-def test_focal_stays_finite_for_extreme_logits():
-    logits = torch.tensor([[1e4, -1e4, 90.0, -90.0]], requires_grad=True)
-    for target in (0, 1, -1):
-        value = focal_loss(logits, torch.tensor([target]), torch.ones(1))
-        value.backward()
-        assert torch.isfinite(value)
-        assert torch.isfinite(logits.grad).all()
 
 
 def test_shapes_never_depend_on_values():

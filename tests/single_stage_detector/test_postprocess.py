@@ -197,3 +197,11 @@ def test_shapes_never_depend_on_values(device, kind, monkeypatch):
     assert boxes.device.type == kind
     assert boxes.shape == (2, 7, 4)
     assert scores.shape == labels.shape == (2, 7)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_torch_compile_sees_one_graph(device):
+    logits, deltas, a = outputs(16, 2, 4)
+    compiled = torch.compile(postprocess, fullgraph=True, backend="aot_eager")
+    ours = compiled(logits, deltas, a, SIZE)
+    assert all(torch.equal(x, y) for x, y in zip(ours, postprocess(logits, deltas, a, SIZE)))

@@ -118,6 +118,23 @@ def test_check_of_an_old_name_under_its_ruleset(tool, tmp_path, write_log):
     assert "no rules" not in tool.check(log, "4.0.0").line
 
 
+def test_check_of_a_benchmark_that_only_this_project_has_rules_for(tool, tmp_path, write_log):
+    log = write_log(tmp_path / "log", benchmark="ssd300", division="open", metric=0.25)
+    more = {"opt_momentum": 0.9, "opt_learning_rate_warmup_steps": 300, "opt_learning_rate_decay_factor": 0.1}
+    more["opt_learning_rate_decay_boundary_epochs"] = [43, 54]
+    lines = [line.replace('"adam"', '"sgd"') for line in log.read_text().splitlines()]
+    one = next(line for line in lines if '"seed"' in line)
+    event = json.loads(one.partition(":::MLLOG ")[2])
+    extra = [":::MLLOG " + json.dumps({**event, "key": key, "value": value}) for key, value in more.items()]
+    at = lines.index(one)
+    log.write_text("\n".join([*lines[:at], *extra, *lines[at:]]) + "\n")
+    verdict = tool.check(log, "5.1.0")
+    assert verdict.ok, verdict.line
+    assert verdict.line == f"events of {log}, rules_ssd300.yaml (no MLPerf ruleset has this benchmark): SUCCESS"
+    log.write_text(log.read_text().replace('"open"', '"closed"'))
+    assert "FAILED" in tool.check(log, "5.1.0").line
+
+
 def test_check_of_what_is_no_log(tool, tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("Traceback\n")

@@ -18,17 +18,17 @@ def test_files_are_those_of_the_plan_in_its_order(index):
     plan = TrainPlan(index, (48, 64), 3, 6, 1, 0, 2, False, 0.5, "keep", 0.0)
     files = EncodedFiles(plan, plan.keys(0, 1), threads=3)
     other = TrainPlan(index, (48, 64), 3, 6, 1, 0, 2, False, 0.5, "keep", 0.0)
-    for key, (images, flips, data), _ in zip(other.keys(0, 1), files, range(7), strict=False):
+    for key, (choice, data), _ in zip(other.keys(0, 1), files, range(7), strict=False):
         expected = other.choose(*key)
-        assert np.array_equal(images, expected[0]) and np.array_equal(flips, expected[1])
-        assert [one.tobytes() for one in data] == [index.path(i).read_bytes() for i in images.tolist()]
+        assert np.array_equal(choice.images, expected.images) and np.array_equal(choice.flips, expected.flips)
+        assert [one.tobytes() for one in data] == [index.path(i).read_bytes() for i in choice.images.tolist()]
     files.close()
 
 
 def test_the_end_and_what_was_spent(index):
     plan = EvalPlan(index, 4, 1, 2)
     files = EncodedFiles(plan, plan.keys(), threads=2)
-    assert [len(data) for _, _, data in files] == [4, 1]
+    assert [len(data) for _, data in files] == [4, 1]
     size, seconds, waited = files.spent()
     assert size == sum(index.path(i).stat().st_size for i in (4, 5, 6, 7, 12)) and seconds > 0 and waited >= 0
     assert files.spent() == (0, 0.0, 0.0)

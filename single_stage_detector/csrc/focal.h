@@ -1,0 +1,104 @@
+// Sigmoid focal loss (alpha 0.25, gamma 2) and its derivative, from one exponential.
+#pragma once
+
+#include <cstring>
+
+#include "targets.h"
+
+namespace detcore {
+
+constexpr float kAlpha = 0.25f;
+
+struct Term {
+  float loss, gradient;
+};
+
+// exp(x) for x <= 0.
+HOST_DEVICE float exp_of_negative(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#else
+  // 2^n exp(r) with a polynomial for exp(r) (Cephes, expf): plain operations, which become vector instructions.
+  x = x < -87.f ? -87.f : x;
+  const float shift = 12582912.f;  // adding it rounds to an integer, which stands in the lowest bits
+  const float shifted = x * 1.44269504f + shift;
+  const float n = shifted - shift;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127u) << 23;  // the exponent of 2^n; the bits of `shift` above it fall out
+  float power;
+  memcpy(&power, &bits, sizeof(power));
+  return y * power;
+#endif
+}
+
+HOST_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+
+// log(1 + x) for x in 0..1: x times the polynomial with the least relative error, 3e-8.
+HOST_DEVICE float log_1_plus(float x) {
+  float y = 0.005232690833508968f;
+  y = y * x - 0.029505228623747826f;
+  y = y * x + 0.07822594791650772f;
+  y = y * x - 0.13663245737552643f;
+  y = y * x + 0.19106008112430573f;
+  y = y * x - 0.2484298199415207f;
+  y = y * x + 0.3331909775733948f;
+  y = y * x - 0.4999949336051941f;
+  y = y * x + 0.9999999403953552f;
+  return y * x;
+}
+
+// p^2 softplus(x) and its derivative p^2 (2 (1 - p) softplus(x) + p), with p = sigmoid(x): times 1 - alpha the loss of
+// a logit whose target is 0; of -x, times alpha and -alpha, that of one whose target is 1. The derivative is below 1.08.
+HOST_DEVICE Term focal_term(float x) {
+  const float e = exp_of_negative(-fabsf(x));
+  const float d = reciprocal(1.f + e), ed = e * d;
+  const float p = x > 0 ? d : ed, q = x > 0 ? ed : d;
+  const float softplus = (x > 0 ? x : 0.f) + log_1_plus(e);
+  const float square = p * p;
+  return {square * softplus, square * (2.f * q * softplus + p)};
+}
+
+// What the gradient is multiplied by while it is kept: float16 would lose the small ones. 0.81 * 65536 is no overflow.
+template <typename T>
+constexpr float focal_constant() {
+  return std::is_same_v<T, Half> ? 65536.f : 1.f;
+}
+
+// The arguments of both implementations, checked; gradient like logits, loss float32 [].
+struct Focal {
+  Targets targets;
+  int64_t rows;  // of all images
+  int classes;
+  Tensor gradient, loss;
+
+  Focal(const Tensor& logits, const Tensor& matched, const Tensor& labels, const Tensor& weight, int64_t first)
+      : targets(matched, labels, weight, logits.dim() == 3 ? logits.size(1) : 0, first),
+        rows(logits.dim() == 3 ? logits.size(0) * logits.size(1) : 0),
+        classes(logits.dim() == 3 ? static_cast<int>(logits.size(2)) : 0),
+        gradient(torch::stable::empty_like(contiguous(logits, "logits"))),
+        loss(torch::stable::empty({}, ScalarType::Float, std::nullopt, logits.device())) {
+    check(logits.dim() == 3 && logits.size(0) == targets.images, "logits must be [N, R, K]");
+    check(logits.size(2) > 0 && logits.size(2) < (1 << 20), "there must be 1 to 2^20 classes");
+  }
+};
+
+}  // namespace detcore

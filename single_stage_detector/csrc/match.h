@@ -1,0 +1,78 @@
+// Which ground-truth box each anchor belongs to: overlaps in the operations and the order of match_reference.
+//
+// Ties are found by equality, so no product may be contracted with a sum: on the GPU the intrinsics say so, for host
+// compilers setup.py does (-ffp-contract=off).
+#pragma once
+
+#include "targets.h"
+
+namespace detcore {
+
+constexpr float kForegroundIou = 0.5f, kBackgroundIou = 0.4f;
+
+HOST_DEVICE float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+HOST_DEVICE float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// As fminf and fmaxf, in a form that host compilers turn into vector instructions; b where one is not a number.
+HOST_DEVICE float smaller(float a, float b) { return a < b ? a : b; }
+HOST_DEVICE float larger(float a, float b) { return a > b ? a : b; }
+
+HOST_DEVICE float area(Corners box) { return product(box.x2 - box.x1, box.y2 - box.y1); }
+
+// Overlap 0..1; 0 where nothing is shared, also for boxes without area. Not a number only if a coordinate is none.
+HOST_DEVICE float overlap(Corners box, float box_area, Corners anchor, float anchor_area) {
+  const float width = larger(smaller(box.x2, anchor.x2) - larger(box.x1, anchor.x1), 0.f);
+  const float height = larger(smaller(box.y2, anchor.y2) - larger(box.y1, anchor.y1), 0.f);
+  const float inter = product(width, height);
+  return inter > 0 ? quotient(inter, box_area + anchor_area - inter) : 0.f;
+}
+
+// What an anchor takes, from its best box and whether it ties for any box's highest overlap.
+HOST_DEVICE int64_t decision(float best, int64_t index, bool tied) {
+  if (tied || best >= kForegroundIou) return index;
+  return best < kBackgroundIou ? kUnmatched : kIgnored;
+}
+
+// The arguments of both implementations, checked; out: int64 [images, anchors].
+struct Match {
+  const Corners *anchors, *boxes;
+  const int64_t* labels;
+  int64_t images, count, most;  // images, anchors, boxes of an image with padding
+  Tensor out;
+
+  Match(const Tensor& anchors_, const Tensor& boxes_, const Tensor& labels_)
+      : anchors(static_cast<const Corners*>(contiguous(anchors_, "anchors").data_ptr())),
+        boxes(static_cast<const Corners*>(contiguous(boxes_, "boxes").data_ptr())),
+        labels(static_cast<const int64_t*>(contiguous(labels_, "labels").data_ptr())),
+        images(labels_.size(0)),
+        count(anchors_.size(0)),
+        most(labels_.dim() == 2 ? labels_.size(1) : 0),
+        out(torch::stable::empty({images, count}, ScalarType::Long, std::nullopt, anchors_.device())) {
+    check(anchors_.scalar_type() == ScalarType::Float && anchors_.dim() == 2 && anchors_.size(1) == 4,
+          "anchors must be float32 [A, 4]");
+    check(labels_.scalar_type() == ScalarType::Long && labels_.dim() == 2, "labels must be int64 [N, M]");
+    check(boxes_.scalar_type() == ScalarType::Float && boxes_.dim() == 3 && boxes_.size(0) == images &&
+              boxes_.size(1) == most && boxes_.size(2) == 4,
+          "boxes must be float32 [N, M, 4], as many as labels");
+    check(count < (int64_t{1} << 31) && most < (int64_t{1} << 31), "2^31 anchors or boxes are too many");
+  }
+
+  Tensor scratch(ScalarType dtype, int64_t values) const {
+    return torch::stable::empty({values}, dtype, std::nullopt, out.device());
+  }
+};
+
+}  // namespace detcore

@@ -1,0 +1,114 @@
+"""Sigmoid focal loss of one level's logits, with its gradient in the same pass."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from detcore import native
+from single_stage_detector import ops
+from single_stage_detector.ops.match import IGNORED, UNMATCHED
+from single_stage_detector.ops.scale import kept, take
+
+OP = "single_stage_detector::focal"
+
+ALPHA = 0.25
+GAMMA = 2
+KEPT_IN_FLOAT16 = 65536.0
+"""What a float16 gradient is multiplied by while it is kept; as focal.h. No gradient is above 0.81 per weight."""
+
+
+def _rows(logits: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Pieces of flat logits [R, K] in at least float32, with their weights [R, 1]."""
+    step = max(1, ops.work_elements(logits.device) // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        yield logits[rows].to(weights.dtype), weights[rows, None], rows
+
+
+def _negative(x: Tensor) -> Tensor:
+    """Focal loss of logits whose target is 0."""
+    return torch.sigmoid(x).square_().mul_(F.softplus(x)).mul_(1 - ALPHA)
+
+
+def _negative_gradient(x: Tensor) -> Tensor:
+    p = torch.sigmoid(x)
+    # d/dx p^2 softplus(x) = p^2 (2 (1 - p) softplus(x) + p)
+    gradient = F.softplus(x).mul_(torch.sub(1, p)).mul_(GAMMA).add_(p)
+    return gradient.mul_(p.square_()).mul_(1 - ALPHA)
+
+
+class _WeightedFocal(torch.autograd.Function):
+    """sum over rows of weight * focal loss of the row; nothing but the logits is kept for the backward pass.
+
+    Every class of every row counts as a negative first; then the one positive entry of a foreground row is
+    corrected. This needs no one-hot targets, and the wide tensors are walked in pieces.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target, weights)
+        total = weights.new_zeros(())
+        for x, weight, _ in _rows(logits, weights):
+            total += (_negative(x).sum(1, keepdim=True) * weight).sum()
+        x = logits.gather(1, target.clamp(min=0)[:, None])[:, 0].to(weights.dtype)
+        # With target 1 the focal loss is the negative one of -x, with ALPHA in place of 1 - ALPHA.
+        correction = _negative(-x) * (ALPHA / (1 - ALPHA)) - _negative(x)
+        return total + torch.where(target >= 0, correction * weights, 0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        logits, target, weights = ctx.saved_tensors
+        weights = weights * upstream
+        gradient = torch.empty_like(logits)
+        for x, weight, rows in _rows(logits, weights):
+            torch.mul(_negative_gradient(x), weight, out=gradient[rows])
+        at = target.clamp(min=0)[:, None]
+        x = logits.gather(1, at)[:, 0].to(weights.dtype)
+        positive = _negative_gradient(-x) * (-ALPHA / (1 - ALPHA)) * weights
+        value = torch.where(target >= 0, positive.to(gradient.dtype), gradient.gather(1, at)[:, 0])
+        return gradient.scatter_(1, at, value[:, None]), None, None
+
+
+def focal_reference(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """`focal_loss` in plain PyTorch, for any floating dtype; the dtype of weight is that of the arithmetic."""
+    matched = matched[:, first : first + logits.shape[1]]
+    target = torch.full_like(matched, UNMATCHED)
+    if labels.shape[1]:
+        target = torch.where(matched >= 0, labels.gather(1, matched.clamp(min=0)), UNMATCHED)
+    weights = weight[:, None] * (matched != IGNORED)
+    return _WeightedFocal.apply(logits.flatten(0, 1), target.flatten(), weights.flatten())
+
+
+def focal_loss(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """Sum of weighted sigmoid focal losses (alpha 0.25, gamma 2) of a level: a scalar in the dtype of weight.
+
+    logits: [N, R, K], the rows of the anchors first..first + R. matched: int64 [N, A], what `match` gave for all
+    anchors; rows that are IGNORED are left out. labels: int64 [N, M], classes 0..K-1 where matched points to.
+    weight: [N], float32 at least, the factor of all terms of an image; 0..1, no gradient.
+    The native op computes the gradient in the forward pass and keeps it instead of the logits, in their dtype and in
+    float16 times KEPT_IN_FLOAT16. It allows one backward pass for each forward pass; a second one raises RuntimeError.
+    """
+    if native.runs(OP, logits, matched, labels, weight):
+        arguments = (x.contiguous() for x in (logits, matched, labels, weight))
+        return torch.ops.single_stage_detector.focal(*arguments, first)[0]
+    return focal_reference(logits, matched, labels, weight, first)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    kept(ctx, output[1])
+
+
+def _backward(ctx, upstream: Tensor | None, _: None) -> tuple:
+    return take(ctx, upstream, KEPT_IN_FLOAT16), None, None, None, None
+
+
+if not native.load("single_stage_detector"):
+    torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
+
+    @torch.library.register_fake(OP)
+    def _(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return weight.new_empty(()), torch.empty_like(logits)

@@ -1,0 +1,89 @@
+"""The flags of the original programs, by their own names, and what they mean here."""
+
+import pytest
+
+from detcore import UserError
+from detcore.config import load, to_dict
+from ssd300.config import IGNORED_FLAGS, Config, own_words
+
+
+def read(line: str, **environ: str):
+    return load(Config, own_words(line.split()), environ, IGNORED_FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("--data /x", "dataset_path", "/x"), ("-d /x", "dataset_path", "/x"), ("", "dataset_path", "/coco"),
+        ("--epochs 3", "epochs", 3), ("-e 3", "epochs", 3), ("", "epochs", 65),
+        ("--batch-size 8", "batch_size", 8), ("--bs 8", "batch_size", 8), ("", "batch_size", 32),
+        ("--eval-batch-size 8", "eval_batch_size", 8), ("--ebs 8", "eval_batch_size", 8),
+        ("--no-cuda", "device", "cpu"), ("--seed 4", "seed", 4), ("-s 4", "seed", 4),
+        ("--checkpoint a.pt", "checkpoint", "a.pt"),
+        ("--torchvision-weights-version IMAGENET1K_V1", "torchvision_weights_version", "IMAGENET1K_V1"),
+        ("", "torchvision_weights_version", "IMAGENET1K_V2"),
+        ("--save", "save", "models"), ("--save d", "save", "d"), ("--save --amp", "save", "models"), ("", "save", None),
+        ("--mode training", "mode", "train"), ("--mode=evaluation --checkpoint x", "mode", "evaluate"),
+        ("--mode benchmark-training", "mode", "benchmark-training"),
+        ("--mode benchmark-inference", "mode", "benchmark-inference"),
+        ("--evaluation 1 2 5", "evaluation", [1, 2, 5]), ("", "evaluation", [21, 31, 37, 42, 48, 53, 59, 64]),
+        ("--multistep 7 9 --bs 4", "multistep", [7, 9]), ("", "multistep", [43, 54]),
+        ("--learning-rate 0.1", "lr", 0.1), ("--lr 0.1", "lr", 0.1), ("", "lr", 2.6e-3),
+        ("--momentum 0.8", "momentum", 0.8), ("-m 0.8", "momentum", 0.8), ("--wd 0", "weight_decay", 0.0),
+        ("--weight-decay 0", "weight_decay", 0.0), ("", "weight_decay", 5e-4),
+        ("--warmup 300", "warmup", 300), ("", "warmup", None),
+        ("--benchmark-iterations 5", "benchmark_iterations", 5), ("", "benchmark_iterations", 20),
+        ("--benchmark-warmup 5", "benchmark_warmup", 5), ("", "benchmark_warmup", 20),
+        ("--backbone resnet34", "backbone", "resnet34"), ("", "backbone", "resnet50"),
+        ("--backbone-path w.pth", "weights", "w.pth"), ("--num-workers 2", "workers", 2), ("", "workers", 8),
+        ("", "precision", "tf32"), ("--amp", "precision", "auto"), ("--no-amp", "precision", "tf32"),
+        ("--no-amp --no-allow-tf32", "precision", "fp32"), ("--no-allow-tf32", "precision", "fp32"),
+        ("--amp --no-allow-tf32", "precision", "auto"), ("--amp --allow-tf32", "precision", "auto"),
+        ("--precision fp16", "precision", "fp16"), ("--log-interval 7", "log_interval", 7),
+        ("--json-summary s.json", "json_summary", "s.json"), ("--accumulation 8", "accumulate", 8),
+        ("--fake_data", "synthetic", True), ("--fake-data", "synthetic", True),
+    ],
+)  # fmt: skip
+def test_flags_of_the_original(line, name, value):
+    loaded = read(line)
+    assert to_dict(loaded.config)[name] == value and loaded.notices == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--local_rank 1", "--local_rank=1", "--local-rank 1", "--local-rank=1", "--data-layout channels_last",
+        "--parallel_loader", "--suppress_loss_report",
+    ],
+)  # fmt: skip
+def test_flags_without_a_meaning_here_are_taken_and_said(line):
+    loaded = read(f"{line} --bs 4")
+    assert loaded.config.batch_size == 4 and len(loaded.notices) == 1 and "no effect" in loaded.notices[0]
+
+
+def test_evaluation_after_the_listed_epochs_and_the_last():
+    config = read("--epochs 30").config
+    assert [n for n in range(1, 31) if config.evaluates(n)] == [22, 30]
+    assert not read("--fake-data").config.evaluates(65)
+
+
+def test_decay_is_an_epoch_earlier_with_legacy():
+    assert read("").config.decay_epochs == (43, 54)
+    assert read("--legacy").config.decay_epochs == (42, 53)
+
+
+def test_the_log_is_never_of_the_closed_division():
+    assert read("").config.mlperf_division == "open"
+    with pytest.raises(UserError, match="open"):
+        read("", MLPERF_DIVISION="closed")
+
+
+@pytest.mark.parametrize("line", ["--multistep 5 3", "--mode evaluation", "--mode predict --checkpoint x", "--bs 0"])
+def test_what_does_not_fit_is_refused(line):
+    with pytest.raises(UserError):
+        read(line)
+
+
+def test_only_the_recipe_of_the_original_has_no_departures():
+    assert read("--bs 256 --lr 2.7e-3 --warmup 1200 --amp").config.departures() == []
+    assert read("--backbone resnet18").config.departures() == ["backbone resnet18"]

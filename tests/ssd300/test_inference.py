@@ -1,0 +1,121 @@
+"""Detections on images at hand: `main`, its steps, and torch.hub's entry points."""
+
+import functools
+import http.server
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hubconf
+from detcore import UserError, checkpoint
+from detcore.data import transforms
+from ssd300 import inference
+from ssd300.config import IMAGE_SIZE, Config
+from ssd300.model import MEAN, SSD300, STD, scale_as_the_originals_inference
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A picture, and a checkpoint that finds something everywhere."""
+    folder = tmp_path_factory.mktemp("inference")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    torch.manual_seed(0)
+    model = SSD300("resnet18", 2)
+    for head in model.conf:
+        torch.nn.init.constant_(head.bias, 0)
+        head.bias.data.unflatten(0, (3, -1))[1] = 3
+    state = {"model": model.state_dict(), "config": {"backbone": "resnet18"}, "classes": [[4, "cat"], [9, "dog"]]}
+    checkpoint.save(folder / "epoch_0.pt", state)
+    return folder
+
+
+@pytest.fixture
+def address(folder):
+    """The folder's URL on a server of this machine."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_main_takes_paths_and_addresses(folder, address):
+    uris = [folder / "picture.png", str(folder / "picture.png"), f"{address}/picture.png"]
+    uris.append((folder / "picture.png").as_uri())
+    found = inference.main(uris, folder / "epoch_0.pt", threshold=0.2, device="cpu")
+    assert len(found) == 4
+    boxes, classes, scores = found[0]
+    assert boxes.shape == (20, 4) and classes.shape == scores.shape == (20,)
+    assert (classes == 1).any() and set(classes) <= {1, 2} and (np.diff(scores) <= 0).all() and (scores > 0.2).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    for other in found[1:]:
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+
+
+def test_nothing_found_is_three_empty_arrays(folder):
+    (found,) = inference.main([folder / "picture.png"], folder / "epoch_0.pt", threshold=1.0, device="cpu")
+    assert [values.shape for values in found] == [(0, 4), (0,), (0,)]
+
+
+def test_images_are_shown_as_in_validation(folder):
+    image = inference.read_image(folder / "picture.png")
+    shown = transforms.resize(image, IMAGE_SIZE, flip=False, antialias=Config().antialias)
+    assert np.array_equal(inference.prepare(image), shown.numpy())
+    cut = transforms.resize(image[:, :, 15:75].contiguous(), IMAGE_SIZE, flip=False, antialias=Config().antialias)
+    assert np.array_equal(inference.prepare(image, legacy=True), cut.numpy())
+
+
+def test_legacy_scales_as_the_original_script():
+    model = SSD300("resnet18", 2)
+    value = 200 * model.pixel_scale + model.pixel_shift
+    assert value.tolist() == pytest.approx([(200 / 255 - m) / s for m, s in zip(MEAN, STD, strict=True)], rel=1e-5)
+    scale_as_the_originals_inference(model)
+    value = 200 * model.pixel_scale + model.pixel_shift
+    assert value.tolist() == pytest.approx([(200 / 255 * 256 - 128) / 128] * 3, rel=1e-5)
+
+
+def test_what_cannot_be_read_is_named(folder, address):
+    for uri in (folder / "none.jpg", f"{address}/none.jpg", folder / "epoch_0.pt"):
+        with pytest.raises(UserError, match=r"none\.jpg|epoch_0\.pt"):
+            inference.main([uri], folder / "epoch_0.pt", device="cpu")
+    torch.save({"weight": torch.zeros(3)}, folder / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt holds no SSD300"):
+        inference.load_model(folder / "other.pt")
+
+
+def test_names_of_the_classes(folder):
+    assert inference.load_model(folder / "epoch_0.pt")[1] == ["cat", "dog"]
+    assert len(set(inference.COCO_NAMES)) == 80 and all(name == name.strip() for name in inference.COCO_NAMES)
+
+
+def test_torch_hub_as_the_original_documents_it(folder, address, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    root = hubconf.__file__.rpartition("/")[0]
+    utils = torch.hub.load(root, "nvidia_ssd_processing_utils", source="local")
+    model = torch.hub.load(
+        root, "nvidia_ssd", source="local", checkpoint=f"{address}/epoch_0.pt", map_location=torch.device("cpu")
+    )
+    assert (tmp_path / "checkpoints/epoch_0.pt").is_file() and not model.training
+    tensor = utils.prepare_tensor([utils.prepare_input(folder / "picture.png")] * 2)
+    assert tensor.shape == (2, 3, 300, 300)
+    with torch.no_grad():
+        results = utils.decode_results(model(tensor))
+    best = [utils.pick_best(result, 0.2) for result in results]
+    expected = inference.main([folder / "picture.png"], folder / "epoch_0.pt", threshold=0.2, device="cpu")[0]
+    for found in best:
+        assert np.allclose(found[0], expected[0], atol=1e-5) and np.array_equal(found[1], expected[1])
+    assert all(len(values) == 0 for values in utils.pick_best(results[0], 1.0))
+    assert utils.get_coco_object_dictionary()[0] == "person"
+
+
+def test_torch_hub_without_weights():
+    with pytest.raises(UserError, match="checkpoint=FILE_OR_URL"):
+        hubconf.nvidia_ssd()
+    assert hubconf.nvidia_ssd(pretrained=False, backbone="resnet18", num_classes=5).num_classes == 5
+    with pytest.raises(UserError, match="can't be fetched"):
+        hubconf.nvidia_ssd(checkpoint="http://127.0.0.1:9/never_there.pt")

@@ -1,0 +1,142 @@
+"""Whether two training runs have the same loss curve: the largest relative difference over the steps both recorded.
+
+    python tools/compare_losses.py A B [--tolerance 0.02] [--steps N] [--figure FILE.html] [--json FILE]
+    python tools/compare_losses.py A B --run [--steps 200] ... -- OPTIONS
+
+A and B are output folders of two runs, or their progress.jsonl. --run trains them first: A with --ops reference and
+--graphs off, B with --ops auto and --graphs auto, for so many steps, recording each; OPTIONS are those of
+single_stage_detector.train and are the same for both (give a --seed, or one is chosen).
+The difference of a step is |a - b| / max(|a|, |b|, 1e-6), of the total loss and of every term. Rounding differs between
+two correct programs and grows from step to step, so the tolerance belongs to the precision and the number of steps.
+--figure draws both curves as a page of HTML. Exit code: 0 within the tolerance, 1 over it, 2 nothing to compare.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from report import CSS, Markup, Series, chart, el
+
+from detcore import UserError
+from detcore.cli import run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+Curve = dict[int, dict[str, float]]
+
+
+def read_curve(path: Path) -> Curve:
+    """Step: {"loss": total, and each term by name}. A step that was done again by a resumed run counts as done last."""
+    file = path / "progress.jsonl" if path.is_dir() else path
+    try:
+        lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines() if text.strip()]
+        return {r["step"]: {"loss": r["loss"], **r["terms"]} for r in lines if r["kind"] == "step"}
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; name a run's output folder or its progress.jsonl") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no progress.jsonl ({type(error).__name__}: {error})") from error
+
+
+def compare(a: Curve, b: Curve, steps: int | None = None) -> dict[str, Any]:
+    """{steps, largest, at_step, term, mean} of the relative differences over the common steps up to `steps`.
+
+    A value that is finite in one curve only differs by infinity. Raises UserError where there is no common step.
+    """
+    common = sorted(step for step in a.keys() & b.keys() if steps is None or step <= steps)
+    if not common:
+        raise UserError("the two runs have no recorded step in common; give both the same --log-interval")
+    if a[common[0]].keys() != b[common[0]].keys():
+        raise UserError(f"the runs have other terms: {', '.join(a[common[0]])} and {', '.join(b[common[0]])}")
+    found = [(relative(a[s][term], b[s][term]), s, term) for s in common for term in a[s]]
+    largest, step, term = max(found, key=lambda item: (item[0], -item[1]))
+    totals = [difference for difference, _, name in found if name == "loss"]
+    return {"steps": len(common), "largest": largest, "at_step": step, "term": term, "mean": sum(totals) / len(totals)}
+
+
+def relative(a: float, b: float) -> float:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else math.inf
+    return abs(a - b) / max(abs(a), abs(b), 1e-6)
+
+
+def train(folder: Path, steps: int, options: list[str], how: list[str]) -> None:
+    """One run of at least so many steps. Raises UserError if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "single_stage_detector.train", *options, *how, "--output-dir", str(folder)]
+    command += ["--overwrite", "--log-interval", "1", *length(options, steps)]
+    print("$", " ".join(command), flush=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the run failed with code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+
+
+def length(options: list[str], steps: int) -> list[str]:
+    """The options that make a run so many steps long, or a little longer: it ends with an epoch."""
+    from detcore.config import load
+    from detcore.data.loader import steps_per_epoch
+    from single_stage_detector.config import Config
+    from single_stage_detector.data import open_index
+
+    config = load(Config, options, {}, {})[0]
+    if config.synthetic:
+        return ["--epochs", "1", "--max-iters-per-epoch", str(steps)]
+    index = open_index(config, "train")
+    each = steps_per_epoch(len(index), config.batch_size, 1, config.drop_last) // config.accumulate
+    return ["--epochs", str(max(1, math.ceil(steps / max(each, 1))))]
+
+
+def figure(path: Path, names: tuple[str, str], curves: tuple[Curve, Curve], sentence: str) -> None:
+    """Both curves of the total loss on a page of HTML, by the report's own drawing."""
+    steps = sorted(curves[0].keys() & curves[1].keys())
+    values = [[curve[step]["loss"] for step in steps] for curve in curves]
+    drawn = [i for i in range(len(steps)) if all(math.isfinite(v[i]) for v in values)]
+    series = [Series(n, css, [v[i] for i in drawn]) for n, css, v in zip(names, ("c0", "c2"), values, strict=True)]
+    hovers = [f"step {steps[i]}: {values[0][i]:.6g} and {values[1][i]:.6g}" for i in drawn]
+    plot = chart("Loss of both runs", "loss", "step", [float(steps[i]) for i in drawn], series, hovers)
+    body = el("main", el("h1", sentence), el("div", plot, class_="charts"))
+    head = el("head", Markup('<meta charset="utf-8">'), el("title", "Loss of both runs"), el("style", Markup(CSS)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("<!doctype html>\n" + el("html", head, el("body", body), lang="en") + "\n", encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    cut = argv.index("--") if "--" in argv else len(argv)
+    own, options = argv[:cut], argv[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path, help="output folder or progress.jsonl")
+    parser.add_argument("b", type=Path, help="the other one's")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="largest relative difference (0.02)")
+    parser.add_argument("--steps", type=int, help="compare so many steps only; with --run: train so many (200)")
+    parser.add_argument("--run", action="store_true", help="train both first")
+    parser.add_argument("--figure", type=Path, help="draw both curves into this HTML file")
+    parser.add_argument("--json", type=Path, help="write the numbers into this file")
+    given = parser.parse_args(own)
+    if given.run:
+        steps = given.steps or 200
+        seed = [] if "--seed" in options else ["--seed", "1"]
+        train(given.a, steps, [*options, *seed], ["--ops", "reference", "--graphs", "off"])
+        train(given.b, steps, [*options, *seed], ["--ops", "auto", "--graphs", "auto"])
+        given.steps = steps
+    curves = read_curve(given.a), read_curve(given.b)
+    found = compare(*curves, given.steps)
+    within = found["largest"] <= given.tolerance
+    sentence = (
+        f"{'within' if within else 'OVER'} the tolerance of {given.tolerance:g}: over {found['steps']} steps the "
+        f"largest relative difference is {found['largest']:.3g} ({found['term']}, step {found['at_step']}), "
+        f"the mean of the total's {found['mean']:.3g}"
+    )
+    print(sentence)
+    if given.figure:
+        figure(given.figure, (given.a.name, given.b.name), curves, sentence)
+    if given.json:
+        given.json.write_text(json.dumps(found | {"tolerance": given.tolerance, "within": within}))
+    return 0 if within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

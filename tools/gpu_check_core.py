@@ -1,0 +1,304 @@
+"""What the parts of tools/gpu_check.py share: the JSON of a check, the runner of a part's jobs, and the stopwatch.
+
+A part is a function (Context) -> jobs; a job is a key and a function that measures one thing and returns a row, a
+dictionary of plain values. gpu_check.json holds, all values measured on this machine unless a key says otherwise:
+
+    version     1
+    machine     device (name, or cpu), memory_gib, capability, torch, cuda, cudnn, torchvision, python, processor
+    commit      of the checkout, with "+changes" if it has some; quick: true if measured with --quick
+    clocks      [{when, driver, sm_mhz, memory_mhz, temperature_c, power_w, used_mib}], by nvidia-smi at start and end
+    seconds     of the last call;  published: MLPerf figures of others, images/s a GPU;  targets: what we aim at
+    parts       name: {status, seconds, budget_s, reason, rows: {key: row}}
+                status: passed, failed (a row has "error"), stopped (out of time, rows are missing), skipped (reason)
+
+Times in rows are medians in ms over `n` iterations, with p10_ms and p90_ms; a row with "skipped" was not measured and
+says why.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "gpu_check.json"
+CONTEXT_LOST = 3
+"""Exit code of a part whose CUDA context is broken: started again, it goes on with the next job."""
+
+Row = dict[str, Any]
+Job = tuple[str, Callable[[], Row]]
+
+
+class Skip(Exception):
+    """A job can't be done here, and that is no fault; the words say why."""
+
+
+class OutOfTime(Exception):
+    """A job was cut off by the end of its part's time; it is left for the next call."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the measured things are. seconds: how long one measurement repeats its iteration."""
+
+    image: int
+    classes: int
+    backbone: str
+    channels: int
+    head_convs: int
+    batch: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a part runs. budget: seconds that it may take, counted from `began` (time.monotonic)."""
+
+    out: Path
+    gpu: bool
+    quick: bool
+    data: Path | None
+    budget: float
+    began: float
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0) if self.gpu else torch.device("cpu")
+
+    @property
+    def sizes(self) -> Sizes:
+        if self.gpu:
+            return Sizes(800, 264, "resnext50_32x4d", 256, 4, 8 if self.quick else 32, 0.3 if self.quick else 1.5)
+        if self.quick:
+            return Sizes(64, 5, "resnet18", 16, 1, 2, 0.02)
+        return Sizes(256, 80, "resnet18", 64, 1, 4, 0.5)
+
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.began)
+
+
+def load(out: Path) -> dict[str, Any]:
+    """The JSON of a folder; a fresh one if there is none, or none that can be read."""
+    try:
+        state = json.loads((out / NAME).read_text(encoding="utf-8"))
+        if state["version"] == 1:
+            return state
+    except FileNotFoundError:
+        return {"version": 1, "parts": {}}
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{out / NAME} can't be read ({error}): begun anew", flush=True)
+    return {"version": 1, "parts": {}}
+
+
+def save(out: Path, state: dict[str, Any]) -> None:
+    """Writes the JSON whole or not at all."""
+    part = out / f".{NAME}.part"
+    part.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    os.replace(part, out / NAME)
+
+
+def status_of(rows: dict[str, Row], complete: bool) -> str:
+    if any("error" in row for row in rows.values()):
+        return "failed"
+    if not complete:
+        return "stopped"
+    return "skipped" if rows and all("skipped" in row for row in rows.values()) else "passed"
+
+
+def words(error: BaseException) -> str:
+    """An exception as one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:400]
+
+
+def lost_context(error: BaseException) -> bool:
+    """Whether an error leaves the process's CUDA context unusable, so that every later job would fail too."""
+    text = str(error)
+    return "CUDA error" in text and "out of memory" not in text and "invalid configuration" not in text
+
+
+def run_jobs(name: str, jobs: Iterable[Job], context: Context) -> int:
+    """Runs the jobs that have no row yet, each row saved at once; returns the exit code of the part's process."""
+    state = load(context.out)
+    state["machine"] = machine(context.gpu)
+    part = state["parts"].setdefault(name, {})
+    rows: dict[str, Row] = part.setdefault("rows", {})
+    longest, complete = 0.0, True
+    for key, measure in jobs:
+        if key in rows:
+            continue
+        if context.left() < longest:
+            print(f"{name}: stops before {key!r}: {context.left():.0f} s are left of {context.budget:.0f}", flush=True)
+            complete = False
+            break
+        part["running"] = key
+        save(context.out, state)
+        start = time.monotonic()
+        lost = False
+        try:
+            row = measure()
+        except Skip as reason:
+            row = {"skipped": str(reason)}
+        except OutOfTime as reason:
+            print(f"{name}: {key}: {reason}", flush=True)
+            del part["running"]
+            complete = False
+            break
+        except torch.OutOfMemoryError:
+            row = {"skipped": "out of memory on this card"}
+        except Exception as error:
+            traceback.print_exc()
+            row, lost = {"error": words(error)}, lost_context(error)
+        rows[key] = row | {"took_s": round(time.monotonic() - start, 2)}
+        del part["running"]
+        longest = max(longest, time.monotonic() - start)
+        print(f"{name}: {key}: {brief(row)}", flush=True)
+        if lost:
+            save(context.out, state)
+            return CONTEXT_LOST
+        save(context.out, state)
+        tidy(context.gpu)
+    part["status"] = status_of(rows, complete)
+    part["reason"] = next((row["skipped"] for row in rows.values() if "skipped" in row), "")
+    if part["status"] != "skipped":
+        part["reason"] = "" if complete else "out of time; call again to go on"
+    save(context.out, state)
+    return 0
+
+
+def tidy(gpu: bool) -> None:
+    """Gives back what a job has left behind, so that the next one's peak memory is its own."""
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def brief(row: Row) -> str:
+    """A row on one line for the log."""
+    for key in ("error", "skipped"):
+        if key in row:
+            return f"{key}: {row[key]}"
+    shown = {k: v for k, v in row.items() if isinstance(v, int | float | str) and not str(v).count("\n")}
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())[:400]
+
+
+class Stopwatch:
+    """Medians of many iterations: CUDA events on a GPU, the wall clock on a CPU."""
+
+    def __init__(self, context: Context):
+        self.gpu, self.seconds = context.gpu, context.sizes.seconds
+        self.sweep: torch.Tensor | None = None
+
+    def time(self, run: Callable[[], Any], *, warmup: int = 3, least: int = 5, most: int = 500, cold: bool = False,
+             seconds: float | None = None) -> Row:  # fmt: skip
+        """{ms, p10_ms, p90_ms, n} of run().
+
+        cold: empty the GPU's cache between iterations by writing 256 MiB; that also keeps the host ahead of the GPU,
+        so that a kernel shorter than its launch is timed by itself.
+        """
+        for _ in range(warmup):
+            run()
+        limit = time.perf_counter() + (self.seconds if seconds is None else seconds)
+        times = self._gpu_times(run, limit, least, most, cold) if self.gpu else _cpu_times(run, limit, least, most)
+        return spread(times)
+
+    def _gpu_times(self, run: Callable, limit: float, least: int, most: int, cold: bool) -> list[float]:
+        if cold and self.sweep is None:
+            self.sweep = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        times: list[float] = []
+        while len(times) < least or (len(times) < most and time.perf_counter() < limit):
+            events = []
+            for _ in range(least):
+                if cold:
+                    self.sweep.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                end.record()
+                events.append((start, end))
+            torch.cuda.synchronize()
+            times += [start.elapsed_time(end) for start, end in events]
+        return times
+
+
+def _cpu_times(run: Callable, limit: float, least: int, most: int) -> list[float]:
+    times: list[float] = []
+    while len(times) < least or (len(times) < most and time.perf_counter() < limit):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def spread(times: list[float]) -> Row:
+    """Median and tenths of times in ms."""
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return {"ms": statistics.median(ordered), "p10_ms": ordered[tenth], "p90_ms": ordered[-1 - tenth], "n": len(times)}
+
+
+def machine(gpu: bool) -> Row:
+    """The machine and the versions, in words."""
+    import torchvision
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        processor = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), processor)
+    row = {
+        "device": "cpu",
+        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+    if gpu:
+        about = torch.cuda.get_device_properties(0)
+        row |= {
+            "device": about.name,
+            "memory_gib": round(about.total_memory / 2**30, 1),
+            "sms": about.multi_processor_count,
+        }
+        row |= {"capability": f"{about.major}.{about.minor}", "cudnn": torch.backends.cudnn.version()}
+    return row
+
+
+def clocks(when: str) -> Row:
+    """Clocks, temperature, power and used memory of the first GPU as nvidia-smi tells them; {} where it does not."""
+    fields = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem",
+              "temperature_c": "temperature.gpu", "power_w": "power.draw", "used_mib": "memory.used"}  # fmt: skip
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits", "-i", "0"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"when": when, "missing": words(error)}
+    return {
+        "when": when,
+        **dict(zip(fields, (value.strip() for value in said.splitlines()[0].split(",")), strict=False)),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with +changes if tracked files differ from it; unknown without git."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT", "unknown")
+    return head.strip() + ("+changes" if changed else "")

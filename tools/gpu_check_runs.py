@@ -1,0 +1,240 @@
+"""The parts of tools/gpu_check.py that start other programs: build, tests, losses, bccd and sanitizer."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from gpu_check_core import ROOT, Context, Job, OutOfTime, Row, Skip
+
+from detcore import native
+
+RECIPE = [
+    "--dataset", "custom", "--backbone", "resnet18", "--norm", "batch", "--trainable-backbone-layers", "5",
+    "--no-pretrained", "--fpn-channels", "64", "--head-convs", "1", "--image-size", "192", "256",
+    "--anchor-sizes", "16,32,64,128,256", "--max-boxes", "64", "--lr", "5e-4", "--warmup-epochs", "2",
+    "--ema-decay", "0.98", "--target-map", "none", "--division", "open", "--seed", "1", "--batch-size", "8",
+]  # fmt: skip
+"""That of results/2026-11-22_bccd_cpu, where 18 epochs took two CPU cores 5.4 minutes to AP 0.482."""
+GOAL = 0.40
+"""AP at which the two bccd runs' times are compared."""
+
+
+def start(context: Context, command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Runs a command in the checkout, its output in the log. Raises OutOfTime, having ended it and its children."""
+    print("$", " ".join(command), flush=True)
+    limit = max(context.left() - 1, 1.0)
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            print(said, flush=True)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OutOfTime(f"stopped after {limit:.0f} s, the part's time is over") from None
+            raise
+    print(said, flush=True)
+    return subprocess.CompletedProcess(command, process.returncode, said)
+
+
+def last_words(said: str) -> str:
+    """The line that says what went wrong, or the last one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output")[
+        :300
+    ]
+
+
+def build(context: Context) -> Iterable[Job]:
+    """The libraries, for this card alone unless TORCH_CUDA_ARCH_LIST says more."""
+
+    def run() -> Row:
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        if context.gpu and not chosen:
+            chosen = "{}.{}".format(*torch.cuda.get_device_capability())
+        environment = {"TORCH_CUDA_ARCH_LIST": chosen} if chosen else {}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = start(context, command, **environment)
+        if done.returncode:
+            return {"error": last_words(done.stdout)}
+        programs = sorted(folder.parent.name for folder in ROOT.glob("*/csrc"))
+        built = [program for program in programs if native.library_file(program).is_file()]
+        if built != programs:
+            raise Skip(last_words(done.stdout))
+        described = native.describe(programs[-1], context.device)
+        row = {
+            "libraries": ", ".join(f"{program}/_kernels.so" for program in built),
+            "architectures": chosen or "default",
+        }
+        lacking = context.gpu and "without nvcc" in described
+        return row | {"ops": described} | ({"error": "built without nvcc: no code for this GPU"} if lacking else {})
+
+    yield "build_ext --inplace", run
+
+
+def gpu_test_files() -> list[str]:
+    """The test files that hold tests for a GPU; others are not even imported, so they may want what is not there."""
+    marks = re.compile(r"mark\.gpu|\bimplementation\b")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if marks.search(file.read_text(encoding="utf-8"))]
+
+
+def tests(context: Context) -> Iterable[Job]:
+    """pytest -m gpu."""
+
+    def run() -> Row:
+        if not context.gpu:
+            raise Skip("the gpu tests want a GPU")
+        report = context.out / "tests.xml"
+        report.unlink(missing_ok=True)
+        command = [*pytest(context), "-m", "gpu and not dali", f"--junitxml={report}", *gpu_test_files()]
+        done = start(context, command)
+        if not report.is_file():
+            return {"error": f"pytest ended with code {done.returncode}: {last_words(done.stdout)}"}
+        return summary(report)
+
+    yield "pytest -m gpu", run
+
+
+def pytest(context: Context) -> list[str]:
+    """pytest that writes nothing into the checkout."""
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={context.out / 'tmp' / 'pytest'}",
+    ]
+
+
+def summary(report: Path) -> Row:
+    """Counts, and the names of what failed, of a junit file."""
+    cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
+    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    names = [f"{c.get('classname')}::{c.get('name')}" for c in bad]
+    row = {"passed": len(cases) - len(bad) - len(skipped), "failed": len(bad), "skipped_tests": len(skipped)}
+    if not cases:
+        return row | {"error": "pytest found no test"}
+    return row | ({"failures": names, "error": f"{len(bad)} failed: {', '.join(names)}"[:400]} if bad else {})
+
+
+def data_folder(context: Context) -> Path:
+    """The folder of bccd: --data, or shared/data/bccd beside or in the checkout. Raises Skip."""
+    places = [context.data] if context.data else [ROOT / "shared/data/bccd", ROOT.parent / "shared/data/bccd"]
+    for place in places:
+        for folder in (place, place / "bccd"):
+            if (folder / "annotations" / "instances_train.json").is_file():
+                return folder.resolve()
+    raise Skip(f"the bccd data is not at {' or '.join(map(str, places))}; --data DIR says where it is")
+
+
+def losses(context: Context) -> Iterable[Job]:
+    """tools/compare_losses.py: 200 steps of reference ops against native ones with graphs, fp32, the same data."""
+
+    def run() -> Row:
+        steps, tolerance = (4, 0.02) if context.quick else (200, 0.02)
+        where = context.out / "losses"
+        data = ["--synthetic", "--num-classes", "3"]
+        if not context.quick:
+            data = ["--dataset-path", str(data_folder(context)), "--workers", "2", "--cache-dir", str(where)]
+        options = [*RECIPE, *data, "--precision", "fp32", "--device", "cuda" if context.gpu else "cpu"]
+        command = [sys.executable, "tools/compare_losses.py", str(where / "reference"), str(where / "native"), "--run"]
+        command += ["--steps", str(steps), "--tolerance", str(tolerance), "--figure", str(where / "losses.html")]
+        command += ["--json", str(where / "losses.json"), "--", *options]
+        done = start(context, command)
+        if done.returncode not in (0, 1) or not (where / "losses.json").is_file():
+            return {"error": last_words(done.stdout)}
+        row = json.loads((where / "losses.json").read_text())
+        return row | (
+            {} if row["within"] else {"error": f"the curves part by {row['largest']:.3g} at step {row['at_step']}"}
+        )
+
+    yield "reference against native", run
+
+
+def bccd(context: Context) -> Iterable[Job]:
+    """A real training from random weights, with native ops in a graph and with the references, eager."""
+
+    def case(name: str, options: list[str]) -> Callable[[], Row]:
+        def run() -> Row:
+            folder = context.out / "bccd" / name
+            shutil.rmtree(folder, ignore_errors=True)
+            data = ["--dataset-path", str(data_folder(context)), "--cache-dir", str(context.out / "bccd")]
+            epochs = "1" if context.quick else "18"
+            workers = str(max(1, min(6, (os.cpu_count() or 2) - 2)))
+            short = ["--max-iters-per-epoch", "2", "--workers", "1"] if context.quick else ["--workers", workers]
+            device = ["--device", "cuda" if context.gpu else "cpu"]
+            command = [sys.executable, "-m", "single_stage_detector.train", *RECIPE, *data, *device, *short, *options]
+            command += ["--epochs", epochs, "--log-interval", "12", "--output-dir", str(folder)]
+            done = start(context, command)
+            if done.returncode:
+                return {"error": last_words(done.stdout)}
+            return curve(folder)
+
+        return run
+
+    yield "graph native", case("graph_native", ["--ops", "auto", "--graphs", "on" if context.gpu else "off"])
+    yield "eager reference", case("eager_reference", ["--ops", "reference", "--graphs", "off"])
+
+
+def curve(folder: Path) -> Row:
+    """AP and the time of each evaluation of a run, and when it passed GOAL; writes its report.html."""
+    lines = [json.loads(text) for text in (folder / "progress.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    steps = [line for line in lines if line["kind"] == "step"]
+    points = [
+        {"epoch": e["epoch"], "time_s": e["time_s"], "AP": e["metrics"]["AP"], "AP50": e["metrics"]["AP50"]}
+        for e in evals
+    ]
+    best = max(points, key=lambda p: p["AP"])
+    passed = next((p["time_s"] for p in points if p["AP"] >= GOAL), None)
+    report = subprocess.run([sys.executable, "tools/report.py", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    rates = sorted(s["images_per_s"] for s in steps)
+    return {
+        "seconds": lines[-1]["time_s"], "AP": best["AP"], "AP50": best["AP50"], "epochs": points[-1]["epoch"],
+        f"seconds_to_AP_{GOAL}": passed, "median_images_per_s": rates[len(rates) // 2], "curve": points,
+        "report": str(folder / "report.html") if not report.returncode else last_words(report.stderr),
+        "losses": [[s["step"], s["loss"]] for s in steps],
+    }  # fmt: skip
+
+
+def sanitizer(context: Context) -> Iterable[Job]:
+    """compute-sanitizer's memcheck over the ops' own gpu tests."""
+
+    def run() -> Row:
+        homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+        binary = shutil.which("compute-sanitizer") or next(
+            (
+                f"{home}/bin/compute-sanitizer"
+                for home in homes
+                if home and Path(home, "bin/compute-sanitizer").is_file()
+            ),
+            None,
+        )
+        if not context.gpu or not binary:
+            raise Skip("no compute-sanitizer on this machine" if context.gpu else "memcheck wants a GPU")
+        files = [file for file in gpu_test_files() if "/ops/" in file]
+        # Without caching every tensor is an allocation of its own, so that a step past its end is seen.
+        command = [binary, "--tool", "memcheck", "--error-exitcode", "9", *pytest(context), "-x", "-m", "gpu", *files]
+        done = start(context, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if "Device not supported" in done.stdout:
+            raise Skip("compute-sanitizer says that it does not support this device (a virtual machine's limit)")
+        found = re.search(r"ERROR SUMMARY: (\d+) error", done.stdout)
+        row = {"errors": int(found[1]) if found else None, "files": len(files)}
+        return row | ({"error": last_words(done.stdout)} if done.returncode or not found or row["errors"] else {})
+
+    yield "memcheck of the op tests", run

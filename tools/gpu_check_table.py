@@ -1,0 +1,163 @@
+"""The table of tools/gpu_check.py, from its JSON: at most 100 columns, measured values unless a line says otherwise."""
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
+"""images/s a GPU, the best published MLPerf results (rounds 3.0, 4.0, 4.1, 5.1): 8 GPUs, OpenImages, fp16."""
+TARGETS = {"H100": 400.0}
+"""images/s a GPU that we aim at, bf16, batch 32; not measured values."""
+WIDTH = 100
+Row = dict[str, Any]
+
+
+def table(state: dict[str, Any]) -> str:
+    return "\n".join(part for section in SECTIONS for line in section(state) for part in folded(line.rstrip()))
+
+
+def folded(line: str) -> list[str]:
+    """A line that is too long as several."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent) if len(line) > WIDTH else [line]
+
+
+def rows(state: dict[str, Any], part: str) -> dict[str, Row]:
+    """The measured rows of a part."""
+    found = state["parts"].get(part, {}).get("rows", {})
+    return {key: row for key, row in found.items() if "skipped" not in row and "ms" in row}
+
+
+def number(value: float | None, width: int, places: int = 1) -> str:
+    """Right-aligned; a dash where there is none."""
+    return f"{value:{width}.{places}f}" if isinstance(value, int | float) else "-".rjust(width)
+
+
+def about(state: dict[str, Any]) -> Iterator[str]:
+    m = state.get("machine", {})
+    yield (
+        f"{m.get('device', '?')}: torch {m.get('torch', '?')}, CUDA {m.get('cuda')}, Python {m.get('python', '?')}, "
+        f"commit {state.get('commit', '?')}{', --quick' if state.get('quick') else ''}"
+    )
+    for c in state.get("clocks", []):
+        if "missing" in c:
+            yield f"  {c['when']:5} nvidia-smi: {c['missing']}"
+            continue
+        mhz = f"SM {c.get('sm_mhz')} MHz, memory {c.get('memory_mhz')} MHz"
+        rest = f"{c.get('temperature_c')} C, {c.get('power_w')} W, {c.get('used_mib')} MiB used"
+        yield f"  {c['when']:5} {mhz}, {rest}, driver {c.get('driver')}"
+
+
+def overview(state: dict[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"{'part':10} {'status':8} {'s':>6}  what"
+    for name, part in state["parts"].items():
+        yield f"{name:10} {part.get('status', '?'):8} {number(part.get('seconds'), 6)}  {what(part)}"
+        for key, row in part.get("rows", {}).items():
+            if "error" in row:
+                yield f"{'':10} {'':8} {'':6}  FAILED {key}: {row['error']}"
+
+
+def what(part: dict[str, Any]) -> str:
+    found = part.get("rows", {})
+    first = next(iter(found.values()), {})
+    if "passed" in first:
+        return f"{first['passed']} passed, {first['failed']} failed, {first['skipped_tests']} skipped"
+    if "libraries" in first:
+        return f"{first['libraries']} for {first['architectures']}"
+    if "largest" in first:
+        return (
+            f"largest difference of {first['steps']} losses {first['largest']:.2g} (tolerance {first['tolerance']:g})"
+        )
+    left_out, failed = (sum(kind in row for row in found.values()) for kind in ("skipped", "error"))
+    words = f"{len(found) - left_out - failed} measured"
+    words += f", {failed} failed" if failed else ""
+    words += f", {left_out} left out" if left_out else ""
+    return f"{words}; {part['reason']}" if part.get("reason") else words
+
+
+def floor(state: dict[str, Any]) -> Iterator[str]:
+    found = rows(state, "floor")
+    if found:
+        words = [f"{key} {row['tflop_s']:,.3g} TFLOP/s" for key, row in found.items() if "tflop_s" in row]
+        copy = [f"copy {found['copy']['gb_s']:,.0f} GB/s"] if "copy" in found else []
+        yield ""
+        yield "floor: " + ", ".join(copy + words)
+
+
+def ops(state: dict[str, Any]) -> Iterator[str]:
+    found = rows(state, "ops")
+    if not found:
+        return
+    yield ""
+    names = f"{'ms':>9} {'ref. ms':>9} {'speed-up':>9} {'MB':>8} {'% of floor':>10} {'max diff':>9}"
+    yield f"{'op, native against reference':34} {names}"
+    for key, r in found.items():
+        yield (
+            f"{key[:34]:34} {number(r['ms'], 9, 3)} {number(r['reference_ms'], 9, 3)} {number(r['speedup'], 8)}x "
+            f"{number(r['mb'], 8)} {number(r.get('percent_of_floor'), 10)} {r['difference']:9.1g}"
+        )
+
+
+def speed(state: dict[str, Any]) -> Iterator[str]:
+    ours, theirs = rows(state, "train"), rows(state, "peers")
+    if not ours and not theirs:
+        return
+    card = next((name for name in PUBLISHED if name in state.get("machine", {}).get("device", "")), None)
+    beside = max((row["images_per_s"] for row in theirs.values()), default=None)
+    yield ""
+    names = f"{'images/s':>9} {'10 to 90 %':>15} {'peak GiB':>8} {'x publ.':>8} {'x torchv.':>9} {'% FLOP':>7}"
+    yield f"{'training step':34} {names}"
+    for key, r in (ours | theirs).items():
+        between = f"{r['images_per_s_p10']:.1f}-{r['images_per_s_p90']:.1f}"
+        times = r["images_per_s"] / beside if beside else None
+        yield (
+            f"{key[:34]:34} {number(r['images_per_s'], 9)} {between:>15} {number(r.get('peak_gib'), 8)} "
+            f"{number(r.get('x_published'), 8, 2)} {number(times, 9, 2)} {number(r.get('percent_of_flop_floor'), 7)}"
+        )
+    if card:
+        yield f"publ.: {PUBLISHED[card]:g} images/s a {card}, of 8 (published MLPerf result, not measured here)"
+        if card in TARGETS:
+            yield f"our target on one {card}: {TARGETS[card]:g} images/s, bf16, batch 32 (a target, not measured)"
+    if beside:
+        yield "torchv.: the fastest row of torchvision's RetinaNet in this run"
+    if any("percent_of_flop_floor" in r for r in ours.values()):
+        yield "% FLOP: of the matmul rate measured above, at 1,169 GFLOP an image (calculated)"
+
+
+def inference(state: dict[str, Any]) -> Iterator[str]:
+    found = rows(state, "inference")
+    if found:
+        yield ""
+        yield f"{'inference':48} {'images/s':>9} {'ms':>9} {'peak GiB':>9}"
+        for key, r in found.items():
+            yield f"{key[:48]:48} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)}"
+
+
+def profile(state: dict[str, Any]) -> Iterator[str]:
+    for key, row in rows(state, "profile").items():
+        yield ""
+        yield f"kernels of a step, {key}: {row['ms']:.2f} ms"
+        yield f"  {'family':24} {'ms':>9} {'share':>7} {'floor ms':>9}"
+        for name, f in row["families"].items():
+            yield f"  {name:24} {number(f['ms'], 9, 2)} {f['share']:7.1%} {number(f['floor_ms'], 9, 2)}"
+        yield "  the next three things:"
+        for i, words in enumerate(row["next"], 1):
+            yield f"  {i}. {words}"
+
+
+def bccd(state: dict[str, Any]) -> Iterator[str]:
+    found = {k: r for k, r in state["parts"].get("bccd", {}).get("rows", {}).items() if "AP" in r}
+    if found:
+        yield ""
+        names = f"{'epochs':>7} {'seconds':>8} {'AP':>7} {'AP50':>7} {'s to AP 0.4':>12} {'images/s':>9}"
+        yield f"{'bccd from random weights':34} {names}"
+        for key, r in found.items():
+            passed = next((value for name, value in r.items() if name.startswith("seconds_to_AP")), None)
+            yield (
+                f"{key:34} {r['epochs']:7} {number(r['seconds'], 8)} {r['AP']:7.4f} {r['AP50']:7.4f} "
+                f"{number(passed, 12)} {number(r['median_images_per_s'], 9)}"
+            )
+
+
+SECTIONS = (about, overview, floor, ops, speed, inference, profile, bccd)
