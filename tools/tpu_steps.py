@@ -157,6 +157,7 @@ def main() -> None:
     step = engine.make_train_step(task, state, task.model, config, device)
     found = {"device": device.name, "torch": torch.__version__, "losses": [], "seconds": [], "compiled": []}
     stream = device.ahead(batches_of(given)) if hasattr(device, "ahead") else batches_of(given)
+    found["scores"] = best_scores(given, task, device)  # of the same weights as the CPU's
     task.model.train()
     for number in range(given.steps):
         start = time.perf_counter()
@@ -177,7 +178,6 @@ def main() -> None:
     found["finite"] = optim.finite(task.optimizer)
     found["on_the_host"] = on_the_host()
     found["refused"] = refused(step, batches[0])
-    found["scores"] = best_scores(given, task, device)
     found["checkpoint"] = checkpoint_returns(task, state, device)
     found["peak_gib"] = round(device.peak_memory_gib(), 2)
     device.synchronize()
