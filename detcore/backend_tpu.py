@@ -7,6 +7,7 @@ here instead of minutes of compiling at every step. Docs: docs/tpu.md.
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -163,7 +164,8 @@ class XlaBackend(TpuBackend):
 
         if batch.images.device.type == self.device.type:
             return batch
-        return Batch(*xla_model.send_cpu_data_to_device(list(batch), self.device))
+        with torch.inference_mode(False):  # torch-xla can't make views of tensors of that mode
+            return Batch(*xla_model.send_cpu_data_to_device(list(batch), self.device))
 
     def add_up(self, values: Tensor) -> None:
         from torch_xla.core import xla_model
@@ -176,10 +178,11 @@ class XlaBackend(TpuBackend):
         torch_xla.sync()
 
     def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """Inference of one batch as one program."""
+        """Inference of one batch as one program; outside of inference mode, as `to_device`."""
 
         def run(batch: Batch) -> Tensor:
-            found = infer(batch)
+            with torch.inference_mode(False), torch.no_grad():
+                found = infer(batch)
             self.flush()
             return found
 
@@ -271,6 +274,7 @@ def _select_xla(precision: str, local_rank: int, local_size: int) -> Backend:
             f"on the CPU, to try it out. {INSTALL}"
         )
     device = torch_xla.device()  # before the first backward pass on the CPU: autograd counts the devices then
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)  # it warns at the first call of calling it twice
     set_mat_mul_precision("highest")
     return XlaBackend(device, precision, eager=_EAGER)
 

@@ -167,3 +167,24 @@ class TestEvalBatchSize:
         finally:
             opened.close()
         assert sizes == [5, 5] and calls == [True]
+
+
+@pytest.mark.parametrize(
+    "accumulate, most, expected",
+    [(1, 0, [1] * 5), (2, 0, [2, 2, 1]), (8, 0, [5]), (2, 2, [2, 2]), (3, 1, [3]), (3, 9, [3, 2])],
+)
+def test_an_epoch_of_eleven_images_gives_all_micro_batches_to_its_steps(config, accumulate, most, expected):
+    config = dataclasses.replace(config, accumulate=accumulate, max_iters_per_epoch=most)
+    opened = data.open_data(config, Context(CPU, ALONE, 3))
+    try:
+        steps = opened.steps_per_epoch
+        assert [opened.passes(step, accumulate) for step in range(2 * steps)] == 2 * expected
+        stream = opened.train_batches(0, 0)
+        first, second = (list(islice(stream, sum(expected))) for _ in range(2))
+        stream.close()
+        assert equal(second, islice(opened.train_batches(1, 0), sum(expected))), "the next epoch begins where it must"
+        assert equal(
+            first[accumulate:], islice(opened.train_batches(0, accumulate), max(sum(expected) - accumulate, 0))
+        )
+    finally:
+        opened.close()
