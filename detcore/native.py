@@ -62,6 +62,12 @@ def load(program: str) -> str:
     return ""
 
 
+def loaded(op: str) -> bool:
+    """Whether the library is there and has the op, which one from before the op's time has not."""
+    program, _, name = op.partition("::")
+    return not load(program) and name in _ops(program)
+
+
 def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
     """Whether the native op ("single_stage_detector::match") shall run on these tensors.
 

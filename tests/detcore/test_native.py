@@ -153,3 +153,12 @@ def test_importing_the_package_needs_no_library():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, text=True, capture_output=True)
     assert done.stdout.strip() == "12.0", done.stderr
+
+
+def test_an_op_of_a_newer_program_is_not_loaded():
+    """A library from before the op's time does not stop the program from starting."""
+    if native.load("detcore"):
+        pytest.skip("not built")
+    assert native.loaded("detcore::normalize") and not native.loaded("detcore::of_tomorrow")
+    assert not native.runs("detcore::of_tomorrow", torch.zeros(1))
+    assert not native.loaded("no_such_program::normalize")
