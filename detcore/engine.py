@@ -8,7 +8,7 @@ lines is the product; a benchmark brings values and functions in a `Task`.
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -18,70 +18,17 @@ from torch import Tensor, nn
 
 from detcore import UserError, backend, checkpoint, cli, distributed, launcher, native, optim
 from detcore.config import to_dict
-from detcore.data import Batch
 from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
 from detcore.progress import Progress, duration
 from detcore.run_config import RunConfig
 from detcore.state import State, claim_folder, forget_earlier_run
+from detcore.step import make_train_step
 from detcore.task import Context, Data, Outcome, Pending, Task, summary
 from detcore.watchdog import Watchdog
 
 
 class NotFinite(Exception):
     """A loss became NaN or infinite."""
-
-
-def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfig, device: backend.Backend) -> Callable:
-    """The step: forward and backward of each micro-batch, clip, optimizer, moving average.
-
-    Returns step(batches) -> {term: float32 scalar on the device}, the means over the micro-batches. Ranks exchange
-    gradients once, with the last micro-batch. It reads no value on the host. Where the device records steps, this warms
-    it up on the task's example and records it; what that changes is put back.
-    """
-    trained = [p for group in task.optimizer.param_groups for p in group["params"]]
-    loss = torch.compile(task.loss, dynamic=False) if config.compile else task.loss
-
-    def train_step(batches: Sequence[Batch]) -> dict[str, Tensor]:
-        task.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            device.flush() if i else None
-            exchange = i == len(batches) - 1 or model is task.model
-            with nullcontext() if exchange else model.no_sync():
-                with device.autocast():
-                    terms = loss(model, batch)
-                state.scaler.scale(sum(terms.values()) / len(batches)).backward()
-            for name, value in terms.items():
-                share = value.detach().float() / len(batches)
-                sums[name] = sums[name] + share if name in sums else share
-        device.reduce_gradients(trained)
-        if config.clip_norm:
-            state.scaler.unscale_(task.optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
-        state.scaler.step(task.optimizer)
-        state.scaler.update()
-        if state.ema:
-            state.ema.update(state.model)
-        device.flush()
-        return sums
-
-    if not device.recorder or not task.example:
-        return device.ready(train_step, task.optimizer)
-
-    def record(batches: Sequence[Batch]) -> Callable:
-        model.train()
-        with state.unchanged(device):
-            return device.compile_step(train_step, batches)
-
-    recorded = {config.accumulate: record([task.example()] * config.accumulate)}
-
-    def replay(batches: Sequence[Batch]) -> dict[str, Tensor]:
-        passes = min(len(batches), config.accumulate)
-        if passes not in recorded:  # an epoch's last step has fewer
-            recorded[passes] = record(batches)
-        return recorded[passes](batches)
-
-    return replay
 
 
 def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:

@@ -42,7 +42,8 @@ class RunConfig:
     )  # fmt: skip
     graphs: str = option(
         "auto", "record a training step, and inference, once and replay them as a whole, which spares a GPU the wait "
-        "for the processor: on, off, or auto, which is on with one GPU. The numbers are the same", env="GRAPHS",
+        "for the processor: on, off, or auto: inference always, a step with one GPU. The operations are the same",
+        env="GRAPHS",
         choices=GRAPHS, group="Run",
     )  # fmt: skip
     compile: bool = option(

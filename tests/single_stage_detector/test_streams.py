@@ -50,7 +50,7 @@ class Ahead(backend.Backend):
     """A CPU on which the next batch is on its way as on a GPU."""
 
     def ahead(self, batches):
-        return one_ahead(batches, next, lambda batch: batch)
+        return one_ahead(batches, next, lambda batch: batch, in_thread=True)
 
 
 def equal(ours, theirs) -> bool:
