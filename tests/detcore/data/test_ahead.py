@@ -126,7 +126,7 @@ def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(tol
     receive = ["main waits", *["used on main"] * 5]
     first = next(stream)
     assert told == [*send(0), *send(1), *receive]
-    assert first.boxes.shape == (2, 32, 4) and torch.equal(first.images, batch(0).images)
+    assert first.boxes.shape == (2, 40, 4) and torch.equal(first.images, batch(0).images)
     told.clear()
     assert next(stream).image_id.tolist() == [1, 1]
     assert told == ["in side", *receive]  # the source has ended
