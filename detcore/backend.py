@@ -115,18 +115,9 @@ class Backend:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def to_device(self, batch: Batch) -> Batch:
-        """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory).
-
-        On the way to a GPU the padding that no image of the batch uses is left behind, in steps of 32 boxes: matching
-        costs time for every row, and here the largest count can be read without waiting for the device. Not so where
-        steps are recorded, which wants fixed shapes.
-        """
+        """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory)."""
         if not self.is_gpu:
             return batch
-        if batch.labels.device.type == "cpu" and not self.recorder:
-            used = int((batch.labels >= 0).sum(1).max())
-            rows = min(-(-max(used, 1) // 32) * 32, batch.labels.shape[1])
-            batch = batch._replace(boxes=batch.boxes[:, :rows], labels=batch.labels[:, :rows])
         return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
 
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:

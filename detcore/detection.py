@@ -173,7 +173,7 @@ def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend,
         batch.image_id[:, None, None].expand(-1, scores.shape[1], 1).double(),
         corner,
         extent,
-        torch.where(real, scores, 0).double()[..., None],
+        scores.masked_fill(~real, 0).double()[..., None],
         category_ids[labels.clamp(min=0)].double()[..., None],
     ]
     return torch.cat(columns, 2).flatten(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
+from detcore.ops.bias_relu import conv_bias_relu
 from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
@@ -62,10 +63,17 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.get_submodule(output_name).bias, bias)
 
+    def _tower(self, x: Tensor) -> Tensor:
+        """self.conv, each convolution and the ReLU after it as one."""
+        for layer in self.conv:
+            if isinstance(layer, nn.Conv2d):
+                x = conv_bias_relu(x, layer)
+        return x
+
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         output = self.get_submodule(self.output_name)
         # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
-        cells = [output(self.conv(x)).permute(0, 2, 3, 1) for x in pyramid]
+        cells = [output(self._tower(x)).permute(0, 2, 3, 1) for x in pyramid]
         return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 

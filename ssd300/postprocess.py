@@ -1,72 +1,11 @@
 """From SSD300's raw outputs to detections, for a whole batch at once and with fixed shapes."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from detcore.ops.nms import nms
 from ssd300.anchors import IMAGE_SIZE, corners, decode
-
-
-def _may_look(tensor: Tensor) -> bool:
-    """Whether shapes may follow the values: on a CPU, where reading one costs nothing. Elsewhere they stay fixed."""
-    return tensor.device.type == "cpu"
-
-
-def _least_margin(score_thresh: float) -> float:
-    """How far the best class must at least be above the background for a score above the threshold, or a bit less.
-
-    A score is at most 1 / (1 + exp(background - class)).
-    """
-    low = score_thresh * (1 - 1e-5)  # float32 rounds the score
-    return math.log(low / (1 - low)) if 0 < low < 1 else -math.inf
-
-
-def _place(group: Tensor, groups: int) -> Tensor:
-    """The place of each element among those of its group, from 0. group: rising int64 [C] of 0..groups - 1."""
-    counts = group.bincount(minlength=groups)
-    return torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]
-
-
-def _few_candidates(logits: Tensor, score_thresh: float, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`_candidates` from the pairs above the threshold alone; C is that of the fullest image."""
-    n, _, classes = logits.shape
-    margin = logits[..., 1:].amax(2).float() - logits[..., 0].float()
-    image, prior = (margin > _least_margin(score_thresh)).nonzero(as_tuple=True)
-    scores = logits[image, prior].float().softmax(1)[:, 1:]
-    row, label = (scores > score_thresh).nonzero(as_tuple=True)
-    scores, image, prior = scores[row, label], image[row], prior[row]
-
-    def falling(chosen: Tensor, group: Tensor) -> Tensor:
-        """The chosen pairs group by group, in each by falling score."""
-        chosen = chosen[scores[chosen].argsort(descending=True, stable=True)]
-        return chosen[group[chosen].argsort(stable=True)]
-
-    group = image * classes + label
-    order = falling(torch.arange(len(scores)), group)
-    order = order[_place(group[order], n * classes) < per_class]
-    order = falling(order, image)
-    image, column = image[order], _place(image[order], n)
-    shape = n, int(column.max()) + 1 if len(column) else 1
-
-    def packed(values: Tensor, empty: int) -> Tensor:
-        return values.new_full(shape, empty).index_put_((image, column), values[order])
-
-    return packed(scores, -1), packed(prior, 0), packed(label, 0)
-
-
-def _candidates(logits: Tensor, score_thresh: float, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `per_class` best priors of every class: scores (-1 up to the threshold), priors and classes, each [N, C].
-
-    Falling by score.
-    """
-    if _may_look(logits):
-        return _few_candidates(logits, score_thresh, per_class)
-    scores = logits.float().softmax(2)[..., 1:]
-    scores, prior = torch.where(scores > score_thresh, scores, -1).transpose(1, 2).topk(per_class, 2)
-    scores, order = scores.flatten(1).sort(dim=1, descending=True, stable=True)
-    return scores, prior.flatten(1).gather(1, order), order // per_class
+from ssd300.ops.candidates import candidates
 
 
 def _below(threshold: float) -> float:
@@ -92,7 +31,7 @@ def postprocess(
     if its IoU with a better one of its class is nms_thresh or more; the best `detections` of all classes remain.
     """
     deltas, logits = model_outputs
-    scores, prior, labels = _candidates(logits, score_thresh, min(per_class, len(priors)))
+    scores, prior, labels = candidates(logits, score_thresh, min(per_class, len(priors)))
     deltas = deltas.gather(1, prior.unsqueeze(2).expand(-1, -1, 4)).to(priors.dtype)
     boxes = corners(decode(deltas, priors[prior]))
     kept = nms(boxes, scores, labels, _below(nms_thresh), detections)

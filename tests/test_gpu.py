@@ -72,27 +72,17 @@ def test_native_training_is_that_of_the_references(norm, precision, tolerance):
 
 
 @needs_kernels
-def test_native_training_repeats_itself_bit_for_bit():
-    with native.using("native"):
-        first, model = train("cuda", "bf16", norm="frozen")
-        second, again = train("cuda", "bf16", norm="frozen")
-    heads = model.head["classification_head"], again.head["classification_head"]
-    # Convolutions of cuDNN may add in another order each time; the first step's losses come before any of their sums.
-    assert first[0] == second[0]
-    assert all(torch.isfinite(p).all() for head in heads for p in head.parameters())
-
-
-@needs_kernels
-@torch.no_grad()
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_native_detections_are_those_of_the_references(precision):
     chosen = backend.select("cuda", precision)
-    _, model = train("cuda", precision, steps=20)
+    _, model = train("cuda", precision, steps=0)
+    # Scores around 0.08: thousands above the threshold.
+    model.head["classification_head"].cls_logits.bias.data.fill_(-2.5)
     batch = chosen.to_device(next(synthetic_batches(CLASSES, SIZE, 4, 10, seed=1)))
     ids = torch.arange(CLASSES, device="cuda")
     found = []
     for policy in ("native", "reference"):
-        with native.using(policy):
+        with native.using(policy), torch.no_grad():
             found.append(detect(model.eval(), batch, chosen, ids).cpu())
     ours, theirs = found
     assert ours.shape == theirs.shape and (theirs[:, 5] > 0).any()

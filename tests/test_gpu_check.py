@@ -174,7 +174,7 @@ sys.exit(run_jobs("ops", jobs, Context(out, False, True, None, 60.0, time.monoto
 """
 
 
-@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_part_outlives_its_process(tmp_path, monkeypatch, hangs):
     script = tmp_path / "child.py"
     script.write_text(CHILD.format(tools=str(ROOT / "tools"), hangs=hangs))

@@ -33,7 +33,7 @@ FAMILIES = (
 """What a kernel is for, by its name: the first family whose pattern is in it; else "other"."""
 OURS = {
     **dict.fromkeys(("used", "highest", "match"), "matching"),
-    **dict.fromkeys(("focal", "box", "scale", "sum"), "loss"),
+    **dict.fromkeys(("focal", "box", "scale", "total"), "loss"),
     **dict.fromkeys(("bias_relu", "mask", "mask_sums", "channel_sums"), "batchnorm/elementwise"),
     "normalize": "normalize",
 }

@@ -137,9 +137,11 @@ def measure(case: Case, context: Context, watch: Stopwatch) -> Row:
 
 def ops(context: Context) -> Iterable[Job]:
     """Every native op at the size of a training step, forward and backward where it has both."""
+    from gpu_check_ssd import ssd_cases  # which imports this file
+
     watch = Stopwatch(context)
     groups = (normalize_cases, bias_relu_cases, match_cases, focal_cases, box_cases, loss_cases, candidate_cases)
-    for group in (*groups, nms_cases, postprocess_cases):
+    for group in (*groups, nms_cases, postprocess_cases, ssd_cases):
         try:
             cases = list(group(context))
         except Exception as error:  # the op's module can't be imported: that is this op's failure alone

@@ -57,13 +57,15 @@ def last_words(said: str) -> str:
 
 
 def build(context: Context) -> Iterable[Job]:
-    """The libraries, for this card alone unless TORCH_CUDA_ARCH_LIST says more."""
+    """The libraries, for this card alone unless TORCH_CUDA_ARCH_LIST says more; without a card for the CPU alone."""
 
     def run() -> Row:
         chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
         if context.gpu and not chosen:
             chosen = "{}.{}".format(*torch.cuda.get_device_capability())
         environment = {"TORCH_CUDA_ARCH_LIST": chosen} if chosen else {}
+        if not context.gpu:
+            environment = {"KERNELS": "cpu"}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = start(context, command, **environment)
         if done.returncode:
@@ -75,7 +77,7 @@ def build(context: Context) -> Iterable[Job]:
         described = native.describe(programs[-1], context.device)
         row = {
             "libraries": ", ".join(f"{program}/_kernels.so" for program in built),
-            "architectures": chosen or "default",
+            "architectures": (chosen or "default") if context.gpu else "the CPU",
         }
         lacking = context.gpu and "without nvcc" in described
         return row | {"ops": described} | ({"error": "built without nvcc: no code for this GPU"} if lacking else {})

@@ -32,7 +32,7 @@ def _suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float,
         alive = score >= 0
         if live.device.type == "cpu" and not alive.any():  # reading a value costs nothing here
             break
-        kept.append(torch.where(alive, at, -1))
+        kept.append(at.masked_fill(~alive, -1))
         own = at.expand(2, -1, -1)
         inter = torch.minimum(high, high.gather(2, own)).sub_(torch.maximum(low, low.gather(2, own))).clamp_(min=0)
         inter = inter[0] * inter[1]

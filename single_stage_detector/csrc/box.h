@@ -1,4 +1,5 @@
-// L1 loss of box deltas and its derivative; the deltas that are wanted are computed on the way, as detcore.boxes.encode.
+// L1 loss of box deltas and its derivative; the deltas that are wanted are computed on the way, as
+// detcore.boxes.encode.
 #pragma once
 
 #include "targets.h"

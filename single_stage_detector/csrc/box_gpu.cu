@@ -8,8 +8,8 @@ namespace detcore {
 
 // A thread for each row; most rows are background and write zeros.
 template <typename T>
-__global__ void box_kernel(const T* deltas, Targets targets, const Corners* anchors, const Corners* boxes,
-                           int64_t rows, T* gradient, float* partials) {
+__global__ void box_kernel(const T* deltas, Targets targets, const Corners* anchors, const Corners* boxes, int64_t rows,
+                           T* gradient, float* partials) {
   float sum = 0;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; row < rows;
        row += static_cast<int64_t>(kSumThreads) * gridDim.x) {

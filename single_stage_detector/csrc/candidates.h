@@ -4,36 +4,14 @@
 // for that class; then only the rows of the chosen anchors are read again.
 #pragma once
 
-#include <cstring>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "kernel.h"
+#include "select.h"
 
 namespace detcore {
 
 constexpr int kMostLevels = 8;
-
-// The logits as an unsigned number that rises with them, so that keys compare as the logits do. 0: below the floor, or
-// minus infinity. kNoNumber: NaN.
-using Key = uint32_t;
-template <typename T>
-constexpr int kKeyBits = 8 * sizeof(T);
-template <typename T>
-constexpr Key kNoNumber = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
-
-template <typename T>
-HOST_DEVICE Key key_of(T logit, float floor) {
-  const float value = static_cast<float>(logit);
-  if (value != value) return kNoNumber<T>;
-  if (!(value >= floor) || value == -INFINITY) return 0;
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  Bits bits = 0;
-  if (value != 0) memcpy(&bits, &logit, sizeof(T));  // so that the two zeros are equal
-  constexpr Bits sign = static_cast<Bits>(Bits{1} << (kKeyBits<T> - 1));
-  return static_cast<Bits>(bits & sign ? ~bits : bits | sign);
-}
 
 // What the kernels have to know of the levels; small enough to be a kernel's argument.
 struct Levels {

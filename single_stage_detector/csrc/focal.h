@@ -1,8 +1,7 @@
 // Sigmoid focal loss (alpha 0.25, gamma 2) and its derivative, from one exponential.
 #pragma once
 
-#include <cstring>
-
+#include "exp.h"
 #include "targets.h"
 
 namespace detcore {
@@ -12,35 +11,6 @@ constexpr float kAlpha = 0.25f;
 struct Term {
   float loss, gradient;
 };
-
-// exp(x) for x <= 0.
-HOST_DEVICE float exp_of_negative(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
-#else
-  // 2^n exp(r) with a polynomial for exp(r) (Cephes, expf): plain operations, which become vector instructions.
-  x = x < -87.f ? -87.f : x;
-  const float shift = 12582912.f;  // adding it rounds to an integer, which stands in the lowest bits
-  const float shifted = x * 1.44269504f + shift;
-  const float n = shifted - shift;
-  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
-  uint32_t bits;
-  memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23;  // the exponent of 2^n; the bits of `shift` above it fall out
-  float power;
-  memcpy(&power, &bits, sizeof(power));
-  return y * power;
-#endif
-}
 
 HOST_DEVICE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
@@ -67,7 +37,8 @@ HOST_DEVICE float log_1_plus(float x) {
 }
 
 // p^2 softplus(x) and its derivative p^2 (2 (1 - p) softplus(x) + p), with p = sigmoid(x): times 1 - alpha the loss of
-// a logit whose target is 0; of -x, times alpha and -alpha, that of one whose target is 1. The derivative is below 1.08.
+// a logit whose target is 0; of -x, times alpha and -alpha, that of one whose target is 1. The derivative is
+// below 1.08.
 HOST_DEVICE Term focal_term(float x) {
   const float e = exp_of_negative(-fabsf(x));
   const float d = reciprocal(1.f + e), ed = e * d;

@@ -16,25 +16,26 @@ struct alignas(kWidth * sizeof(T)) Values {
 // Loss of the classes column..column+kWidth of a row; turns the logits into the gradient.
 template <typename T, int kWidth>
 __device__ inline float focal_values(Values<T, kWidth>& values, int column, int target, float weight) {
+  const Values<T, kWidth> logits = values;
   const float scale = (1 - kAlpha) * weight * focal_constant<T>();
   float loss = 0;
-  float own = 0;  // of the target's class
-  const int place = target - column;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const float x = static_cast<float>(values.at[k]);
-    const Term term = focal_term(x);
-    loss += k == place ? 0.f : term.loss;
-    own = k == place ? x : own;
+    const Term term = focal_term(static_cast<float>(logits.at[k]));
+    loss += term.loss;
     values.at[k] = static_cast<T>(scale * term.gradient);
   }
-  loss *= 1 - kAlpha;
-  if (place >= 0 && place < kWidth) {
-    const Term term = focal_term(-own);
-    loss += kAlpha * term.loss;
-    const T gradient = static_cast<T>(-kAlpha * weight * focal_constant<T>() * term.gradient);
+  const int place = target - column;
+  if (place < 0 || place >= kWidth) return (1 - kAlpha) * weight * loss;
+  // Few threads come here: those that hold the class of a foreground row. Subtracting that logit's loss as a negative
+  // would lose digits, so that the sum is made anew.
+  loss = 0;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) values.at[k] = k == place ? gradient : values.at[k];
+  for (int k = 0; k < kWidth; ++k) {
+    const float x = static_cast<float>(logits.at[k]);
+    const Term term = focal_term(k == place ? -x : x);
+    loss += (k == place ? kAlpha : 1 - kAlpha) * term.loss;
+    if (k == place) values.at[k] = static_cast<T>(-kAlpha * weight * focal_constant<T>() * term.gradient);
   }
   return weight * loss;
 }
@@ -42,8 +43,8 @@ __device__ inline float focal_values(Values<T, kWidth>& values, int column, int 
 // A block goes through tiles of rows: their targets into shared memory, then kWidth logits a thread at a time, of which
 // the next ones are on their way while the present ones are computed. kWidth divides the number of classes.
 template <typename T, int kWidth>
-__global__ void focal_kernel(const T* logits, Targets targets, int64_t rows, int classes, T* gradient,
-                             float* partials) {
+__global__ __launch_bounds__(kSumThreads, 5) void focal_kernel(const T* logits, Targets targets, int64_t rows,
+                                                               int classes, T* gradient, float* partials) {
   using Part = Values<T, kWidth>;
   constexpr int kSkip = -2;  // the target of a row that is left out
   __shared__ int target[kTile];
@@ -102,8 +103,7 @@ static std::tuple<Tensor, Tensor> focal(const Tensor& logits, const Tensor& matc
     const T* from = static_cast<const T*>(logits.data_ptr());
     T* to = static_cast<T*>(a.gradient.data_ptr());
     const auto unaligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(Pack<T>);
-    const auto kernel =
-        a.classes % kWidth == 0 && unaligned == 0 ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>;
+    const auto kernel = a.classes % kWidth == 0 && unaligned == 0 ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>;
     gpu.launch(kernel, blocks, kSumThreads, from, a.targets, a.rows, a.classes, to, sums);
   });
   gpu.launch(&total_kernel, 1, kSumThreads, sums, blocks, static_cast<float*>(a.loss.data_ptr()));

@@ -1,36 +1,12 @@
 // Which ground-truth box each anchor belongs to: overlaps in the operations and the order of match_reference.
-//
-// Ties are found by equality, so no product may be contracted with a sum: on the GPU the intrinsics say so, for host
-// compilers setup.py does (-ffp-contract=off).
 #pragma once
 
+#include "corners.h"
 #include "targets.h"
 
 namespace detcore {
 
 constexpr float kForegroundIou = 0.5f, kBackgroundIou = 0.4f;
-
-HOST_DEVICE float product(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-HOST_DEVICE float quotient(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fdiv_rn(a, b);
-#else
-  return a / b;
-#endif
-}
-
-// As fminf and fmaxf, in a form that host compilers turn into vector instructions; b where one is not a number.
-HOST_DEVICE float smaller(float a, float b) { return a < b ? a : b; }
-HOST_DEVICE float larger(float a, float b) { return a > b ? a : b; }
-
-HOST_DEVICE float area(Corners box) { return product(box.x2 - box.x1, box.y2 - box.y1); }
 
 // Overlap 0..1; 0 where nothing is shared, also for boxes without area. Not a number only if a coordinate is none.
 HOST_DEVICE float overlap(Corners box, float box_area, Corners anchor, float anchor_area) {

@@ -1,16 +1,11 @@
 // What the rows of a level's outputs are to learn, straight from the matches of all anchors: shared by the losses.
 #pragma once
 
-#include "kernel.h"
+#include "corners.h"
 
 namespace detcore {
 
 constexpr int64_t kUnmatched = -1, kIgnored = -2;  // as ops/match.py
-
-// A box or an anchor.
-struct Corners {
-  float x1, y1, x2, y2;
-};
 
 // Row r of a level [images, rows] belongs to anchor `first + r % rows` of image `r / rows`.
 struct Targets {

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from detcore import native
 from detcore.boxes import encode
-from single_stage_detector.ops.scale import kept, take
+from detcore.ops.scale import kept, take
 
 OP = "single_stage_detector::box"
 

@@ -49,7 +49,7 @@ def _level(logits: Tensor, topk: int, floor: float) -> tuple[Tensor, Tensor, Ten
 def _from_floor(logits: Tensor, floor: float) -> Tensor:
     """In float32, and minus infinity for what is below the floor or NaN."""
     values = logits.float()
-    return torch.where(values >= floor, values, -torch.inf)
+    return values.masked_fill(~(values >= floor), -torch.inf)
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,8 @@ def candidates(
         found = candidates_reference(logits, deltas, topk, floor)
     best, anchors, labels, here = found
     scores = torch.sigmoid(best)
-    scores = torch.where((scores > score_thresh) & ~best.isneginf(), scores, -1)
+    # masked_fill: torch.where would copy its number to the device, which a graph can't capture
+    scores = scores.masked_fill(~(scores > score_thresh) | best.isneginf(), -1)
     scores, order = scores.sort(stable=True, dim=1, descending=True)
     here = here.gather(1, order[..., None].expand(-1, -1, 4))
     return scores, anchors.gather(1, order), labels.gather(1, order), here

@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from detcore import native
+from detcore.ops.scale import kept, take
 from single_stage_detector import ops
 from single_stage_detector.ops.match import IGNORED, UNMATCHED
-from single_stage_detector.ops.scale import kept, take
 
 OP = "single_stage_detector::focal"
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from detcore import native
 from detcore.boxes import areas
+from detcore.ops.scale import kept, take
 from ssd300.anchors import IMAGE_SIZE, centres, corners, encode
 
 POSITIVE_IOU = 0.5
@@ -49,9 +50,10 @@ def match(priors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     labels: int64 [N, M], negative where padded. A prior takes the box it overlaps most (of equals, the first), if the
     IoU is above 0.5. Besides, every box takes the prior that overlaps it most (of equals, the first), whatever the IoU
     and whoever had it; where boxes meet on a prior, the last one gets it. A box without area takes none.
+    The native op wants float32 and gives the bits of the reference on a CPU; no gradients.
     """
-    if native.runs(MATCH, priors, boxes, labels):
-        return torch.ops.ssd300.multibox_match(priors, boxes, labels)
+    if native.runs(MATCH, priors, boxes, labels, dtypes=(torch.float32,)):
+        return torch.ops.ssd300.multibox_match(priors.contiguous(), boxes.contiguous(), labels.contiguous())
     return match_reference(priors, boxes, labels)
 
 
@@ -116,7 +118,46 @@ def multibox_loss(
     Class loss: cross-entropy of its positive priors and of the hardest others, three to a positive. Both are divided
     by the positives and averaged over the batch. An image without positives is taken as if it had one, which isn't
     counted itself: its `empty_negatives` hardest priors, divided by 1. The original skips such images: 0 does.
+    The native op computes the gradients in the forward pass and keeps them, in float16 times `_kept_in_float16`. It
+    allows one backward pass for each loss and forward pass; a second one raises RuntimeError. A label that is no class
+    makes its loss NaN.
     """
-    if native.runs(LOSS, deltas, logits, priors, boxes, labels, matched):
-        return torch.ops.ssd300.multibox_loss(deltas, logits, priors, boxes, labels, matched, empty_negatives)
+    truth = (priors, boxes, labels, matched)
+    if native.runs(LOSS, deltas, logits) and native.runs(LOSS, *truth, dtypes=(torch.float32,)):
+        arguments = (x.contiguous() for x in (deltas, logits, *truth))
+        return torch.ops.ssd300.multibox_loss(*arguments, empty_negatives)[:2]
     return multibox_loss_reference(deltas, logits, priors, boxes, labels, matched, empty_negatives)
+
+
+def _kept_in_float16(images: int) -> float:
+    """What a float16 gradient is multiplied by while it is kept; as multibox_loss.h. None is above 1 / images."""
+    return 65536.0 if images > 1 else 32768.0
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    kept(ctx, *output[2:])
+
+
+def _backward(ctx, box: Tensor | None, cls: Tensor | None, *_: None) -> tuple:
+    constant = _kept_in_float16(len(ctx.saved_tensors[0]))
+    return take(ctx, box, constant, 0), take(ctx, cls, constant, 1), None, None, None, None, None
+
+
+if not native.load("ssd300"):
+    torch.library.register_autograd(LOSS, _backward, setup_context=_setup_context)
+
+    @torch.library.register_fake(MATCH)
+    def _(priors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+        return labels.new_empty(labels.shape[0], priors.shape[0])
+
+    @torch.library.register_fake(LOSS)
+    def _(
+        deltas: Tensor,
+        logits: Tensor,
+        priors: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        matched: Tensor,
+        empty_negatives: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return priors.new_empty(()), priors.new_empty(()), torch.empty_like(deltas), torch.empty_like(logits)

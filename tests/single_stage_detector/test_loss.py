@@ -11,9 +11,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from detcore import native
+from detcore.data.synthetic import synthetic_batches
 from single_stage_detector import ops
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.loss import losses
+from single_stage_detector.model import RetinaNet
 from single_stage_detector.ops.match import IGNORED, UNMATCHED, match
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
@@ -196,3 +198,37 @@ def test_reduced_precision_outputs(dtype):
         assert value.item() == pytest.approx(exact[name].item(), rel=1e-5)
     assert low[0].grad.dtype == dtype
     assert low[1].grad.dtype == dtype
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_learning_model_has_the_losses_and_gradients_of_the_references(policy, steps):
+    """At every step of a training with the native ops, on the same outputs: so no error grows from step to step."""
+    if policy == "reference" or native.load("single_stage_detector"):
+        pytest.skip("nothing to compare with")
+    torch.manual_seed(0)
+    size = (64, 64)
+    model = RetinaNet("resnet18", 5, size, "batch", 5, 16, 1, (16, 24, 32, 48, 64)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    stream = synthetic_batches(5, size, 2, 6, seed=1)
+    batches = [next(stream) for _ in range(4)]
+    values = []
+    for step in range(steps):
+        batch = batches[step % 4]
+        outputs = model(batch.images)
+        found = {}
+        for which in ("reference", "native"):
+            leaves = [[x.detach().requires_grad_() for x in part] for part in outputs]
+            with native.using(which):
+                terms = losses(leaves, model.anchors, batch.boxes, batch.labels)
+                sum(terms.values()).backward()
+            found[which] = terms, [x.grad for part in leaves for x in part]
+        ours, theirs = found["native"], found["reference"]
+        for name, value in theirs[0].items():
+            assert torch.allclose(ours[0][name], value, rtol=1e-5), (step, name)
+        for mine, other in zip(ours[1], theirs[1], strict=True):
+            assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6 * float(other.abs().max())), step
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([x for part in outputs for x in part], ours[1])
+        optimizer.step()
+        values.append(sum(ours[0].values()).item())
+    assert values[-1] < values[0] / 1.5

@@ -9,12 +9,20 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou
 
+from detcore import native
 from ssd300.anchors import corners, priors
 from ssd300.loss import BACKGROUND, losses, match
 from ssd300.ops.multibox import hardest, multibox_loss, multibox_loss_reference
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ssd300.json").read_text())
 PRIORS = priors()
+
+
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def _either_op(request):
+    """The reference, and where it is built the native op; float64 is the reference's either way."""
+    with native.using(request.param):
+        yield
 
 
 def golden_batch(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,7 +256,7 @@ def test_padding_and_order_of_images_do_not_matter():
         torch.testing.assert_close(turned[name], value)
 
 
-def test_the_public_op_is_its_reference_here():
+def test_the_public_op_is_its_reference():
     (deltas, logits), boxes, labels = some_batch(5, classes=1)
     matched = match(PRIORS, boxes, labels)
     arguments = (deltas, logits, PRIORS, boxes, labels, matched)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torchvision.ops import box_convert, nms
 
-from ssd300 import postprocess as module
+from detcore import native
 from ssd300.anchors import encode, priors
+from ssd300.ops import candidates as module
 from ssd300.postprocess import postprocess
 from tools.bench_ssd_postprocess import baseline, differences, outputs
 
@@ -54,9 +55,17 @@ def assert_equal_detections(ours, theirs, detections=200):
         torch.testing.assert_close(boxes[:count].double(), their_boxes.double(), rtol=1e-5, atol=2e-3)
 
 
+@pytest.fixture(params=["reference", "native"])
+def _either_op(request):
+    if request.param == "native" and native.load("ssd300"):
+        pytest.skip(native.load("ssd300"))
+    with native.using(request.param):
+        yield
+
+
 @pytest.fixture(params=["shapes follow the data", "shapes fixed"])
-def _either_path(request, monkeypatch):
-    """The CPU's short cuts and the fixed shapes of other devices."""
+def _either_path(request, monkeypatch, _either_op):
+    """The CPU's short cuts and the fixed shapes of other devices; the reference and the native op."""
     if request.param == "shapes fixed":
         monkeypatch.setattr(module, "_may_look", lambda tensor: False)
 
@@ -138,6 +147,7 @@ def test_boxes_over_the_border_stay_as_they_are():
     assert postprocess(made, PRIORS)[0][0, 0].tolist() == pytest.approx([-60, 120, 60, 180], abs=1e-2)
 
 
+@pytest.mark.usefixtures("_either_op")
 def test_half_precision_and_no_graph():
     deltas, logits = some_outputs(2, 1, 3)
     deltas, logits = deltas.requires_grad_(), logits.requires_grad_()
@@ -146,9 +156,8 @@ def test_half_precision_and_no_graph():
         assert torch.equal(own, other) and not own.requires_grad
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_an_image_does_not_depend_on_its_batch(fixed, monkeypatch):
-    monkeypatch.setattr(module, "_may_look", lambda tensor: not fixed)
+@pytest.mark.usefixtures("_either_path")
+def test_an_image_does_not_depend_on_its_batch():
     deltas, logits = some_outputs(6, 4, 7)
     whole = postprocess((deltas, logits), PRIORS)
     for image in range(4):

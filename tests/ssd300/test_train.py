@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,12 @@ class TestTask:
         assert [group["weight_decay"] for group in groups] == [5e-4, 0]
         assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
         assert all(group["momentum"] == 0.9 for group in groups)
+
+
+def test_a_config_starts_the_program():
+    command = "source configs/config_ssd300_cpu_demo.sh && ./run_and_time.sh --print-config --save"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "-euc", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = dict(re.findall(r"^(\w+) += (\S+)", done.stdout, re.MULTILINE))
+    assert said["backbone"] == "resnet18" and said["save"] == "models" and said["device"] == "cpu"

@@ -210,7 +210,7 @@ def test_opcheck(implementation):
     # Its last check wants both outputs from a compiled graph; that of the loss alone, as here, is the next test's.
     torch.library.opcheck(torch.ops.single_stage_detector.focal.default, (*inputs, first), test_utils=WITH_GRADIENTS)
     upstream = torch.tensor(0.3, device=implementation.device)
-    torch.library.opcheck(torch.ops.single_stage_detector.scale_.default, (inputs[0].detach(), upstream, 2.0))
+    torch.library.opcheck(torch.ops.detcore.scale_.default, (inputs[0].detach(), upstream, 2.0))
 
 
 def test_compiled_in_one_graph(implementation):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detcore import native
 
-OP = "single_stage_detector::scale_"
+OP = "detcore::scale_"
 
 
 def scale_reference_(gradient: Tensor, upstream: Tensor, constant: float) -> None:
@@ -23,38 +23,38 @@ def scale_(gradient: Tensor, upstream: Tensor, constant: float) -> None:
     gradient: contiguous, of any shape. upstream: float32 scalar on the same device, which the host never reads.
     """
     if native.runs(OP, gradient, upstream):
-        torch.ops.single_stage_detector.scale_(gradient, upstream, constant)
+        torch.ops.detcore.scale_(gradient, upstream, constant)
     else:
         scale_reference_(gradient, upstream, constant)
 
 
-def kept(ctx, gradient: Tensor) -> None:
-    """In the forward pass: keeps a gradient for `take`. The op's second output, so it has no gradient of its own."""
-    ctx.mark_non_differentiable(gradient)
+def kept(ctx, *gradients: Tensor) -> None:
+    """In the forward pass: keeps gradients for `take`, outputs of the op that have no gradient of their own."""
+    ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient)
-    ctx.taken = False
+    ctx.save_for_backward(*gradients)
+    ctx.taken = set()
 
 
-def take(ctx, upstream: Tensor | None, float16_constant: float) -> Tensor | None:
-    """In the backward pass: the kept gradient times upstream.
+def take(ctx, upstream: Tensor | None, float16_constant: float, which: int = 0) -> Tensor | None:
+    """In the backward pass: the kept gradient number `which` times upstream.
 
     Raises RuntimeError the second time, since the kept tensor was handed out and multiplied in place.
     """
     if upstream is None:
         return None
-    if ctx.taken:
+    if which in ctx.taken:
         raise RuntimeError(
             "a second backward pass through this loss: its gradient was computed in the forward pass and handed out by "
             "the first backward pass; run the forward pass again, or use --ops reference"
         )
-    ctx.taken = True
-    (gradient,) = ctx.saved_tensors
+    ctx.taken.add(which)
+    gradient = ctx.saved_tensors[which]
     scale_(gradient, upstream, float16_constant if gradient.dtype == torch.float16 else 1.0)
     return gradient
 
 
-if not native.load("single_stage_detector"):
+if not native.load("detcore"):
 
     @torch.library.register_fake(OP)
     def _(gradient: Tensor, upstream: Tensor, constant: float) -> None:
