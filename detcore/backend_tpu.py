@@ -214,15 +214,15 @@ class XlaBackend(TpuBackend):
     def rng_state(self) -> Tensor:
         from torch_xla.core import xla_model
 
-        seed = torch.tensor([xla_model.get_rng_state()], dtype=torch.int64)
-        return torch.cat([torch.get_rng_state(), seed.view(torch.uint8)])
+        seed = xla_model.get_rng_state().to_bytes(8, "little")  # of 64 bits without a sign
+        return torch.cat([torch.get_rng_state(), torch.tensor(list(seed), dtype=torch.uint8)])
 
     def set_rng_state(self, state: Tensor) -> None:
         from torch_xla.core import xla_model
 
         size = torch.get_rng_state().numel()
         torch.set_rng_state(state[:size].clone())
-        xla_model.set_rng_state(int(state[size:].clone().view(torch.int64)))
+        xla_model.set_rng_state(int.from_bytes(bytes(state[size:].tolist()), "little"))
 
 
 def found() -> bool:

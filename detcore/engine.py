@@ -58,6 +58,11 @@ class _Run:
         epoch, step = divmod(state.step, data.steps_per_epoch)
         self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
 
+    def close(self) -> None:
+        """Ends the stream of batches, and what makes them."""
+        if hasattr(self.stream, "close"):
+            self.stream.close()
+
     def train_epoch(self, epoch: int) -> None:
         """Steps to the end of the epoch (from 0), or until something sets self.code."""
         state, config, progress = self.state, self.config, self.progress
@@ -324,7 +329,9 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             log.event(keys.EVAL_SAMPLES, data.eval_samples)
             progress.say(data.summary)
             parts = (task, data, state, context, config, log, progress, watchdog, stop, parallel, train_step)
-            code = _Run(*parts).epochs()
+            run = _Run(*parts)
+            stack.callback(run.close)
+            code = run.epochs()
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = cli.NOT_FINITE
