@@ -308,6 +308,8 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         watchdog.beat("preparing the step", 0)
         parallel = device.parallel(task.model, world.size)
         train_step = make_train_step(task, state, parallel, config, device)
+        watchdog.beat("preparing the evaluation", 0)
+        task.prepare_evaluation()
         distributed.barrier()
         log.end(keys.INIT_STOP)
         distributed.barrier()

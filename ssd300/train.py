@@ -14,6 +14,7 @@ from detcore.benchmark import PARTS, benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
+from detcore.detection import Inference
 from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_decay
@@ -52,6 +53,7 @@ def build_task(config: Config, context: Context) -> Task:
     """SSD300 as the training loop sees it."""
     place = context.backend.place(build_model(config, class_count(config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
+    evaluation = Inference(DETECTOR, config, context)
     images = config.batch_size * config.accumulate * context.world.size
     rate = config.lr * images / LR_BATCH
     empty_negatives = 0 if config.legacy else NEGATIVES_PER_POSITIVE
@@ -67,7 +69,8 @@ def build_task(config: Config, context: Context) -> Task:
             step, per_epoch, rate, config.warmup or 0, config.decay_epochs, DECAY
         ),
         loss=loss,
-        open_data=lambda: open_data(config, context),
+        open_data=lambda: open_data(config, context, evaluation),
+        prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
         metric="AP",
         target=config.target_map,
         eval_epochs=config.evaluates,
