@@ -206,8 +206,13 @@ class Backend:
         """Averages gradients over the processes where `parallel` does not see to it."""
 
     def to_host(self, contents: Any) -> Any:
-        """The contents of a checkpoint as they can be written."""
-        return contents
+        """A copy of a checkpoint's contents, dictionaries and lists of tensors and numbers, that training leaves as it
+        is; the tensors in host memory, so that it can be read anywhere."""
+        if isinstance(contents, Tensor):
+            return contents.detach().to("cpu", copy=True)
+        if isinstance(contents, dict):
+            return {key: self.to_host(value) for key, value in contents.items()}
+        return [self.to_host(value) for value in contents] if isinstance(contents, list | tuple) else contents
 
     def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
         """A function of a batch on the device that changes nothing: recorded at first use, or unchanged."""

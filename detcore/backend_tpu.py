@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,14 +114,6 @@ class TpuBackend(Backend):
             return step(batches)
 
         return run
-
-    def to_host(self, contents: Any) -> Any:
-        """Tensors in dictionaries and lists, copied to the CPU, so that a checkpoint can be read anywhere."""
-        if isinstance(contents, Tensor):
-            return contents.detach().cpu()
-        if isinstance(contents, dict):
-            return {key: self.to_host(value) for key, value in contents.items()}
-        return [self.to_host(value) for value in contents] if isinstance(contents, list | tuple) else contents
 
     def synchronize(self) -> None:
         torch.accelerator.synchronize()

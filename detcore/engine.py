@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -55,13 +56,18 @@ class _Run:
         self.pending: tuple[int, Pending | None] | None = None  # epochs completed; the result, on rank 0
         self.code: int | None = None  # set once the run is to end
         self.saved_step = state.step  # of last.pt
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: tuple[int, Future] | None = None  # step of a last.pt that is not known to be written yet
         epoch, step = divmod(state.step, data.steps_per_epoch)
         self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
 
     def close(self) -> None:
-        """Ends the stream of batches, and what makes them."""
+        """Ends the stream of batches, and what makes them; a checkpoint that is being written is written."""
         if hasattr(self.stream, "close"):
             self.stream.close()
+        self.writer.shutdown()
+        if self.writing and (error := self.writing[1].exception()):  # the run ends for another reason
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
     def train_epoch(self, epoch: int) -> None:
         """Steps to the end of the epoch (from 0), or until something sets self.code."""
@@ -155,6 +161,7 @@ class _Run:
 
     def look_around(self, *, wait: bool) -> None:
         """Takes in a metric that has arrived, and signals; all ranks come to the same decision (self.code)."""
+        self.settle(wait=False)
         result = None
         if self.pending and self.pending[1]:
             with self.progress.clock("evaluation") if wait else nullcontext():
@@ -173,6 +180,7 @@ class _Run:
 
     def take(self, result: dict[str, Any]) -> bool:
         """Rank 0: logs an evaluation's result and keeps its checkpoint if it is the best; True if it is the target."""
+        self.settle(wait=True)
         epoch = self.pending[0]
         value = result[self.task.metric]
         self.log.event(keys.EVAL_ACCURACY, value, epoch_num=epoch)
@@ -196,9 +204,6 @@ class _Run:
         self.log.start(keys.EVAL_START, completed, epoch_num=completed)
         with self.progress.clock("evaluation"), ExitStack() as stack:
             self.watchdog.beat("evaluation", 0)
-            if self.context.world.rank == 0:
-                last = self.config.output_dir / "last.pt"
-                checkpoint.link_or_copy(last, self.config.output_dir / "evaluated.pt")
             if self.state.ema:
                 stack.enter_context(self.state.ema.applied(self.task.model))
             # Running statistics are rank 0's, as in the checkpoint.
@@ -209,8 +214,10 @@ class _Run:
         self.progress.evaluations += 1
         self.progress.pause(self.state.step)
 
-    def save(self) -> None:
-        """Writes last.pt (rank 0) with the random generators of every rank."""
+    def save(self, *, evaluated: bool = False) -> None:
+        """Copies the state to the host, with the random generators of every rank; rank 0 writes last.pt from it in a
+        thread, and evaluated.pt if it is to be evaluated. `settle` tells how that went."""
+        self.settle(wait=True)
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", self.state.step)
             device = self.context.backend
@@ -218,10 +225,22 @@ class _Run:
             if self.context.world.rank == 0:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
-                contents = device.to_host(self.state.contents()) | run | about | {"config": to_dict(self.config)}
-                checkpoint.save(self.config.output_dir / "last.pt", contents)
+                contents = device.to_host(self.state.contents() | run | about) | {"config": to_dict(self.config)}
+                files = ["last.pt"] + ["evaluated.pt"] * evaluated
+                files = [self.config.output_dir / name for name in files]
+                self.writing = self.state.step, self.writer.submit(checkpoint.save, files[0], contents, files[1:])
         self.saved_step = self.state.step
-        self.progress.saved(self.config.output_dir / "last.pt", self.state.step, self.data.steps_per_epoch)
+        self.progress.pause(self.state.step)
+
+    def settle(self, *, wait: bool) -> None:
+        """Rank 0: whether last.pt is written. Raises what went wrong, as `checkpoint.save` does."""
+        if not self.writing or not (wait or self.writing[1].done()):
+            return
+        (step, written), self.writing = self.writing, None
+        with self.progress.clock("checkpoint"):
+            self.watchdog.beat("checkpoint", step)
+            written.result()
+        self.progress.saved(self.config.output_dir / "last.pt", step, self.data.steps_per_epoch)
 
     def epochs(self) -> int:
         """All epochs that are still to do; returns the exit code of the run."""
@@ -229,21 +248,23 @@ class _Run:
         completed = state.step // steps
         between = state.step and state.step % steps == 0 and task.eval_epochs(completed)
         if between and completed not in [epoch for epoch, _ in state.evaluations]:
-            self.save()
+            self.save(evaluated=True)
             self.evaluate(completed)  # the run that is resumed ended between an epoch and its result
         for epoch in range(completed, self.config.epochs):
             self.train_epoch(epoch)
             self.look_around(wait=True)  # the result of the epoch before, before a new evaluation starts
             if self.code is not None:
                 break
-            self.save()
-            if task.eval_epochs(epoch + 1):
+            evaluated = task.eval_epochs(epoch + 1)
+            self.save(evaluated=evaluated)
+            if evaluated:
                 self.evaluate(epoch + 1)
         if self.code != cli.OK:
             self.look_around(wait=True)
         if self.code == cli.STOPPED and state.step > self.saved_step:
             self.report((state.step - 1) // steps)
             self.save()
+        self.settle(wait=True)
         if self.code is None:
             return cli.OK if task.target is None else cli.TARGET_NOT_REACHED
         return self.code

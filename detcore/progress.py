@@ -61,8 +61,7 @@ class Progress:
                 self.observe(kind, fields)
 
     def saved(self, checkpoint: Path, step: int, steps_per_epoch: int) -> None:
-        """A checkpoint was written after this global step: it is left out of the rates."""
-        self.pause(step)
+        """The checkpoint of this global step is written."""
         if self._file and self.observe:
             fields = {"path": checkpoint, "step": step, "steps_per_epoch": steps_per_epoch, "time_s": self.elapsed()}
             self.observe("saved", fields)
