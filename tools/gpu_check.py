@@ -203,7 +203,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
-    """Runs the chosen parts one after the other; time that one leaves is the next one's."""
+    """Runs the chosen parts one after the other; time that one leaves, or does not need again, is the next one's.
+
+    So a part whose one long job was stopped has more time for it in the next call. Parts that are named with --only
+    have all the minutes among them.
+    """
     began = time.monotonic()
     state = load(options.out)
     identity = {"commit": commit(), "quick": options.quick, "gpu": gpu}
@@ -213,17 +217,18 @@ def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
     state.update(identity, published=PUBLISHED, targets=TARGETS)
     state["clocks"] = [clocks("start")] if gpu else []
     save(options.out, state)
+    chosen = [part for part in PARTS if (part.name in options.wanted if options.wanted else gpu or part.cpu)]
+    scale = options.minutes * 60 / (sum(part.seconds for part in chosen) if options.wanted else 600)
     spare = 0.0
-    for part in PARTS:
-        if part.name not in options.wanted if options.wanted else not (gpu or part.cpu):
-            continue
+    for part in chosen:
         state = load(options.out)
         if keep(state, part.name, bool(options.wanted)):
             log.say(f"{part.name}: kept from an earlier call")
+            spare += part.seconds * scale
             continue
         save(options.out, state)
         left = options.minutes * 60 - (time.monotonic() - began)
-        seconds = min(part.seconds * options.minutes / 10 + spare, left - GRACE)
+        seconds = min(part.seconds * scale + spare, left - GRACE)
         if seconds < 3:
             state["parts"].setdefault(part.name, {"rows": {}}).update(status="stopped", reason="no time was left")
             save(options.out, state)
