@@ -7,13 +7,14 @@ export BENCHMARK=ssd300
 export DATASET_DIR=${DATASET_DIR:-build/demo-data-ssd300}
 export BATCHSIZE=${BATCHSIZE:-8}
 export EVALBATCHSIZE=${EVALBATCHSIZE:-20}
-export NUMEPOCHS=${NUMEPOCHS:-12}
-export LR=${LR:-0.02}
+export NUMEPOCHS=${NUMEPOCHS:-8}
+export LR=${LR:-0.004}
 export LOG_INTERVAL=${LOG_INTERVAL:-10}
-export WARMUP_STEPS=${WARMUP_STEPS:-50}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --no-pretrained --max-boxes 32 --ema-decay 0.98 \
---evaluation 0 1 2 3 4 5 6 7 8 9 10 11 --target-map 0.1 --workers 1 --drop-file-cache --gallery 12 --overwrite \
---device cpu --precision $(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)"} # bf16 where it is fast
+export WARMUP_STEPS=${WARMUP_STEPS:-20}
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --no-pretrained --optimizer adam --weight-decay 0 \
+--multistep 6 --ema-decay 0.98 --augmentation flip --max-boxes 32 --evaluation 0 1 2 3 4 5 6 7 --target-map 0.2 --workers 1 \
+--drop-file-cache --gallery 12 --overwrite --device cpu \
+--precision $(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)"} # bf16 where it is fast
 
 # Threads spin only briefly while they wait: without a limit, one other busy process on these cores slows training tenfold.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}

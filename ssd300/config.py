@@ -12,7 +12,9 @@ from detcore.data.layouts import LAYOUTS
 from detcore.detection_config import DetectionConfig
 
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
+AUGMENTATIONS = ("ssd", "flip", "none")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+OPTIMIZERS = ("sgd", "adam")
 IMAGE_SIZE = (300, 300)
 SCORE_THRESHOLD, TOPK_PER_CLASS, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 200, 0.5, 200
 LR_BATCH = 32  # images of a step that --lr stands for
@@ -67,6 +69,10 @@ class Config(DetectionConfig):
         2.6e-3, "learning rate of 32 images a step; scaled by the images of a step, over all processes", env="LR",
         flags=("--learning-rate",), check=between(1e-12, 100), group="Training",
     )  # fmt: skip
+    optimizer: str = option(
+        "sgd", "sgd; or adam, which from random weights learns faster, with a --lr of about .004", choices=OPTIMIZERS,
+        group="Training",
+    )  # fmt: skip
     momentum: float = option(0.9, "of SGD", flags=("-m",), check=between(0, 0.99999), group="Training")
     weight_decay: float = option(
         5e-4, "of weights with more than one dimension; none for biases and normalisation", flags=("--wd",),
@@ -99,6 +105,10 @@ class Config(DetectionConfig):
     max_boxes: int = option(
         100, "boxes of an image at most, to which all are padded (COCO's fullest has 93)", check=between(1, 100000),
         group="Data",
+    )  # fmt: skip
+    augmentation: str = option(
+        "ssd", "of training images: ssd as the original, crops, mirroring and colours; flip mirrors half of them; none "
+        "takes them as they are. Crops and colours want long training", choices=AUGMENTATIONS, group="Data",
     )  # fmt: skip
     antialias: bool = option(
         True, "anti-aliased resizing, as Pillow and DALI do in the original; without it faster", group="Data"
@@ -143,9 +153,9 @@ class Config(DetectionConfig):
         """What keeps this run from being the original's recipe, in words; empty if nothing does."""
         fixed = {
             "backbone": "resnet50", "predictor_norm": False, "pretrained": True, "dataset": "coco", "synthetic": False,
-            "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65, "multistep": (43, 54), "ema_decay": 0.0,
-            "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None, "target_map": None,
-            "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
+            "augmentation": "ssd", "optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "epochs": 65,
+            "multistep": (43, 54), "ema_decay": 0.0, "clip_norm": 0.0, "max_iters_per_epoch": 0, "checkpoint": None,
+            "target_map": None, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
             "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]

@@ -40,7 +40,11 @@ def _postprocess(model: nn.Module, outputs: tuple[Tensor, Tensor]) -> tuple[Tens
 
 
 def _train_options(config: Config) -> dict[str, Any]:
-    return {"hflip": 0.5, "augment": Augment(hue=LEGACY_HUE if config.legacy else HUE)}
+    whole = Augment(hue=LEGACY_HUE if config.legacy else HUE)
+    return {
+        "hflip": 0.0 if config.augmentation == "none" else 0.5,
+        "augment": whole if config.augmentation == "ssd" else None,
+    }
 
 
 def _window(config: Config, height: int, width: int) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+import torch
 from mlperf_logging.mllog import constants as keys
 
 from detcore import UserError, checkpoint, engine, inference, optim
@@ -64,7 +65,7 @@ def build_task(config: Config, context: Context) -> Task:
 
     return Task(
         model=model,
-        optimizer=optim.sgd(model, rate, config.momentum, config.weight_decay, fused=context.backend.is_gpu),
+        optimizer=_optimizer(config, model, rate, context.backend.is_gpu),
         lr=lambda step, per_epoch: warmup_then_decay(
             step, per_epoch, rate, config.warmup or 0, config.decay_epochs, DECAY
         ),
@@ -75,10 +76,10 @@ def build_task(config: Config, context: Context) -> Task:
         target=config.target_map,
         eval_epochs=config.evaluates,
         hyperparameters={
-            keys.OPT_NAME: keys.SGD,
+            keys.OPT_NAME: config.optimizer,
             keys.OPT_BASE_LR: rate,
             keys.OPT_WEIGHT_DECAY: config.weight_decay,
-            "opt_momentum": config.momentum,
+            **({"opt_momentum": config.momentum} if config.optimizer == "sgd" else {}),
             keys.OPT_LR_WARMUP_STEPS: config.warmup or 0,
             keys.OPT_LR_DECAY_BOUNDARY_EPOCHS: list(config.decay_epochs),
             keys.OPT_LR_DECAY_FACTOR: DECAY,
@@ -91,6 +92,12 @@ def build_task(config: Config, context: Context) -> Task:
         ),
         observe=Records(config) if config.mode == "train" and context.world.rank == 0 else None,
     )
+
+
+def _optimizer(config: Config, model: torch.nn.Module, rate: float, fused: bool) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return optim.adam(model, rate, config.weight_decay, fused=fused)
+    return optim.sgd(model, rate, config.momentum, config.weight_decay, fused=fused)
 
 
 def notes(config: Config) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ case ${1:-single_stage_detector} in
 single_stage_detector) config=configs/config_cpu_demo.sh out=results/demo data=build/demo-data scenes=() ;;
 ssd300)
     config=configs/config_ssd300_cpu_demo.sh out=results/demo-ssd300 data=build/demo-data-ssd300
-    scenes=(--train 600 --val 60)
+    scenes=(--train 600 --val 60 --most 3 --radius 18 38)
     ;;
 *) echo "demo: there is no demo of $1; choose single_stage_detector or ssd300" >&2 && exit 2 ;;
 esac

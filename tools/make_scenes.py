@@ -225,8 +225,19 @@ def visible_shapes(items: list[Item]) -> list[Item]:
     return kept[::-1]
 
 
+class Shapes(NamedTuple):
+    """How many shapes a scene is given, 1 to `most`, and their radius in pixels, as a scene of size 128 has it."""
+
+    most: int = 6
+    smallest: float = 9
+    largest: float = 34
+
+
+SHAPES = Shapes()
+
+
 def scene(
-    seed: int, split: str, index: int, size: int
+    seed: int, split: str, index: int, size: int, shapes: Shapes = SHAPES
 ) -> tuple[np.ndarray, list[tuple[int, list[tuple[float, float]]]]]:
     """One picture uint8 [H, W, 3], H and W within 7/8 to 5/4 of `size`, and its shapes: (class, clipped polygon)."""
     random = np.random.RandomState([seed, SPLITS.index(split), index])
@@ -234,9 +245,9 @@ def scene(
     unit = size / 128
     picture = background(random, height, width)
     items = [clutter(random, height, width, unit) for _ in range(random.randint(0, 5))]
-    for _ in range(random.randint(1, 7)):
+    for _ in range(random.randint(1, shapes.most + 1)):
         label = int(random.randint(len(CLASSES)))
-        radius = (9 + 25 * random.random_sample()) * unit
+        radius = (shapes.smallest + (shapes.largest - shapes.smallest) * random.random_sample()) * unit
         squeeze = random.uniform(0.85, 1.0)
         centre = random.uniform(0.03, 0.97) * width, random.uniform(0.03, 0.97) * height
         outline = place(unit_outline(CLASSES[label]), centre, (radius, radius * squeeze), random.uniform(-0.5, 0.5))
@@ -250,13 +261,13 @@ def scene(
     return np.floor(picture + 0.5).clip(0, 255).astype(np.uint8), objects
 
 
-def write_split(out: Path, split: str, count: int, size: int, seed: int) -> dict:
+def write_split(out: Path, split: str, count: int, size: int, seed: int, shapes: Shapes = SHAPES) -> dict:
     """Render `count` scenes to OUT/<split> and write their annotation file last. Returns the COCO dictionary."""
     (out / split).mkdir(parents=True, exist_ok=True)
     (out / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
     for index in range(count):
-        picture, objects = scene(seed, split, index, size)
+        picture, objects = scene(seed, split, index, size, shapes)
         name = f"{index:06d}.jpg"
         Image.fromarray(picture).save(out / split / name, quality=90)
         images.append({"id": index + 1, "file_name": name, "height": picture.shape[0], "width": picture.shape[1]})
@@ -283,12 +294,14 @@ def write_split(out: Path, split: str, count: int, size: int, seed: int) -> dict
     return coco
 
 
-def contact_sheet(seed: int, split: str, size: int, columns: int = 8, rows: int = 5) -> Image.Image:
+def contact_sheet(
+    seed: int, split: str, size: int, columns: int = 8, rows: int = 5, shapes: Shapes = SHAPES
+) -> Image.Image:
     """The first scenes of a split side by side; below each row the same scenes with their boxes in white."""
     cell = size * 5 // 4 + 4
     sheet = np.full((2 * rows * cell, columns * cell, 3), 40, np.uint8)
     for i in range(rows * columns):
-        picture, objects = scene(seed, split, i, size)
+        picture, objects = scene(seed, split, i, size, shapes)
         h, w, _ = picture.shape
         boxed = picture.copy()
         for _, polygon in objects:
@@ -308,19 +321,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--size", type=int, default=128, help="nominal side in pixels; sides vary around it (%(default)s)"
     )
+    parser.add_argument("--most", type=int, default=SHAPES.most, help="shapes of a scene at most (%(default)s)")
+    parser.add_argument(
+        "--radius", type=float, nargs=2, default=SHAPES[1:], metavar=("MIN", "MAX"),
+        help="of a shape, in pixels of a scene of size 128 (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="not negative (%(default)s)")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="also write a contact sheet of validation scenes")
     args = parser.parse_args(argv)
     if args.train < 1 or args.val < 1 or args.size < 64 or not 0 <= args.seed < 2**32:
         parser.error("--train and --val must be at least 1, --size at least 64, --seed within 0..2^32-1")
+    if args.most < 1 or not 2 <= args.radius[0] <= args.radius[1] <= 64:
+        parser.error("--most must be at least 1, --radius rising within 2..64")
+    shapes = Shapes(args.most, *args.radius)
     for split, count in zip(SPLITS, (args.train, args.val), strict=True):
-        coco = write_split(args.out, split, count, args.size, args.seed)
+        coco = write_split(args.out, split, count, args.size, args.seed, shapes)
         print(
             f"{split}: {count} scenes, {len(coco['annotations'])} shapes, {len(CLASSES)} classes in {args.out / split}"
         )
     if args.preview:
         args.preview.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(args.seed, "val", args.size).save(args.preview)
+        contact_sheet(args.seed, "val", args.size, shapes=shapes).save(args.preview)
         print(f"preview: {args.preview}")
 
 

@@ -87,3 +87,4 @@ def test_what_does_not_fit_is_refused(line):
 def test_only_the_recipe_of_the_original_has_no_departures():
     assert read("--bs 256 --lr 2.7e-3 --warmup 1200 --amp").config.departures() == []
     assert read("--backbone resnet18").config.departures() == ["backbone resnet18"]
+    assert read("--augmentation flip --optimizer adam").config.departures() == ["augmentation flip", "optimizer adam"]

@@ -74,6 +74,16 @@ def test_legacy_hardly_turns_the_hue(config):
         assert all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True)) and not torch.equal(a[0], b[0])
 
 
+@pytest.mark.parametrize(("augmentation", "places"), [("flip", 2), ("none", 1)])
+def test_softer_augmentation_shows_whole_images_as_they_are(config, augmentation, places):
+    batches = stream(dataclasses.replace(config, augmentation=augmentation), 0, 0, 40)
+    seen = {}
+    for batch in batches:
+        for number, image in zip(batch.image_id.tolist(), batch.images, strict=True):
+            seen.setdefault(number, set()).add(image.numpy().tobytes())
+    assert len(seen) == 10 and {len(views) for views in seen.values()} == {places}
+
+
 def test_nvjpeg_gives_the_same_batches(config):
     assert equal(stream(dataclasses.replace(config, loader="nvjpeg"), 1, 2, 5), stream(config, 1, 2, 5))
 

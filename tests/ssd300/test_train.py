@@ -171,6 +171,12 @@ class TestTask:
         assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
         assert all(group["momentum"] == 0.9 for group in groups)
 
+    def test_adam_on_request(self):
+        task = self.task(optimizer="adam", weight_decay=0.0, lr=4e-3)
+        assert isinstance(task.optimizer, torch.optim.Adam) and task.optimizer.param_groups[0]["weight_decay"] == 0
+        assert task.optimizer.param_groups[0]["lr"] == task.lr(0, 10) == pytest.approx(4e-3 / 16)
+        assert task.hyperparameters["opt_name"] == "adam" and "opt_momentum" not in task.hyperparameters
+
 
 def test_a_config_starts_the_program():
     command = "source configs/config_ssd300_cpu_demo.sh && ./run_and_time.sh --print-config --save"

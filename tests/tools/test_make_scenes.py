@@ -50,6 +50,17 @@ def test_annotations_agree_with_themselves_and_the_images(tool, tmp_path):
     assert len(sizes) > 5 and classes == set(range(1, 7)) and max(counts) >= 4 and min(counts) <= 1
 
 
+def test_fewer_and_larger_shapes_on_request(tool, tmp_path):
+    tool.main(["--out", str(tmp_path), "--train", "20", "--val", "1", "--most", "2", "--radius", "30", "32"])
+    coco = COCO(str(tmp_path / "annotations/instances_train.json"))
+    assert max(len(coco.getAnnIds(image)) for image in coco.imgs) == 2
+    sides = [max(annotation["bbox"][2:]) for annotation in coco.anns.values()]
+    assert max(sides) <= 64 and sorted(sides)[len(sides) // 2] > 40
+    for wrong in (["--most", "0"], ["--radius", "9", "8"], ["--radius", "1", "8"]):
+        with pytest.raises(SystemExit):
+            tool.main(["--out", str(tmp_path), *wrong])
+
+
 def test_shapes_that_others_hide_are_not_labelled(tool):
     def square(shift: float):
         outline = np.array([(10.0, 10), (30, 10), (30, 30), (10, 30)]) + np.array([shift, 0])
