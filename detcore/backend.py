@@ -148,6 +148,7 @@ class Backend:
         asked: deque[torch.cuda.Event] = deque()  # one for each of the last batches: what came before it is done
 
         def send(source: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event]:
+            torch.cuda.set_device(self.device)  # a thread begins with the first GPU, and would open a context there
             with torch.cuda.stream(side):
                 batch = next(source)
                 batch = Batch(*(t.pin_memory() if t.device.type == "cpu" and not t.is_pinned() else t for t in batch))

@@ -173,6 +173,7 @@ def told(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append("own device"))
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"used on {stream.name}"))
@@ -195,16 +196,16 @@ def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(tol
 
     stream = StandIn(torch.device("cpu"), "fp32").ahead(source())
     assert told == []
-    aside = ("in side", "fetch", "pinned", "side records", "out of side")
+    aside = ("own device", "in side", "fetch", "pinned", "side records", "out of side")
     of = lambda side: [words for words in told if words.startswith(aside) == side]  # noqa: E731
-    send = lambda n: ["in side", f"fetch {n}", *["pinned"] * 5, "side records", "out of side"]  # noqa: E731
+    send = lambda n: ["own device", "in side", f"fetch {n}", *["pinned"] * 5, "side records", "out of side"]  # noqa: E731
     receive = lambda n: [f"main asked {n}", "main waits", *["used on main"] * 5]  # noqa: E731
     first = next(stream)
     assert soon(lambda: of(True) == [*send(0), *send(1)]) and of(False) == receive(0)
     assert first.boxes.shape == (2, 40, 4) and torch.equal(first.images, batch(0).images)
     told.clear()
     assert next(stream).image_id.tolist() == [1, 1]
-    assert soon(lambda: of(True) == ["in side"])  # the source has ended; a generator's end leaves the stand-in there
+    assert soon(lambda: of(True) == ["own device", "in side"])  # the source has ended
     assert of(False) == receive(0) and threading.main_thread() not in threads
     assert next(stream, None) is None
 
