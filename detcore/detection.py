@@ -365,5 +365,6 @@ def _synthetic(detector: Detector, config: DetectionConfig, context: Context) ->
         train_batches=lambda epoch, step: synthetic.synthetic_batches(class_count(detector, config), *shape, seed),
         evaluate=lambda model, beat: None,
         close=lambda: None,
-        summary="synthetic data: random images and boxes, no evaluation",
+        summary="synthetic data: random images and boxes, no evaluation"
+        + (f"; --loader {config.loader} is not used, there is nothing to decode" if config.loader != "torch" else ""),
     )

@@ -136,6 +136,8 @@ class RunConfig:
             raise UserError("--resume and --overwrite exclude each other: one goes on with a run, one replaces it")
         if self.mode == "predict" and self.num_cores > 1:
             raise UserError("--num-cores: one process predicts; leave it out with --mode predict")
+        if self.graphs == "on" and self.device in ("cpu", "tpu"):
+            raise UserError(f"--graphs on --device {self.device}: only a GPU can record steps; leave one of them out")
 
     @property
     def program(self) -> str:

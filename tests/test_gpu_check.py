@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,36 @@ def test_parts_say_what_they_lack(tmp_path):
         core.run_jobs(function, getattr(runs, function)(nowhere), nowhere)
         part = core.load(tmp_path)["parts"][function]
         assert part["status"] == "skipped" and reason in part["reason"]
+
+
+SANITIZER = """#!/bin/sh
+echo "$2 $PYTORCH_NO_CUDA_MEMORY_CACHING"
+case "$2 $*" in
+    racecheck*test_nms.py) echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"; exit 9 ;;
+    racecheck*) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ;;
+    synccheck*test_match.py) echo "========= Device not supported" ;;
+    *) echo "========= ERROR SUMMARY: 0 errors" ;;
+esac
+"""
+
+
+def test_the_sanitizer_goes_through_each_tool_and_file(tmp_path, monkeypatch):
+    binary = tmp_path / "bin" / "compute-sanitizer"
+    binary.parent.mkdir()
+    binary.write_text(SANITIZER)
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binary.parent}:{os.environ['PATH']}")
+    rows = {}
+    for key, measure in runs.sanitizer(replace(context(tmp_path), gpu=True)):
+        try:
+            rows[key] = measure()
+        except core.Skip as reason:
+            rows[key] = {"skipped": str(reason)}
+    files = sorted(file.relative_to(ROOT / "tests").as_posix() for file in (ROOT / "tests").glob("*/ops/test_*.py"))
+    assert list(rows) == [f"{tool} {file}" for tool in ("memcheck", "racecheck", "synccheck") for file in files]
+    bad = [key for key, row in rows.items() if "error" in row]
+    assert bad == ["racecheck detcore/ops/test_nms.py"] and rows[bad[0]]["errors"] == 1
+    assert "does not support this device" in rows["synccheck single_stage_detector/ops/test_match.py"]["skipped"]
 
 
 def test_junit_files_are_summed_up(tmp_path):

@@ -392,6 +392,12 @@ def test_sgd_decays_weights_and_not_biases_and_norms():
     assert all(type(g["lr"]) is float and g["momentum"] == 0.9 for g in groups)
 
 
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
+def test_graphs_on_where_no_gpu_is_meant_is_refused_with_the_configuration(device):
+    with pytest.raises(UserError, match=f"--graphs on --device {device}: only a GPU"):
+        RunConfig(graphs="on", device=device)
+
+
 def test_who_records_steps():
     with pytest.raises(UserError, match="--graphs on: only a GPU"):
         backend.select("cpu", "fp32", graphs="on")
