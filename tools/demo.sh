@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make demo, make demo-ssd300: renders the scenes, trains on them with configs/config_cpu_demo.sh, has the official checker
+# make demo, make demo-ssd300: renders the scenes, trains on them with a config of configs/, has the official checker
 # read the log, and draws the report.
 #
 #   tools/demo.sh [single_stage_detector | ssd300]

@@ -104,6 +104,23 @@ def test_the_log_keeps_the_order_and_claims_nothing(trained):
 
 
 @pytest.mark.slow
+def test_four_images_are_learned_by_heart(scenes, tmp_path):
+    """Targets, coding of boxes, the priors' order and the way back to COCO's boxes belong together."""
+    coco = json.loads((scenes / "annotations/instances_train.json").read_text())
+    coco["images"] = coco["images"][:4]
+    coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] <= 4]
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(coco))
+    both = [word for split in ("train", "val") for word in (f"--{split}-annotations-file", str(few))]
+    options = ["--optimizer", "adam", "--lr", "8e-3", "--augmentation", "none", "--weight-decay", "0", "--warmup", "10"]
+    options += ["--bs", "4", "--epochs", "40", "--multistep", "32", "--val-data-path", str(scenes / "train")]
+    done = run(scenes, tmp_path / "out", *both, *options, "--evaluation", "39")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = [record for record in lines(tmp_path / "out/progress.jsonl") if record["kind"] == "eval"][-1]
+    assert result["metrics"]["AP50"] > 0.9 and result["metrics"]["AP"] > 0.6
+
+
+@pytest.mark.slow
 def test_going_on_from_an_epochs_checkpoint_gives_the_same_weights(trained, scenes, tmp_path):
     options = ["--epochs", "2", "--evaluation", "0", "--warmup", "2", "--multistep", "1"]
     again = run(scenes, tmp_path / "out", *options, "--checkpoint", str(trained[0] / "models/epoch_0.pt"))
