@@ -41,6 +41,10 @@ class Config(DetectionConfig):
     save: Path | None = option(
         None, "folder that gets epoch_0.pt, epoch_1.pt, ... after each epoch; without a value ./models", group="Run"
     )
+    weights_only: bool = option(
+        False, "train from the weights of --checkpoint alone, from the first epoch on; where it knows another number "
+        "of classes, without those of the layers that predict them", group="Run",
+    )  # fmt: skip
     json_summary: Path | None = option(None, "file that gets dllogger's JSON lines", group="Run")
     legacy: bool = option(
         False, "do as the original where it departs from its own description: hue jitter of half a degree, decay one "
@@ -123,7 +127,7 @@ class Config(DetectionConfig):
     )
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = DetectionConfig.FREE_ON_RESUME | {
-        "mode", "save", "json_summary", "evaluation", "torchvision_weights_version",
+        "mode", "save", "weights_only", "json_summary", "evaluation", "torchvision_weights_version",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -131,6 +135,8 @@ class Config(DetectionConfig):
         super().__post_init__()
         if list(self.multistep) != sorted(set(self.multistep)):
             raise UserError(f"--multistep {' '.join(map(str, self.multistep))}: give rising epochs")
+        if self.weights_only and (self.mode not in TRAINING_MODES or not self.checkpoint):
+            raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
         if self.mode in TRAINING_MODES and self.batch_size < 2 and not self.sync_bn:
             raise UserError(
                 "--bs 1: the last map is one cell, of which batch normalisation has no statistics with a single image; "
