@@ -22,7 +22,7 @@ from detcore.inference import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
 from ssd300.data import DETECTOR
-from ssd300.model import SSD300, load_original_state, scale_as_the_originals_inference
+from ssd300.model import SSD300, known_classes, load_original_state, scale_as_the_originals_inference
 from ssd300.postprocess import postprocess
 
 CHECKPOINT = Path("/checkpoints/SSD300v1.1.pt")  # where the original's documentation mounts it
@@ -94,10 +94,9 @@ def load_model(checkpoint: Path, backbone: str | None = None) -> tuple[SSD300, l
     stored = saved.get("config") or {}
     config = from_dict(Config, {key: stored[key] for key in ("backbone", "predictor_norm") if key in stored})
     state = saved.get("ema") or saved.get("model", saved)
-    bias = next((value for name, value in state.items() if str(name).endswith("conf.0.bias")), None)
-    if bias is None:
+    count = known_classes(state)
+    if count is None:
         raise UserError(f"{checkpoint} holds no SSD300: it has no conf.0.bias")
-    count = len(bias) // 4 - 1
     model = SSD300(backbone or config.backbone, count, config.predictor_norm)
     load_original_state(model, state, str(checkpoint))
     names = [name for _, name in saved.get("classes") or []]
