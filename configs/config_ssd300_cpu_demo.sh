@@ -1,6 +1,6 @@
 # A demonstration on two CPU cores: a small SSD300 from random weights on generated scenes of six shapes (make demo-ssd300).
-# Expected: AP 0.25 after about 4 epochs, 2.5 minutes with bf16, estimated from the processor time of a run on a busy machine:
-# 65 s of one core an epoch with its evaluation. All 8 epochs, if it never gets there, take about 5 minutes.
+# Expected: AP 0.25 after about 4 epochs, 2.5 minutes with bf16; all 8 epochs, if it never gets there, about 5. The minutes are
+# estimated from the processor time of a whole run on a busy machine, 488 s for 8 epochs and AP 0.37 (docs/LOG.md).
 # No published result to compare it with.
 
 export BENCHMARK=ssd300

