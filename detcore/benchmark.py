@@ -68,7 +68,7 @@ def benchmark(
         for r in results:
             times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))
             print(f"{r['name']:22} {r['images_per_s']:8.1f}   {r['median_ms']:9.1f}{times}   {r['peak_gib']:8.2f}")
-        about = {"environment": device.describe() | {"processes": world.size}}
+        about = {"environment": device.describe() | {"processes": world.size}, "seed": context.seed}
         write_json(config.output_dir / "benchmark.json", {**about, "results": results})
         tell(results)
     return cli.OK

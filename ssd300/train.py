@@ -167,7 +167,7 @@ def evaluate(config: Config, first: bool) -> int:
         result = json.loads((config.output_dir / "evaluation.json").read_text())
         print("\n".join(coco_lines(result)))
         summary = Summary(config.json_summary)
-        summary.parameters(config)
+        summary.parameters(config, config.seed)
         summary.log((), {"mAP": result["AP"]})
     return code
 
@@ -181,7 +181,7 @@ def measure(config: Config) -> int:
             rates = [f"{short} {result[name]:.1f}" for short, name in RATES.items()]
             print(f"{result['name']}: images/s {', '.join(rates)}")
         summary = Summary(config.json_summary)
-        summary.parameters(config)
+        summary.parameters(config, json.loads((config.output_dir / "benchmark.json").read_text())["seed"])
         summary.benchmark(results)
 
     return benchmark(config, DETECTOR, build_task, (part,) if part else PARTS, tell)
