@@ -284,15 +284,14 @@ def select(
     """Chooses the device of this process and sets the global precision switches.
 
     device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else a TPU that torch sees,
-    else the CPU. precision: one of PRECISIONS; "auto" is bf16 on a GPU or TPU and fp32 on the CPU.
+    else the CPU. precision: one of PRECISIONS; "auto" as `resolve` has it.
     graphs: one of GRAPHS, what a GPU records: "auto" inference, and steps if it is the only GPU of the run.
     Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. Comes before the process
     group is made, whose library reads its variables then.
     """
     from detcore import backend_tpu
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "tpu" if backend_tpu.found() else "cpu"
+    device, precision = resolve(device, precision)
     eager = _why_eager(device, graphs, world_size)
     if device == "tpu":
         return backend_tpu.select(precision, local_rank, local_size)
@@ -308,8 +307,6 @@ def select(
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # shapes are fixed, so that trying the convolutions out pays
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 wants a GPU; on the CPU use fp32 or bf16.")
     fp32 = "tf32" if precision == "tf32" else "ieee"
@@ -317,6 +314,18 @@ def select(
     torch.backends.cudnn.conv.fp32_precision = fp32
     recorder = _GraphRecorder(chosen, steps=not eager) if device == "cuda" and graphs != "off" else None
     return Backend(chosen, precision, recorder, eager)
+
+
+def resolve(device: str, precision: str) -> tuple[str, str]:
+    """Both with what "auto" stands for: bf16 on GPU and TPU, fp16 on a GPU that only emulates bf16, fp32 on the CPU."""
+    from detcore import backend_tpu
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "tpu" if backend_tpu.found() else "cpu"
+    if precision == "auto":
+        old = device == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
+        precision = "fp32" if device == "cpu" else "fp16" if old else "bf16"
+    return device, precision
 
 
 def _why_eager(device: str, graphs: str, world_size: int) -> str:

@@ -365,10 +365,9 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             distributed.barrier() if code == cli.OK else None
             log.run_stop(SUCCESS if code == cli.OK else ABORTED)
             seconds = progress.elapsed()
-            progress.write(
-                "end", status=SUCCESS if code == cli.OK else ABORTED, time_s=seconds, seconds=progress.seconds
-            )
-        epoch, best = state.best() or (None, None)
+            epoch, best = state.best() or (None, None)
+            status = SUCCESS if code == cli.OK else ABORTED
+            progress.write("end", status=status, time_s=seconds, seconds=progress.seconds, best=best)
         outcome = Outcome(code, state.step, best, epoch, seconds)
         progress.say(summary(outcome, task, config.output_dir, config.epochs, stop.signal))
         return outcome

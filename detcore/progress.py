@@ -17,7 +17,7 @@ class Progress:
     """Console and progress.jsonl of one run; silent on every rank but 0 (path None), where it still keeps the clocks.
 
     progress.jsonl holds one object a line: "start" (config, environment), "step" every logging interval, "eval" for
-    each result, "end" (status and seconds by kind). Times are in seconds since `run_started`.
+    each result, "end" (status, seconds by kind, best result). Times are in seconds since `run_started`.
     """
 
     def __init__(self, path: Path | None, *, append: bool = False, console: TextIO | None = None):

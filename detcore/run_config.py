@@ -32,7 +32,8 @@ class RunConfig:
         "0: this process alone, or those of a launcher", flags=("--num_cores",), check=between(0, 1024), group="Run",
     )  # fmt: skip
     precision: str = option(
-        "auto", "arithmetic; auto is bf16 on a GPU or TPU and fp32 on the CPU. With bf16 and fp16 the layers compute "
+        "auto", "arithmetic; auto is bf16 on a GPU (fp16 on one without bf16) or TPU, fp32 on the CPU. With bf16 "
+        "and fp16 the layers compute "
         "with narrow copies of fp32 weights, which are what is trained and kept; fp16 scales the loss as well",
         choices=PRECISIONS, group="Run",
     )  # fmt: skip

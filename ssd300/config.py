@@ -35,7 +35,8 @@ class Config(DetectionConfig):
     )  # fmt: skip
     precision: str = option(
         "tf32", "arithmetic; tf32 is fp32 with the GPU's TF32 products (elsewhere fp32 alone); auto, or --amp, is "
-        "bf16 on a GPU and fp32 on the CPU. With bf16 and fp16 the layers compute with narrow copies of fp32 weights; "
+        "bf16 on a GPU (fp16 on one without bf16) and fp32 on the CPU. With bf16 "
+        "and fp16 the layers compute with narrow copies of fp32 weights; "
         "fp16 scales the loss as well", choices=PRECISIONS, group="Run",
     )  # fmt: skip
     save: Path | None = option(

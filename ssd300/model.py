@@ -131,6 +131,20 @@ def known_classes(state: Mapping) -> int | None:
     return len(bias) // PER_CELL[0] - 1 if isinstance(bias, Tensor) and bias.ndim else None
 
 
+_DEPTHS = {
+    (2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101",
+    (36, True): "resnet152",
+}  # fmt: skip
+
+
+def known_backbone(state: Mapping) -> str | None:
+    """The backbone of a state dictionary of SSD300, told by its third stage: blocks, and whether they have three
+    convolutions. None if it is none."""
+    pattern = re.compile(r"(?:backbone\.layer3|feature_extractor\.6)\.(\d+)\.conv(\d)\.")
+    found = [match.groups() for match in map(pattern.search, map(str, state)) if match]
+    return _DEPTHS.get((len({block for block, _ in found}), any(conv == "3" for _, conv in found)))
+
+
 def load_original_state(
     model: SSD300, state: Mapping, source: str = "the checkpoint", *, other_classes: bool = False
 ) -> bool:

@@ -22,6 +22,7 @@ from detcore.schedule import warmup_then_decay
 from detcore.task import Context, Task
 from ssd300.config import ADOPTED, BENCHMARK, BENCHMARKS, DECAY, IGNORED_FLAGS, LR_BATCH, Config, own_words
 from ssd300.data import DETECTOR, class_count, open_data
+from ssd300.inference import class_entries
 from ssd300.loss import losses
 from ssd300.model import CUT_LAYERS, SSD300, known_classes, load_original_state, scale_as_the_originals_inference
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
@@ -166,7 +167,7 @@ def evaluate(config: Config, first: bool) -> int:
         result = json.loads((config.output_dir / "evaluation.json").read_text())
         print("\n".join(coco_lines(result)))
         summary = Summary(config.json_summary)
-        summary.parameters(config)
+        summary.parameters(config, config.seed)
         summary.log((), {"mAP": result["AP"]})
     return code
 
@@ -180,7 +181,7 @@ def measure(config: Config) -> int:
             rates = [f"{short} {result[name]:.1f}" for short, name in RATES.items()]
             print(f"{result['name']}: images/s {', '.join(rates)}")
         summary = Summary(config.json_summary)
-        summary.parameters(config)
+        summary.parameters(config, json.loads((config.output_dir / "benchmark.json").read_text())["seed"])
         summary.benchmark(results)
 
     return benchmark(config, DETECTOR, build_task, (part,) if part else PARTS, tell)
@@ -208,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
     if config.mode == "evaluate":
         return evaluate(config, speaks)
     if config.mode == "predict":
-        return inference.predict(config, DETECTOR, build_model)
+        return inference.predict(config, DETECTOR, build_model, class_entries)
     if config.mode in BENCHMARKS:
         return measure(config)
     config = go_on(config, discover(os.environ)[0])
