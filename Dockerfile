@@ -48,11 +48,12 @@ print(*(wanted for extra in sys.argv[1:] for wanted in known[extra]), sep="\n")'
     python -m pip install --no-cache-dir -c /tmp/lock -r /tmp/extras && \
     rm /tmp/lock /tmp/extras
 
-# Editable, so that the extensions lie beside the sources that run_and_time.sh puts first on Python's path.
+# Editable, so that the extensions lie beside the sources that run_and_time.sh puts first on Python's path. A base
+# without a compiler goes on with the PyTorch references.
 COPY . .
 ARG CUDA_ARCHITECTURES="8.0 9.0 10.0+PTX"
 RUN export TORCH_CUDA_ARCH_LIST="$CUDA_ARCHITECTURES" && \
-    python setup.py build_ext --inplace && \
+    { ! command -v g++ || python setup.py build_ext --inplace; } && \
     python -m pip install --no-cache-dir --no-index --no-deps --no-build-isolation --editable . && \
     python -m compileall -q . && \
     mkdir -p /datasets/open-images-v6 /torch-home /workspace/ssd_dataset /results build results "$HOME" && \

@@ -3,8 +3,9 @@
     make ops      the same as: python setup.py build_ext --inplace
 
 TORCH_CUDA_ARCH_LIST chooses the GPUs as torch reads it; by default 8.0, 9.0, 10.0 and PTX of the last. CUDA_HOME
-chooses the toolkit. KERNELS=cpu builds no CUDA code. A build serves torch 2.11 to 2.15 (stable ABI). Without a
-compiler, or without torch, nothing is built: the programs then run their PyTorch references.
+chooses the toolkit. KERNELS=cpu builds no CUDA code, and in place leaves a library alone that has some and is current:
+machines with and without GPUs may share a checkout. A build serves torch 2.11 to 2.15 (stable ABI). Without a compiler,
+or without torch, nothing is built, and build_ext itself fails: the programs then run their PyTorch references.
 
 pip builds in an environment of its own, without torch: pip install --no-build-isolation . builds the kernels too.
 """
@@ -89,6 +90,21 @@ def extension(program: str, nvcc: Path | None):
     )  # fmt: skip
 
 
+def kept(program: str) -> bool:
+    """Whether the library in the checkout has CUDA code, is younger than all it is made of, and can be loaded here."""
+    library = ROOT / program / "_kernels.so"
+    if not library.is_file() or b".nv_fatbin" not in library.read_bytes():
+        return False
+    made_of = [ROOT / "setup.py", *ROOT.glob("detcore/csrc/*"), *ROOT.glob(f"{program}/csrc/*")]
+    return max(file.stat().st_mtime for file in made_of) <= library.stat().st_mtime and loads(program)
+
+
+def loads(program: str) -> bool:
+    """Whether the library in the checkout can be loaded; tried in a process of its own."""
+    test = f"import sys; from detcore import native; sys.exit(bool(native.load({program!r})))"
+    return subprocess.run([sys.executable, "-c", test], cwd=ROOT, capture_output=True).returncode == 0
+
+
 def usable(nvcc: Path | None, torch_cuda: str | None) -> Path | None:
     """nvcc if it can compile for this torch; says what will be built."""
     if os.environ.get("KERNELS") == "cpu":
@@ -122,7 +138,11 @@ def extensions() -> dict:
     except ImportError as error:
         say(f"torch can't be imported here ({error}), so no kernels are built; later: make ops")
         return {}
-    nvcc = usable(nvcc, torch.version.cuda)
+    if os.environ.get("KERNELS") == "cpu" and {"--inplace", "-i"} & set(sys.argv):
+        for program in filter(kept, list(programs)):
+            say(f"KERNELS=cpu: {program}/_kernels.so is current and has code for GPUs too: left as it is")
+            programs.remove(program)
+    nvcc = usable(nvcc, torch.version.cuda) if programs else None
     return {
         "ext_modules": [extension(program, nvcc) for program in programs],
         "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
@@ -131,4 +151,7 @@ def extensions() -> dict:
 
 
 if __name__ == "__main__":
-    setup(**extensions())
+    arguments = extensions()
+    setup(**arguments)
+    if not arguments and "build_ext" in sys.argv:
+        sys.exit("setup.py: nothing was built")

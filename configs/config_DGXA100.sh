@@ -1,6 +1,6 @@
 # DGX A100, 1 node x 8 GPUs x 32 images: global batch 256.
 # Recipe: published by MLCommons as the reference's for this system.
-# Expected: 84.4 minutes (published by NVIDIA, v2.0), 4 to 5 epochs; not measured here, where the plain PyTorch path runs.
+# Expected: 84.4 minutes (published by NVIDIA, v2.0), 4 to 5 epochs; not measured here.
 # mAP after epochs 1 to 4 with this recipe: .195 .280 .320 .344; 4 epochs in 147 of 165 published runs, else 5.
 
 export BENCHMARK=single_stage_detector

@@ -1,6 +1,6 @@
 # DGX B200, 1 node x 8 GPUs x 32 images: global batch 256.
 # Recipe: published by NVIDIA (v5.0).
-# Expected: 22.1 minutes (published by NVIDIA, v5.0); not measured here, where the plain PyTorch path runs. The time limit
+# Expected: 22.1 minutes (published by NVIDIA, v5.0); not measured here. The time limit
 # of 33 minutes is the published one too: raise it for a slower data set or path.
 # mAP after epochs 1 to 4 with this recipe: .240 .295 .334 .346; 4 epochs in 492 of 495 published runs.
 

@@ -3,6 +3,8 @@
 # published for one node of this system.
 # Expected: not known for this system (DGX H100: 6.0 minutes, published by NVIDIA); not measured here.
 # mAP after epochs 1 to 4 with this recipe: .195 .280 .320 .344; 4 epochs in 147 of 165 published runs, else 5.
+# 4 images a GPU are little work: the processor that starts the kernels may well be the limit (not measured). --graphs on,
+# untried on several GPUs, records the step: EXTRA_PARAMS="--workers 12 --graphs on".
 
 export BENCHMARK=single_stage_detector
 

@@ -1,6 +1,6 @@
 # DGX H200, 1 node x 8 GPUs x 32 images: global batch 256.
 # Recipe: published by NVIDIA (v4.1), the same as for DGX H100.
-# Expected: 34.3 minutes (published by NVIDIA, v4.0); not measured here, where the plain PyTorch path runs.
+# Expected: 34.3 minutes (published by NVIDIA, v4.0); not measured here.
 # mAP after epochs 1 to 4 with this recipe: .240 .295 .334 .346; 4 epochs in 492 of 495 published runs.
 
 export BENCHMARK=single_stage_detector

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,27 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detcore import UserError, graphs
+from detcore import UserError, distributed, graphs
 from detcore.data import Batch
 from detcore.data.ahead import one_ahead
 
 DEVICES = ("auto", "cpu", "cuda", "tpu")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 GRAPHS = ("auto", "on", "off")
+LEAD = 3  # batches that the host may be ahead of a GPU: a longer lead only takes memory
 
 
 @dataclass(frozen=True)
 class Backend:
     """A device and the precision to compute in. Made by `select`.
 
-    recorder: what records steps and inference on this device; None where they run as they are written, for the reason
-    that `eager` gives.
+    recorder: what records inference on this device, and training steps unless `eager` gives a reason why not; None
+    where both run as they are written.
     """
 
     device: torch.device
     precision: str
     recorder: graphs.Recorder | None = None
-    eager: str = "not asked for"
+    eager: str = ""
 
     @property
     def is_gpu(self) -> bool:
@@ -59,7 +61,17 @@ class Backend:
     @property
     def steps(self) -> str:
         """How training steps run, for the user."""
-        return "recorded once and replayed" if self.recorder else f"not recorded ({self.eager})"
+        return "recorded once and replayed" if self.records_steps else f"not recorded ({self.eager or 'not asked for'})"
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether training steps are recorded."""
+        return self.recorder is not None and not self.eager
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the first steps are slower: a GPU tries its algorithms out, connects to the others, allocates."""
+        return self.is_gpu or self.records_steps
 
     @property
     def collectives(self) -> str:
@@ -96,7 +108,7 @@ class Backend:
         # It copies the gradients of 1x1 convolutions, whose two layouts are one; every rank would say so.
         warnings.filterwarnings("ignore", message="Grad strides do not match")
         learns_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        with self.recorder.aside() if self.recorder else nullcontext():
+        with self.recorder.aside() if self.records_steps else nullcontext():
             with warnings.catch_warnings():  # newer torch announces another name for broadcast_buffers
                 warnings.simplefilter("ignore", FutureWarning)
                 parallel = DistributedDataParallel(
@@ -105,7 +117,7 @@ class Backend:
                     broadcast_buffers=learns_statistics,
                     gradient_as_bucket_view=True,
                 )
-            _settle_buckets(parallel)
+            distributed.settle_buckets(parallel)
         return parallel
 
     def sync_batch_norm(self, model: nn.Module) -> nn.Module:
@@ -123,17 +135,20 @@ class Backend:
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches on the device, each copied one step before it is asked for; on the CPU the stream itself.
 
-        Fetching and copying (from pinned memory) run on a stream of their own, beside the computation: so does what a
-        loader launches there. A batch belongs to the stream that is current when it is asked for; that stream waits
-        for the copy, not the host. Its memory is used again only after what was launched there until it was dropped,
-        pinned memory only after its copy. Time waited in `next` is time waited for the loader. Errors and the end come
-        with their own batch; closing closes the stream.
+        Fetching and copying (from pinned memory) run in a thread and on a stream of their own, beside the computation:
+        so does what a loader launches there. A batch belongs to the stream that is current when it is asked for; that
+        stream waits for the copy, not the host. Its memory is used again only after what was launched there until it
+        was dropped, pinned memory only after its copy. Time waited in `next` is time waited for the loader, or for the
+        device where the host is LEAD batches ahead of it: each of them keeps its memory. Errors and the end come with
+        their own batch; closing closes the stream.
         """
         if not self.is_gpu:
             return batches
         side = torch.cuda.Stream(self.device)
+        asked: deque[torch.cuda.Event] = deque()  # one for each of the last batches: what came before it is done
 
         def send(source: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event]:
+            torch.cuda.set_device(self.device)  # a thread begins with the first GPU, and would open a context there
             with torch.cuda.stream(side):
                 batch = next(source)
                 batch = Batch(*(t.pin_memory() if t.device.type == "cpu" and not t.is_pinned() else t for t in batch))
@@ -142,12 +157,16 @@ class Backend:
         def receive(sent: tuple[Batch, torch.cuda.Event]) -> Batch:
             batch, copied = sent
             using = torch.cuda.current_stream(self.device)
+            if len(asked) == LEAD:
+                asked.popleft().synchronize()
+            asked.append(torch.cuda.Event(blocking=True))
+            asked[-1].record(using)
             using.wait_event(copied)
             for tensor in batch:
                 tensor.record_stream(using)
             return batch
 
-        return one_ahead(batches, send, receive)
+        return one_ahead(batches, send, receive, in_thread=True)
 
     def largest_batch(self, try_batch: Callable[[int], object], start: int, limit: int) -> int:
         """The largest of start, 2 start, 4 start, ... up to `limit` for which try_batch(size) finds memory.
@@ -166,13 +185,15 @@ class Backend:
         return size
 
     def compile_step(self, step: Callable, example: Sequence[Batch]) -> Callable:
-        """A training step as this device runs it best: recorded on the batches of `example`, or unchanged.
+        """A training step as this device runs it best, warmed up on the batches of `example`: recorded, or unchanged.
 
         step(batches) -> {name: scalar}. The warm-up runs it for good on `example`: see `State.unchanged`.
         """
-        if not self.recorder:
-            return step
         batches = [self.to_device(batch) for batch in example]
+        if not self.records_steps:
+            for _ in range(graphs.WARM_UPS):
+                step(batches)
+            return step
         return graphs.recorded(step, self.recorder, batches, graphs.STEP_WARM_UPS)
 
     def ready(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
@@ -186,8 +207,13 @@ class Backend:
         """Averages gradients over the processes where `parallel` does not see to it."""
 
     def to_host(self, contents: Any) -> Any:
-        """The contents of a checkpoint as they can be written."""
-        return contents
+        """A copy of a checkpoint's contents, dictionaries and lists of tensors and numbers, that training leaves as it
+        is; the tensors in host memory, so that it can be read anywhere."""
+        if isinstance(contents, Tensor):
+            return contents.detach().to("cpu", copy=True)
+        if isinstance(contents, dict):
+            return {key: self.to_host(value) for key, value in contents.items()}
+        return [self.to_host(value) for value in contents] if isinstance(contents, list | tuple) else contents
 
     def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
         """A function of a batch on the device that changes nothing: recorded at first use, or unchanged."""
@@ -252,35 +278,20 @@ class Backend:
         }
 
 
-def _settle_buckets(parallel: DistributedDataParallel) -> None:
-    """Lets DistributedDataParallel group the gradients for their exchange now, with a backward pass of zeros.
-
-    It does so for good after the first backward pass, and how gradients are grouped decides the order of the sums: the
-    first step of a resumed run would be rounded unlike the same step of a run that was never stopped.
-    """
-    model = parallel.module
-    # Created last, differentiated first: so the exchange begins with the last parameters, whose gradients come first.
-    model.forward = lambda: sum((p * 0).sum() for p in model.parameters() if p.requires_grad)
-    parallel().backward()
-    del model.forward
-    model.zero_grad(set_to_none=True)
-
-
 def select(
     device: str, precision: str, local_rank: int = 0, graphs: str = "off", world_size: int = 1, local_size: int = 1
 ) -> Backend:
     """Chooses the device of this process and sets the global precision switches.
 
     device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else a TPU that torch sees,
-    else the CPU. precision: one of PRECISIONS; "auto" is bf16 on a GPU or TPU and fp32 on the CPU.
-    graphs: one of GRAPHS, whether steps are recorded; "auto" does so on a GPU when it is the only one of the run.
+    else the CPU. precision: one of PRECISIONS; "auto" as `resolve` has it.
+    graphs: one of GRAPHS, what a GPU records: "auto" inference, and steps if it is the only GPU of the run.
     Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. Comes before the process
     group is made, whose library reads its variables then.
     """
     from detcore import backend_tpu
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "tpu" if backend_tpu.found() else "cpu"
+    device, precision = resolve(device, precision)
     eager = _why_eager(device, graphs, world_size)
     if device == "tpu":
         return backend_tpu.select(precision, local_rank, local_size)
@@ -296,14 +307,25 @@ def select(
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # shapes are fixed, so that trying the convolutions out pays
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 wants a GPU; on the CPU use fp32 or bf16.")
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.conv.fp32_precision = fp32
-    return Backend(chosen, precision, None if eager else _GraphRecorder(chosen), eager)
+    recorder = _GraphRecorder(chosen, steps=not eager) if device == "cuda" and graphs != "off" else None
+    return Backend(chosen, precision, recorder, eager)
+
+
+def resolve(device: str, precision: str) -> tuple[str, str]:
+    """Both with what "auto" stands for: bf16 on GPU and TPU, fp16 on a GPU that only emulates bf16, fp32 on the CPU."""
+    from detcore import backend_tpu
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "tpu" if backend_tpu.found() else "cpu"
+    if precision == "auto":
+        old = device == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
+        precision = "fp32" if device == "cpu" else "fp16" if old else "bf16"
+    return device, precision
 
 
 def _why_eager(device: str, graphs: str, world_size: int) -> str:
@@ -325,9 +347,10 @@ class _GraphRecorder:
     one stream and their outputs are cloned before the next.
     """
 
-    def __init__(self, device: torch.device):
-        # PyTorch's documentation for NCCL in graphs; who looks after a rank that hangs is `detcore.watchdog`.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    def __init__(self, device: torch.device, *, steps: bool):
+        if steps:
+            # PyTorch's documentation for NCCL in graphs; who looks after a rank that hangs is `detcore.watchdog`.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         # Said in the warm-up of an optimizer that can be captured.
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         self._stream = torch.cuda.Stream(device)

@@ -7,12 +7,12 @@ here instead of minutes of compiling at every step. Docs: docs/tpu.md.
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,14 +115,6 @@ class TpuBackend(Backend):
 
         return run
 
-    def to_host(self, contents: Any) -> Any:
-        """Tensors in dictionaries and lists, copied to the CPU, so that a checkpoint can be read anywhere."""
-        if isinstance(contents, Tensor):
-            return contents.detach().cpu()
-        if isinstance(contents, dict):
-            return {key: self.to_host(value) for key, value in contents.items()}
-        return [self.to_host(value) for value in contents] if isinstance(contents, list | tuple) else contents
-
     def synchronize(self) -> None:
         torch.accelerator.synchronize()
 
@@ -163,7 +155,8 @@ class XlaBackend(TpuBackend):
 
         if batch.images.device.type == self.device.type:
             return batch
-        return Batch(*xla_model.send_cpu_data_to_device(list(batch), self.device))
+        with torch.inference_mode(False):  # torch-xla can't make views of tensors of that mode
+            return Batch(*xla_model.send_cpu_data_to_device(list(batch), self.device))
 
     def add_up(self, values: Tensor) -> None:
         from torch_xla.core import xla_model
@@ -176,10 +169,11 @@ class XlaBackend(TpuBackend):
         torch_xla.sync()
 
     def compile_inference(self, infer: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """Inference of one batch as one program."""
+        """Inference of one batch as one program; outside of inference mode, as `to_device`."""
 
         def run(batch: Batch) -> Tensor:
-            found = infer(batch)
+            with torch.inference_mode(False), torch.no_grad():
+                found = infer(batch)
             self.flush()
             return found
 
@@ -211,15 +205,15 @@ class XlaBackend(TpuBackend):
     def rng_state(self) -> Tensor:
         from torch_xla.core import xla_model
 
-        seed = torch.tensor([xla_model.get_rng_state()], dtype=torch.int64)
-        return torch.cat([torch.get_rng_state(), seed.view(torch.uint8)])
+        seed = xla_model.get_rng_state().to_bytes(8, "little")  # of 64 bits without a sign
+        return torch.cat([torch.get_rng_state(), torch.tensor(list(seed), dtype=torch.uint8)])
 
     def set_rng_state(self, state: Tensor) -> None:
         from torch_xla.core import xla_model
 
         size = torch.get_rng_state().numel()
         torch.set_rng_state(state[:size].clone())
-        xla_model.set_rng_state(int(state[size:].clone().view(torch.int64)))
+        xla_model.set_rng_state(int.from_bytes(bytes(state[size:].tolist()), "little"))
 
 
 def found() -> bool:
@@ -271,6 +265,7 @@ def _select_xla(precision: str, local_rank: int, local_size: int) -> Backend:
             f"on the CPU, to try it out. {INSTALL}"
         )
     device = torch_xla.device()  # before the first backward pass on the CPU: autograd counts the devices then
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)  # it warns at the first call of calling it twice
     set_mat_mul_precision("highest")
     return XlaBackend(device, precision, eager=_EAGER)
 

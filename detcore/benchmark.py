@@ -1,6 +1,8 @@
 """`--mode benchmark`: the speed of training steps and of inference, without and with the data set."""
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import statistics
 import time
@@ -51,7 +53,7 @@ def benchmark(
         classes = detection.class_count(detector, config)
         fake = device.to_device(next(synthetic.synthetic_batches(classes, *shape, context.seed)))
         results = [
-            _measure(f"{part}, synthetic", run, _forever(fake), config, config.batch_size, context)
+            _measure(f"{part}, synthetic", run, _forever(fake), config, config.batch_size * world.size, context)
             for part, run in runs.items()
         ]
         for part, run in runs.items() if not config.synthetic else ():
@@ -66,7 +68,7 @@ def benchmark(
         for r in results:
             times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))
             print(f"{r['name']:22} {r['images_per_s']:8.1f}   {r['median_ms']:9.1f}{times}   {r['peak_gib']:8.2f}")
-        about = {"environment": device.describe() | {"processes": world.size}}
+        about = {"environment": device.describe() | {"processes": world.size}, "seed": context.seed}
         write_json(config.output_dir / "benchmark.json", {**about, "results": results})
         tell(results)
     return cli.OK
@@ -101,18 +103,24 @@ def _inference(config: DetectionConfig, detector: Detector, task: Task, context:
 def _stream(
     part: str, config: DetectionConfig, detector: Detector, task: Task, context: Context
 ) -> tuple[Iterator[Batch], int]:
-    """Endless batches of the data set as a part takes them, and the images of each."""
+    """Endless batches of the data set as a part takes them, and the images of each, of all processes together.
+
+    Inference has no batches that padding fills up, unless the data set is smaller than one.
+    """
     if part == "training":
         index = detection.open_index(config, "train")
-        return detection.train_stream(detector, config, index, context, 0, 0), config.batch_size
+        return detection.train_stream(detector, config, index, context, 0, 0), config.batch_size * context.world.size
     world, device, index = context.world, context.backend, detection.open_index(config, "val")
     images = detection.eval_batch_size(detector, config, task.model.eval(), index, world, device)
+    together = images * world.size
+    complete = max(1, len(index) // together)
 
     def again() -> Iterator[Batch]:
         while True:
-            yield from detection.eval_stream(config, index, world, device, images)
+            with contextlib.closing(detection.eval_stream(config, index, world, device, images)) as batches:
+                yield from itertools.islice(batches, complete)
 
-    return again(), images
+    return again(), min(together, len(index))
 
 
 def _forever(batch: Batch) -> Iterator[Batch]:
@@ -125,9 +133,10 @@ def _measure(
     run: Callable[[Batch], None],
     batches: Iterator[Batch],
     config: DetectionConfig,
-    images: int,
+    at_once: int,
     context: Context,
 ) -> dict[str, Any]:
+    """at_once: images of an iteration, of all processes together."""
     for _ in range(config.benchmark_warmup):
         run(next(batches))
     context.backend.synchronize()
@@ -138,7 +147,6 @@ def _measure(
         context.backend.synchronize()
         times.append(time.perf_counter() - start)
     p90, p95, p99 = (float(p) * 1e3 for p in np.percentile(times, (90, 95, 99)))
-    at_once = images * context.world.size
     return {
         "name": name,
         "images_per_s": len(times) * at_once / sum(times),

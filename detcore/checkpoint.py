@@ -14,6 +14,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ _COMMENT_LENGTH = struct.pack("<H", _COMMENT_BYTES)
 _PLAIN = {type(None), bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype}
 
 
-def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
+def save(path: str | os.PathLike, state: dict[str, Any], links: Sequence[Path] = ()) -> None:
     """Write `state` to `path`, all or nothing: after any failure, also a kill, `path` holds what it held before.
 
     `state` is a dict of tensors (any device), numbers, strings, None and dicts, lists and tuples of them: what `load`
     can read without running code. Raises `UserError` when the file cannot be written (disk full, no permission), with
-    the bytes needed and free, and TypeError for a value that `load` would refuse.
+    the bytes needed and free, and TypeError for a value that `load` would refuse. links: made the same file then.
     """
     path = Path(path)
     if _FORMAT_KEY in state:
@@ -59,6 +60,8 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+    for link in links:
+        link_or_copy(path, link)
 
 
 def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = True) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A benchmark brings a `Detector`; its own data module gives these functions its n
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import islice
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore import UserError, distributed
-from detcore.backend import Backend
+from detcore.backend import LEAD, Backend
 from detcore.data import Batch, loader, nvjpeg, synthetic
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
@@ -138,21 +137,34 @@ def eval_batch_size(
 
     These are the training batch doubled while it fits, up to 128 and to the images that a rank has. All ranks call it.
     """
+    limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
+    return _largest_eval_batch(detector, config, model, index.num_classes, limit, backend)
+
+
+def _largest_eval_batch(
+    detector: Detector, config: DetectionConfig, model: nn.Module, classes: int, limit: int, backend: Backend
+) -> int:
     if config.eval_batch_size:
         return config.eval_batch_size
-    ids = torch.zeros(index.num_classes, dtype=torch.int64, device=backend.device)
+    if backend.recorder and not backend.records_steps:
+        return config.batch_size  # a recording keeps its memory, and the steps have theirs still to find
+    ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
 
     @torch.inference_mode()
     def try_batch(images: int) -> None:
-        whole = torch.zeros(3, images, *config.image_size, 3, dtype=torch.uint8)  # as many as are under way at a time
-        boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
-        numbers = torch.arange(images), torch.ones(images, 2, dtype=torch.int64)
-        batches = [backend.to_device(Batch(part.permute(0, 3, 1, 2), boxes, labels, *numbers)) for part in whole]
+        # As many as are under way at a time: used, fetched, and those that the host is ahead of the device.
+        batches = [backend.to_device(_black(config, images)) for _ in range(LEAD + 2)]
         detect(detector, model, batches[0], backend, ids)
 
-    limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
     fits = backend.largest_batch(try_batch, config.batch_size, limit)
     return -distributed.agree([-fits], backend.exchange)[0]
+
+
+def _black(config: DetectionConfig, images: int) -> Batch:
+    """An evaluation batch without anything to see."""
+    pixels = torch.zeros(images, *config.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
+    return Batch(pixels, boxes, labels, torch.arange(images), torch.ones(images, 2, dtype=torch.int64))
 
 
 def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
@@ -207,8 +219,59 @@ def counted(detector: Detector, config: DetectionConfig, index: CocoIndex, found
     return rows[np.isin(rows[:, 0], index.image_ids[index.box_count() > 0])]
 
 
-def open_data(detector: Detector, config: DetectionConfig, context: Context) -> Data:
-    """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0."""
+class Inference:
+    """What the evaluations of a run share: the size of a batch, and the function that finds objects in one.
+
+    `prepare` makes both before RUN_START, without any data; else the first evaluation does.
+    """
+
+    def __init__(self, detector: Detector, config: DetectionConfig, context: Context):
+        self.detector, self.config, self.context = detector, config, context
+        self.images = 0  # of a batch
+        self._finders: dict[nn.Module, tuple[Tensor, Callable[[Batch], Tensor]]] = {}
+
+    def prepare(self, model: nn.Module, classes: int) -> None:
+        """Finds the size and warms inference up, recorded where the device records. Changes nothing of the model."""
+        backend = self.context.backend
+        if self.config.synthetic or not (backend.warms_up or backend.recorder):
+            return
+        model.eval()
+        with torch.inference_mode():
+            limit = LARGEST_EVAL_BATCH
+            self.images = _largest_eval_batch(self.detector, self.config, model, classes, limit, backend)
+            self._finder(model, classes)[1](backend.to_device(_black(self.config, self.images)))
+        model.train()
+
+    def evaluate(self, model: nn.Module, val: CocoIndex, beat: Beat) -> Tensor:
+        """This rank's detections as `detect_all`. All ranks call it."""
+        world, backend = self.context.world, self.context.backend
+        ids, find = self._finder(model, val.num_classes)
+        ids.copy_(torch.tensor(val.category_ids.tolist()))
+        share = -(-len(val) // world.size)
+        too_large = self.images > max(share, self.config.batch_size) and not self.config.eval_batch_size
+        if not self.images or too_large:
+            self.images = eval_batch_size(self.detector, self.config, model, val, world, backend)
+        stream = eval_stream(self.config, val, world, backend, self.images)
+        return detect_all(find, stream, backend, beat)
+
+    def _finder(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Tensor]]:
+        """The categories' ids, int64 [classes], which a recording reads where they lie, and the function."""
+        if model not in self._finders:
+            detector, backend = self.detector, self.context.backend
+            with torch.inference_mode(False):
+                ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
+            find = backend.compile_inference(lambda batch: detect(detector, model, batch, backend, ids))
+            self._finders[model] = ids, find
+        return self._finders[model]
+
+
+def open_data(
+    detector: Detector, config: DetectionConfig, context: Context, inference: Inference | None = None
+) -> Data:
+    """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0.
+
+    inference: prepared before, or made here.
+    """
     if config.synthetic:
         return _synthetic(detector, config, context)
     world = context.world
@@ -235,16 +298,10 @@ def open_data(detector: Detector, config: DetectionConfig, context: Context) -> 
             yield from islice(stream, micro_batches - step)
             epoch, step = epoch + 1, 0
 
-    find = cache(
-        lambda model: finder(detector, model, val.category_ids.tolist(), context.backend)
-    )  # what it records serves every evaluation
-    sizes: list[int] = []  # of an evaluation batch, found at the first
+    inference = inference or Inference(detector, config, context)
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
-        if not sizes:
-            sizes.append(eval_batch_size(detector, config, model, val, world, context.backend))
-        stream = eval_stream(config, val, world, context.backend, sizes[0])
-        mine = detect_all(find(model), stream, context.backend, beat)
+        mine = inference.evaluate(model, val, beat)
         everyone = distributed.gather_rows(mine.to(context.backend.exchange))
         if not evaluator:
             return None
@@ -308,5 +365,6 @@ def _synthetic(detector: Detector, config: DetectionConfig, context: Context) ->
         train_batches=lambda epoch, step: synthetic.synthetic_batches(class_count(detector, config), *shape, seed),
         evaluate=lambda model, beat: None,
         close=lambda: None,
-        summary="synthetic data: random images and boxes, no evaluation",
+        summary="synthetic data: random images and boxes, no evaluation"
+        + (f"; --loader {config.loader} is not used, there is nothing to decode" if config.loader != "torch" else ""),
     )

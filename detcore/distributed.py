@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from detcore import UserError
 from detcore.launcher import World, discover
@@ -139,3 +140,17 @@ def _splitmix64(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def settle_buckets(parallel: DistributedDataParallel) -> None:
+    """Lets DistributedDataParallel group the gradients for their exchange now, with a backward pass of zeros.
+
+    It does so for good after the first backward pass, and how gradients are grouped decides the order of the sums: the
+    first step of a resumed run would be rounded unlike the same step of a run that was never stopped.
+    """
+    model = parallel.module
+    # Created last, differentiated first: so the exchange begins with the last parameters, whose gradients come first.
+    model.forward = lambda: sum((p * 0).sum() for p in model.parameters() if p.requires_grad)
+    parallel().backward()
+    del model.forward
+    model.zero_grad(set_to_none=True)

@@ -8,7 +8,8 @@ lines is the product; a benchmark brings values and functions in a `Task`.
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -18,70 +19,17 @@ from torch import Tensor, nn
 
 from detcore import UserError, backend, checkpoint, cli, distributed, launcher, native, optim
 from detcore.config import to_dict
-from detcore.data import Batch
 from detcore.mlperf import ABORTED, SUCCESS, MLPerfLog, drop_file_cache
 from detcore.progress import Progress, duration
 from detcore.run_config import RunConfig
 from detcore.state import State, claim_folder, forget_earlier_run
+from detcore.step import make_train_step
 from detcore.task import Context, Data, Outcome, Pending, Task, summary
 from detcore.watchdog import Watchdog
 
 
 class NotFinite(Exception):
     """A loss became NaN or infinite."""
-
-
-def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfig, device: backend.Backend) -> Callable:
-    """The step: forward and backward of each micro-batch, clip, optimizer, moving average.
-
-    Returns step(batches) -> {term: float32 scalar on the device}, the means over the micro-batches. Ranks exchange
-    gradients once, with the last micro-batch. It reads no value on the host. Where the device records steps, this warms
-    it up on the task's example and records it; what that changes is put back.
-    """
-    trained = [p for group in task.optimizer.param_groups for p in group["params"]]
-    loss = torch.compile(task.loss, dynamic=False) if config.compile else task.loss
-
-    def train_step(batches: Sequence[Batch]) -> dict[str, Tensor]:
-        task.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            device.flush() if i else None
-            exchange = i == len(batches) - 1 or model is task.model
-            with nullcontext() if exchange else model.no_sync():
-                with device.autocast():
-                    terms = loss(model, batch)
-                state.scaler.scale(sum(terms.values()) / len(batches)).backward()
-            for name, value in terms.items():
-                share = value.detach().float() / len(batches)
-                sums[name] = sums[name] + share if name in sums else share
-        device.reduce_gradients(trained)
-        if config.clip_norm:
-            state.scaler.unscale_(task.optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
-        state.scaler.step(task.optimizer)
-        state.scaler.update()
-        if state.ema:
-            state.ema.update(state.model)
-        device.flush()
-        return sums
-
-    if not device.recorder or not task.example:
-        return device.ready(train_step, task.optimizer)
-
-    def record(batches: Sequence[Batch]) -> Callable:
-        model.train()
-        with state.unchanged(device):
-            return device.compile_step(train_step, batches)
-
-    recorded = {config.accumulate: record([task.example()] * config.accumulate)}
-
-    def replay(batches: Sequence[Batch]) -> dict[str, Tensor]:
-        passes = min(len(batches), config.accumulate)
-        if passes not in recorded:  # an epoch's last step has fewer
-            recorded[passes] = record(batches)
-        return recorded[passes](batches)
-
-    return replay
 
 
 def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:
@@ -108,8 +56,18 @@ class _Run:
         self.pending: tuple[int, Pending | None] | None = None  # epochs completed; the result, on rank 0
         self.code: int | None = None  # set once the run is to end
         self.saved_step = state.step  # of last.pt
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: tuple[int, Future] | None = None  # step of a last.pt that is not known to be written yet
         epoch, step = divmod(state.step, data.steps_per_epoch)
         self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
+
+    def close(self) -> None:
+        """Ends the stream of batches, and what makes them; a checkpoint that is being written is written."""
+        if hasattr(self.stream, "close"):
+            self.stream.close()
+        self.writer.shutdown()
+        if self.writing and (error := self.writing[1].exception()):  # the run ends for another reason
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
     def train_epoch(self, epoch: int) -> None:
         """Steps to the end of the epoch (from 0), or until something sets self.code."""
@@ -203,6 +161,7 @@ class _Run:
 
     def look_around(self, *, wait: bool) -> None:
         """Takes in a metric that has arrived, and signals; all ranks come to the same decision (self.code)."""
+        self.settle(wait=False)
         result = None
         if self.pending and self.pending[1]:
             with self.progress.clock("evaluation") if wait else nullcontext():
@@ -221,6 +180,7 @@ class _Run:
 
     def take(self, result: dict[str, Any]) -> bool:
         """Rank 0: logs an evaluation's result and keeps its checkpoint if it is the best; True if it is the target."""
+        self.settle(wait=True)
         epoch = self.pending[0]
         value = result[self.task.metric]
         self.log.event(keys.EVAL_ACCURACY, value, epoch_num=epoch)
@@ -244,9 +204,6 @@ class _Run:
         self.log.start(keys.EVAL_START, completed, epoch_num=completed)
         with self.progress.clock("evaluation"), ExitStack() as stack:
             self.watchdog.beat("evaluation", 0)
-            if self.context.world.rank == 0:
-                last = self.config.output_dir / "last.pt"
-                checkpoint.link_or_copy(last, self.config.output_dir / "evaluated.pt")
             if self.state.ema:
                 stack.enter_context(self.state.ema.applied(self.task.model))
             # Running statistics are rank 0's, as in the checkpoint.
@@ -257,8 +214,10 @@ class _Run:
         self.progress.evaluations += 1
         self.progress.pause(self.state.step)
 
-    def save(self) -> None:
-        """Writes last.pt (rank 0) with the random generators of every rank."""
+    def save(self, *, evaluated: bool = False) -> None:
+        """Copies the state to the host, with the random generators of every rank; rank 0 writes last.pt from it in a
+        thread, and evaluated.pt if it is to be evaluated. `settle` tells how that went."""
+        self.settle(wait=True)
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", self.state.step)
             device = self.context.backend
@@ -266,10 +225,22 @@ class _Run:
             if self.context.world.rank == 0:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
-                contents = device.to_host(self.state.contents()) | run | about | {"config": to_dict(self.config)}
-                checkpoint.save(self.config.output_dir / "last.pt", contents)
+                contents = device.to_host(self.state.contents() | run | about) | {"config": to_dict(self.config)}
+                files = ["last.pt"] + ["evaluated.pt"] * evaluated
+                files = [self.config.output_dir / name for name in files]
+                self.writing = self.state.step, self.writer.submit(checkpoint.save, files[0], contents, files[1:])
         self.saved_step = self.state.step
-        self.progress.saved(self.config.output_dir / "last.pt", self.state.step, self.data.steps_per_epoch)
+        self.progress.pause(self.state.step)
+
+    def settle(self, *, wait: bool) -> None:
+        """Rank 0: whether last.pt is written. Raises what went wrong, as `checkpoint.save` does."""
+        if not self.writing or not (wait or self.writing[1].done()):
+            return
+        (step, written), self.writing = self.writing, None
+        with self.progress.clock("checkpoint"):
+            self.watchdog.beat("checkpoint", step)
+            written.result()
+        self.progress.saved(self.config.output_dir / "last.pt", step, self.data.steps_per_epoch)
 
     def epochs(self) -> int:
         """All epochs that are still to do; returns the exit code of the run."""
@@ -277,21 +248,23 @@ class _Run:
         completed = state.step // steps
         between = state.step and state.step % steps == 0 and task.eval_epochs(completed)
         if between and completed not in [epoch for epoch, _ in state.evaluations]:
-            self.save()
+            self.save(evaluated=True)
             self.evaluate(completed)  # the run that is resumed ended between an epoch and its result
         for epoch in range(completed, self.config.epochs):
             self.train_epoch(epoch)
             self.look_around(wait=True)  # the result of the epoch before, before a new evaluation starts
             if self.code is not None:
                 break
-            self.save()
-            if task.eval_epochs(epoch + 1):
+            evaluated = task.eval_epochs(epoch + 1)
+            self.save(evaluated=evaluated)
+            if evaluated:
                 self.evaluate(epoch + 1)
         if self.code != cli.OK:
             self.look_around(wait=True)
         if self.code == cli.STOPPED and state.step > self.saved_step:
             self.report((state.step - 1) // steps)
             self.save()
+        self.settle(wait=True)
         if self.code is None:
             return cli.OK if task.target is None else cli.TARGET_NOT_REACHED
         return self.code
@@ -356,6 +329,8 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         watchdog.beat("preparing the step", 0)
         parallel = device.parallel(task.model, world.size)
         train_step = make_train_step(task, state, parallel, config, device)
+        watchdog.beat("preparing the evaluation", 0)
+        task.prepare_evaluation()
         distributed.barrier()
         log.end(keys.INIT_STOP)
         distributed.barrier()
@@ -377,7 +352,9 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             log.event(keys.EVAL_SAMPLES, data.eval_samples)
             progress.say(data.summary)
             parts = (task, data, state, context, config, log, progress, watchdog, stop, parallel, train_step)
-            code = _Run(*parts).epochs()
+            run = _Run(*parts)
+            stack.callback(run.close)
+            code = run.epochs()
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = cli.NOT_FINITE
@@ -388,10 +365,9 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             distributed.barrier() if code == cli.OK else None
             log.run_stop(SUCCESS if code == cli.OK else ABORTED)
             seconds = progress.elapsed()
-            progress.write(
-                "end", status=SUCCESS if code == cli.OK else ABORTED, time_s=seconds, seconds=progress.seconds
-            )
-        epoch, best = state.best() or (None, None)
+            epoch, best = state.best() or (None, None)
+            status = SUCCESS if code == cli.OK else ABORTED
+            progress.write("end", status=status, time_s=seconds, seconds=progress.seconds, best=best)
         outcome = Outcome(code, state.step, best, epoch, seconds)
         progress.say(summary(outcome, task, config.output_dir, config.epochs, stop.signal))
         return outcome

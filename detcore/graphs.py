@@ -22,7 +22,8 @@ T = TypeVar("T")  # what a recorded function returns: a tensor, or a dictionary 
 STEP_WARM_UPS = 11
 """Runs before a training step is recorded: libraries choose their algorithms, optimizers create their state, and
 DistributedDataParallel settles, for which PyTorch's documentation asks for 11."""
-INFERENCE_WARM_UPS = 3
+WARM_UPS = 3
+"""Runs before inference is recorded, and of a step that is not."""
 
 
 class Recorder(Protocol):
@@ -79,7 +80,7 @@ def recorded_by_shape(function: Callable[[Batch], T], recorder: Recorder) -> Cal
     def run(batch: Batch) -> T:
         key = shapes([batch])
         if key not in recordings:
-            recordings[key] = recorded(lambda batches: function(batches[0]), recorder, [batch], INFERENCE_WARM_UPS)
+            recordings[key] = recorded(lambda batches: function(batches[0]), recorder, [batch], WARM_UPS)
         return recordings[key]([batch])
 
     return run

@@ -110,8 +110,16 @@ def _same_classes(path: Path, index: CocoIndex) -> None:
             )
 
 
-def predict(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> int:
+def predict(
+    config: DetectionConfig,
+    detector: Detector,
+    build_model: BuildModel,
+    known: Callable[[dict[str, Any]], list[tuple[int, str]]] = lambda saved: [],
+) -> int:
     """Detections on images that need no annotations.
+
+    known: (category id, name) of the classes of a checkpoint that does not list them as this program's do; empty if it
+    can't tell, then the validation annotations are read.
 
     Writes predictions/detections.json (COCO format: images, categories, annotations with a score) and a drawn copy of
     each image below the output folder. Images that can't be read are left out, listed at the end, and make the exit
@@ -120,7 +128,8 @@ def predict(config: DetectionConfig, detector: Detector, build_model: BuildModel
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
     device = engine.open_device(config, launcher.World())
-    classes = load_checkpoint(config.checkpoint).get("classes")
+    saved = load_checkpoint(config.checkpoint)
+    classes = saved.get("classes") or known(saved)
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
         classes = list(class_names(index).items())

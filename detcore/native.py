@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from struct import unpack_from
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ POLICIES = ("auto", "reference", "native")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What a kernel computes with; float64, for checks of gradients, is the reference's alone."""
 
+ROOT = Path(__file__).parents[1]
 _policy = "auto"
 
 
@@ -42,7 +44,7 @@ def using(policy: str) -> Iterator[None]:
 
 def library_file(program: str) -> Path:
     """Where setup.py puts a program's library, such as single_stage_detector/_kernels.so."""
-    return Path(__file__).parents[1] / program / "_kernels.so"
+    return ROOT / program / "_kernels.so"
 
 
 @lru_cache
@@ -51,6 +53,8 @@ def load(program: str) -> str:
     file = library_file(program)
     if not file.is_file():
         return f"{file} is not built (make ops)"
+    if wrong := _unsafe(file, program):
+        return f"{file} {wrong}: build it again (make ops)"
     try:
         torch.ops.load_library(file)
     except OSError as error:
@@ -60,6 +64,30 @@ def load(program: str) -> str:
             f"{torch.__version__}, or of CUDA; build it again (make ops)"
         )
     return ""
+
+
+def _unsafe(file: Path, program: str) -> str:
+    """What is wrong with a library that would end the process instead of raising OSError when it is loaded, or "".
+
+    In ELF files of 64 bits the table of sections comes last; the loader maps what is missing before it all the same,
+    and reading there is SIGBUS. Ops that another library has defined already are SIGABRT; every library names its
+    program, but all name detcore.
+    """
+    content = file.read_bytes()
+    if not content.startswith(b"\x7fELF\x02\x01"):  # all others are refused properly
+        return ""
+    if len(content) < 64:
+        return "is cut off"
+    sections, size, count = *unpack_from("<Q", content, 40), *unpack_from("<HH", content, 58)
+    if sections + size * count > len(content):
+        return "is cut off"
+    return "" if f"{program}\0".encode() in content else f"is not the library of {program}"
+
+
+def loaded(op: str) -> bool:
+    """Whether the library is there and has the op, which one from before the op's time has not."""
+    program, _, name = op.partition("::")
+    return not load(program) and name in _ops(program)
 
 
 def runs(op: str, *tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) -> bool:
@@ -117,8 +145,19 @@ def describe(program: str, device: torch.device) -> str:
     """One line for the user: what computes the ops of a program on a device."""
     if _policy == "reference":
         return "ops: the PyTorch references (--ops reference)"
+    wanted = list(dict.fromkeys((program, "detcore")))
+    missing = list(filter(None, (_all_missing(name, device.type) for name in wanted)))
+    if not missing:
+        return f"ops: {library_file(program).name}"
+    which = "the PyTorch references" if len(missing) == len(wanted) else "some of the PyTorch references"
+    warning = "WARNING, slower than the kernels: " if device.type == "cuda" else ""
+    return f"ops: {warning}{which}, because {missing[0]}"
+
+
+def _all_missing(program: str, device: str) -> str:
+    """Why a program's library has nothing for a type of device; "" if it has."""
     missing = load(program)
-    if not missing and not any(_has(f"{program}::{op}", device.type) for op in _ops(program)):
-        missing = f"{library_file(program)} has no code for {device.type}"
-        missing += ": built without nvcc (make ops)" if device.type == "cuda" else ""
-    return f"ops: the PyTorch references, because {missing}" if missing else f"ops: {library_file(program).name}"
+    if not missing and not any(_has(f"{program}::{op}", device) for op in _ops(program)):
+        missing = f"{library_file(program)} has no code for {device}"
+        missing += ": built without nvcc (make ops)" if device == "cuda" else ""
+    return missing

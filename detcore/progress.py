@@ -17,7 +17,7 @@ class Progress:
     """Console and progress.jsonl of one run; silent on every rank but 0 (path None), where it still keeps the clocks.
 
     progress.jsonl holds one object a line: "start" (config, environment), "step" every logging interval, "eval" for
-    each result, "end" (status and seconds by kind). Times are in seconds since `run_started`.
+    each result, "end" (status, seconds by kind, best result). Times are in seconds since `run_started`.
     """
 
     def __init__(self, path: Path | None, *, append: bool = False, console: TextIO | None = None):
@@ -61,8 +61,7 @@ class Progress:
                 self.observe(kind, fields)
 
     def saved(self, checkpoint: Path, step: int, steps_per_epoch: int) -> None:
-        """A checkpoint was written after this global step: it is left out of the rates."""
-        self.pause(step)
+        """The checkpoint of this global step is written."""
         if self._file and self.observe:
             fields = {"path": checkpoint, "step": step, "steps_per_epoch": steps_per_epoch, "time_s": self.elapsed()}
             self.observe("saved", fields)

@@ -32,7 +32,8 @@ class RunConfig:
         "0: this process alone, or those of a launcher", flags=("--num_cores",), check=between(0, 1024), group="Run",
     )  # fmt: skip
     precision: str = option(
-        "auto", "arithmetic; auto is bf16 on a GPU or TPU and fp32 on the CPU. With bf16 and fp16 the layers compute "
+        "auto", "arithmetic; auto is bf16 on a GPU (fp16 on one without bf16) or TPU, fp32 on the CPU. With bf16 "
+        "and fp16 the layers compute "
         "with narrow copies of fp32 weights, which are what is trained and kept; fp16 scales the loss as well",
         choices=PRECISIONS, group="Run",
     )  # fmt: skip
@@ -42,7 +43,8 @@ class RunConfig:
     )  # fmt: skip
     graphs: str = option(
         "auto", "record a training step, and inference, once and replay them as a whole, which spares a GPU the wait "
-        "for the processor: on, off, or auto, which is on with one GPU. The numbers are the same", env="GRAPHS",
+        "for the processor: on, off, or auto: inference always, a step with one GPU. The operations are the same",
+        env="GRAPHS",
         choices=GRAPHS, group="Run",
     )  # fmt: skip
     compile: bool = option(
@@ -135,6 +137,8 @@ class RunConfig:
             raise UserError("--resume and --overwrite exclude each other: one goes on with a run, one replaces it")
         if self.mode == "predict" and self.num_cores > 1:
             raise UserError("--num-cores: one process predicts; leave it out with --mode predict")
+        if self.graphs == "on" and self.device in ("cpu", "tpu"):
+            raise UserError(f"--graphs on --device {self.device}: only a GPU can record steps; leave one of them out")
 
     @property
     def program(self) -> str:

@@ -141,20 +141,26 @@ def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> 
     if wrong or saved["step"] < 0 or not saved["generators"].ndim:
         what = ", ".join(wrong) or "step or generators"
         raise UserError(f"--resume: {last} was not written by a training run of this program ({what} wrong)")
-    now, then = to_dict(config), saved["config"]
-    decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
-    differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
-    if saved["world_size"] != world.size:
-        differ.append(f"processes were {saved['world_size']}, are {world.size}")
+    differ = differing_settings(saved, config, world)
     if differ:
         raise UserError(
             f"--resume: the run in {config.output_dir} was started with other settings ({'; '.join(differ)}). "
             "Give the same ones to go on with it, or start a new run in another --output-dir."
         )
     log = _records(config)[0]
-    if log.exists() and mlperf.succeeded(log) and config.epochs <= then.get("epochs", 0):
+    if log.exists() and mlperf.succeeded(log) and config.epochs <= saved["config"].get("epochs", 0):
         raise UserError(
             f"--resume: the run in {config.output_dir} has ended with success, and its log must stay as it is. To "
             "train on, copy the folder and give more --epochs."
         )
     return saved
+
+
+def differing_settings(saved: dict[str, Any], config: RunConfig, world: World) -> list[str]:
+    """In words, the settings that decide the weights and are others than those of a checkpoint of a training run."""
+    now, then = to_dict(config), saved["config"]
+    decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
+    differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
+    if saved["world_size"] != world.size:
+        differ.append(f"processes were {saved['world_size']}, are {world.size}")
+    return differ

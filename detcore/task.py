@@ -62,7 +62,8 @@ class Task:
     terms, each a mean over the batch, whose sum is minimised. open_data: called after RUN_START. target: the run ends
     with success when `metric` reaches it; None trains all epochs. eval_epochs(completed): whether to evaluate then.
     hyperparameters: MLPerf event names and values, logged before INIT_STOP. example: a synthetic batch of the shapes of
-    training, on which a step is warmed up before RUN_START; without it steps are not recorded. observe(kind, fields):
+    training, on which a step is warmed up before RUN_START; without it steps are not recorded. prepare_evaluation: does
+    the same for evaluations; called before RUN_START, too. observe(kind, fields):
     called on rank 0 with each record of progress.jsonl, and "saved" (path, step, steps_per_epoch, time_s) with each
     checkpoint.
     """
@@ -78,6 +79,7 @@ class Task:
     hyperparameters: dict[str, Any]
     notes: tuple[str, ...] = ()
     example: Callable[[], Batch] | None = None
+    prepare_evaluation: Callable[[], None] = lambda: None
     observe: Callable[[str, dict[str, Any]], None] | None = None
 
 

@@ -9,7 +9,7 @@ from detcore.backend import Backend
 from detcore.data import Batch
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
-from detcore.detection import Detector, open_index
+from detcore.detection import Detector, Inference, open_index
 from detcore.task import Context, Data
 from single_stage_detector import config as constants
 from single_stage_detector.config import Config
@@ -56,6 +56,6 @@ def train_stream(
     return detection.train_stream(DETECTOR, config, index, context, epoch, step, pace)
 
 
-def open_data(config: Config, context: Context) -> Data:
-    """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0."""
-    return detection.open_data(DETECTOR, config, context)
+def open_data(config: Config, context: Context, inference: Inference | None = None) -> Data:
+    """As `detection.open_data`."""
+    return detection.open_data(DETECTOR, config, context, inference)

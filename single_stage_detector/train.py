@@ -11,6 +11,7 @@ from detcore.benchmark import benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
+from detcore.detection import Inference
 from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
@@ -52,6 +53,7 @@ def build_task(config: Config, context: Context) -> Task:
     """RetinaNet as the training loop sees it."""
     place = context.backend.place(build_model(config, class_count(config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
+    evaluation = Inference(DETECTOR, config, context)
 
     def loss(network, batch: Batch) -> dict:
         outputs = network(batch.images)
@@ -64,7 +66,8 @@ def build_task(config: Config, context: Context) -> Task:
             step, config.lr, config.warmup_epochs * per_epoch, config.warmup_factor
         ),
         loss=loss,
-        open_data=lambda: open_data(config, context),
+        open_data=lambda: open_data(config, context, evaluation),
+        prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
         metric="AP",
         target=config.target_map,
         eval_epochs=lambda completed: not config.synthetic,

@@ -22,6 +22,7 @@ DECAY = 0.1  # of the learning rate, at each epoch of --multistep
 MODES = {"training": "train", "evaluation": "evaluate"}
 """The original's names of the modes that have another one here."""
 BENCHMARKS = ("benchmark", "benchmark-training", "benchmark-inference")
+TRAINING_MODES = ("train", "benchmark", "benchmark-training")
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,17 @@ class Config(DetectionConfig):
     )  # fmt: skip
     precision: str = option(
         "tf32", "arithmetic; tf32 is fp32 with the GPU's TF32 products (elsewhere fp32 alone); auto, or --amp, is "
-        "bf16 on a GPU and fp32 on the CPU. With bf16 and fp16 the layers compute with narrow copies of fp32 weights; "
+        "bf16 on a GPU (fp16 on one without bf16) and fp32 on the CPU. With bf16 "
+        "and fp16 the layers compute with narrow copies of fp32 weights; "
         "fp16 scales the loss as well", choices=PRECISIONS, group="Run",
     )  # fmt: skip
     save: Path | None = option(
         None, "folder that gets epoch_0.pt, epoch_1.pt, ... after each epoch; without a value ./models", group="Run"
     )
+    weights_only: bool = option(
+        False, "train from the weights of --checkpoint alone, from the first epoch on; where it knows another number "
+        "of classes, without those of the layers that predict them", group="Run",
+    )  # fmt: skip
     json_summary: Path | None = option(None, "file that gets dllogger's JSON lines", group="Run")
     legacy: bool = option(
         False, "do as the original where it departs from its own description: hue jitter of half a degree, decay one "
@@ -122,7 +128,7 @@ class Config(DetectionConfig):
     )
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = DetectionConfig.FREE_ON_RESUME | {
-        "mode", "save", "json_summary", "evaluation", "torchvision_weights_version",
+        "mode", "save", "weights_only", "json_summary", "evaluation", "torchvision_weights_version",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -130,6 +136,13 @@ class Config(DetectionConfig):
         super().__post_init__()
         if list(self.multistep) != sorted(set(self.multistep)):
             raise UserError(f"--multistep {' '.join(map(str, self.multistep))}: give rising epochs")
+        if self.weights_only and (self.mode not in TRAINING_MODES or not self.checkpoint):
+            raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
+        if self.mode in TRAINING_MODES and self.batch_size < 2 and not self.sync_bn:
+            raise UserError(
+                "--bs 1: the last map is one cell, of which batch normalisation has no statistics with a single image; "
+                "train with 2 or more a forward pass"
+            )
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -178,28 +191,32 @@ IGNORED_FLAGS: dict[str, tuple[int, str]] = {
 }
 
 
-_TRANSLATED = {
-    "--no-cuda": ["--device", "cpu"], "--amp": ["--precision", "auto"], "--no-amp": ["--precision", "tf32"],
-    "--allow-tf32": [], "--no-allow-tf32": ["--precision", "fp32"],
-}  # fmt: skip
+_PRECISION = ("--amp", "--no-amp", "--no-allow-tf32")
+_TRANSLATED = {"--no-cuda": ["--device", "cpu"], "--allow-tf32": []}
 
 
 def own_words(argv: Sequence[str]) -> list[str]:
     """A command line for the original programs in the words of this one.
 
-    Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder; --no-allow-tf32
-    says nothing beside --amp, which does not use TF32.
+    Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder. --amp and
+    --allow-tf32 with their opposites say the precision together, in any order: TF32 is for what --amp is not.
     """
     words: list[str] = []
     dashed = [_dashed(word) for word in argv]
+    fp32 = _last(dashed, "--allow-tf32", "--no-allow-tf32") == "--no-allow-tf32"
+    precision = "auto" if _last(dashed, "--amp", "--no-amp") == "--amp" else "fp32" if fp32 else "tf32"
     for word, after in zip(dashed, [*dashed[1:], "--"]):
         if word == "--save" and after.startswith("-"):
             words += ["--save", "models"]
-        elif word == "--no-allow-tf32" and "--amp" in dashed:
-            continue
+        elif word in _PRECISION:
+            words += ["--precision", precision]
         else:
             words += _TRANSLATED.get(word, [word])
     return words
+
+
+def _last(words: Sequence[str], *of: str) -> str | None:
+    return next((word for word in reversed(words) if word in of), None)
 
 
 def _dashed(word: str) -> str:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -22,7 +23,7 @@ from detcore.inference import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
 from ssd300.data import DETECTOR
-from ssd300.model import SSD300, load_original_state, scale_as_the_originals_inference
+from ssd300.model import SSD300, known_backbone, known_classes, load_original_state, scale_as_the_originals_inference
 from ssd300.postprocess import postprocess
 
 CHECKPOINT = Path("/checkpoints/SSD300v1.1.pt")  # where the original's documentation mounts it
@@ -42,6 +43,26 @@ COCO_NAMES = (
     "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 """Names of the classes 1 to 80 of a model that was trained on COCO."""
+_COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_COCO_IDS = tuple(i for i in range(1, 91) if i not in _COCO_UNUSED)
+
+
+def class_entries(saved: dict[str, Any]) -> list[tuple[int, str]]:
+    """Category id and name of each class of a checkpoint; empty if it can't be told.
+
+    This program writes them. The original writes names alone ("label_map", with the background as 0), or nothing: then
+    80 classes are COCO's. Ids are COCO's where the names are, else 1, 2, ...
+    """
+    if saved.get("classes"):
+        return [(category, name) for category, name in saved["classes"]]
+    count = known_classes(saved.get("ema") or saved.get("model", saved))
+    labels = saved.get("label_map")
+    names = tuple(labels[i] for i in sorted(labels) if i) if isinstance(labels, dict) else ()
+    if not names and count == len(COCO_NAMES):
+        names = COCO_NAMES
+    if len(names) != count:
+        return []
+    return list(zip(_COCO_IDS if names == COCO_NAMES else range(1, count + 1), map(str, names), strict=True))
 
 
 def read_image(uri: str | Path) -> Tensor:
@@ -87,22 +108,21 @@ def pick_best(detections: Detections, threshold: float = THRESHOLD) -> Detection
 def load_model(checkpoint: Path, backbone: str | None = None) -> tuple[SSD300, list[str]]:
     """The model of a checkpoint, on the CPU, and the names of its classes 1, 2, ...
 
-    The original's checkpoints say neither their backbone (resnet50 unless given) nor, other than by the number of 80,
-    the names of their classes. Raises UserError for a file that is no checkpoint of SSD300.
+    Where a checkpoint does not say its backbone, as the original's, the weights do, unless `backbone` says another.
+    Raises UserError for a file that is no checkpoint of SSD300.
     """
     saved = load_checkpoint(checkpoint)
     stored = saved.get("config") or {}
     config = from_dict(Config, {key: stored[key] for key in ("backbone", "predictor_norm") if key in stored})
     state = saved.get("ema") or saved.get("model", saved)
-    bias = next((value for name, value in state.items() if str(name).endswith("conf.0.bias")), None)
-    if bias is None:
+    count = known_classes(state)
+    if count is None:
         raise UserError(f"{checkpoint} holds no SSD300: it has no conf.0.bias")
-    count = len(bias) // 4 - 1
-    model = SSD300(backbone or config.backbone, count, config.predictor_norm)
+    found = config.backbone if "backbone" in stored else known_backbone(state)
+    model = SSD300(backbone or found or config.backbone, count, config.predictor_norm)
     load_original_state(model, state, str(checkpoint))
-    names = [name for _, name in saved.get("classes") or []]
-    names = names or list(COCO_NAMES if count == len(COCO_NAMES) else map(str, range(1, count + 1)))
-    return model.eval(), names
+    entries = class_entries(saved) or enumerate(map(str, range(1, count + 1)))
+    return model.eval(), [name for _, name in entries]
 
 
 @torch.inference_mode()

@@ -121,16 +121,40 @@ class SSD300(nn.Module):
         return torch.cat(levels, 1)
 
 
+_CLASSES = ("conf.", "conf_norm.")
 _ORIGINAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
 
 
-def load_original_state(model: SSD300, state: Mapping, source: str = "the checkpoint") -> None:
+def known_classes(state: Mapping) -> int | None:
+    """Number of classes of a state dictionary of SSD300, by whatever prefix; None if it is none."""
+    bias = next((value for name, value in state.items() if str(name).endswith("conf.0.bias")), None)
+    return len(bias) // PER_CELL[0] - 1 if isinstance(bias, Tensor) and bias.ndim else None
+
+
+_DEPTHS = {
+    (2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101",
+    (36, True): "resnet152",
+}  # fmt: skip
+
+
+def known_backbone(state: Mapping) -> str | None:
+    """The backbone of a state dictionary of SSD300, told by its third stage: blocks, and whether they have three
+    convolutions. None if it is none."""
+    pattern = re.compile(r"(?:backbone\.layer3|feature_extractor\.6)\.(\d+)\.conv(\d)\.")
+    found = [match.groups() for match in map(pattern.search, map(str, state)) if match]
+    return _DEPTHS.get((len({block for block, _ in found}), any(conv == "3" for _, conv in found)))
+
+
+def load_original_state(
+    model: SSD300, state: Mapping, source: str = "the checkpoint", *, other_classes: bool = False
+) -> bool:
     """Load the weights of NVIDIA's SSD300 v1.1 (DeepLearningExamples), in place.
 
     state: a state dictionary, or a checkpoint that holds one under "model"; names may begin with "module.". There the
     backbone is a sequence without names: feature_extractor.feature_extractor.0.weight, ...4.0.conv1.weight. Names of
-    this module are taken as well. `source` names the file in errors. Raises UserError that lists missing, unexpected
-    and misshapen entries.
+    this module are taken as well. `source` names the file in errors. other_classes: where the state is of another
+    number of classes, the predictors of classes stay as they are. Returns whether they did. Raises UserError that lists
+    missing, unexpected and misshapen entries.
     """
     state = state.get("model", state)
     if not isinstance(state, Mapping):
@@ -144,7 +168,13 @@ def load_original_state(model: SSD300, state: Mapping, source: str = "the checkp
             key,
         )
 
-    load_exactly(model, {own_name(str(key)): value for key, value in state.items()}, source)
+    state = {own_name(str(key)): value for key, value in state.items()}
+    keeps = other_classes and known_classes(state) not in (None, model.num_classes)
+    if keeps:
+        state = {key: value for key, value in state.items() if not key.startswith(_CLASSES)}
+        state |= {key: value for key, value in model.state_dict().items() if key.startswith(_CLASSES)}
+    load_exactly(model, state, source)
+    return keeps
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detcore import checkpoint
+from detcore import backend, checkpoint
 from detcore.evaluation.coco import METRICS
 from ssd300.config import Config
 
@@ -62,8 +62,9 @@ class Summary:
         self._file.write(f"DLLL {json.dumps(line)}\n")
         self._file.flush()
 
-    def parameters(self, config: Config) -> None:
-        """The settings of a run under the original's names."""
+    def parameters(self, config: Config, seed: int | None) -> None:
+        """The settings of a run under the original's names. seed: the one in use, which may have been drawn."""
+        device, precision = backend.resolve(config.device, config.precision)
         self.log(
             "PARAMETER",
             {
@@ -71,8 +72,8 @@ class Summary:
                 "epochs": config.epochs,
                 "batch size": config.batch_size,
                 "eval batch size": config.eval_batch_size or config.batch_size,
-                "no cuda": config.device == "cpu",
-                "seed": config.seed,
+                "no cuda": device == "cpu",
+                "seed": seed,
                 "checkpoint path": str(config.checkpoint) if config.checkpoint else None,
                 "mode": config.original_mode,
                 "eval on epochs": list(config.evaluation),
@@ -84,7 +85,7 @@ class Summary:
                 "backbone": config.backbone,
                 "backbone path": str(config.weights) if config.weights else None,
                 "num workers": config.workers,
-                "AMP": config.precision in ("auto", "bf16", "fp16"),
+                "AMP": precision in ("bf16", "fp16"),
                 "precision": config.precision,
             },
         )
@@ -109,13 +110,12 @@ class Records:
         self.summary = Summary(config.json_summary, append=config.resume)
         self.config = config
         self.steps_per_epoch = 0
-        self.best: float | None = None
         self._epoch_began = 0.0
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         match kind:
             case "start":
-                self.summary.parameters(self.config)
+                self.summary.parameters(self.config, fields["config"]["seed"])
             case "step":
                 data = {"loss": fields["loss"], "learning rate": fields["lr"], "img/sec": fields["images_per_s"]}
                 self.summary.log((fields["epoch"] - 1, fields["step"] - 1), data)
@@ -123,10 +123,9 @@ class Records:
                 self._epoch(fields["step"] // fields["steps_per_epoch"] - 1, fields["path"], fields["time_s"])
             case "eval":
                 print("\n".join(coco_lines(fields["metrics"])), flush=True)
-                self.best = max(fields["metrics"]["AP"], self.best or 0.0)
                 self.summary.log((fields["epoch"] - 1,), {"mAP": fields["metrics"]["AP"]})
             case "end":
-                self.summary.log((), {"total time": fields["time_s"], "mAP": self.best})
+                self.summary.log((), {"total time": fields["time_s"], "mAP": fields["best"]})
 
     def _epoch(self, epoch: int, last: Path, now: float) -> None:
         self.summary.log((epoch,), {"time": now - self._epoch_began})

@@ -10,19 +10,21 @@ from collections.abc import Sequence
 import torch
 from mlperf_logging.mllog import constants as keys
 
-from detcore import UserError, checkpoint, engine, inference, optim
+from detcore import UserError, checkpoint, engine, inference, optim, state
 from detcore.benchmark import PARTS, benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, from_dict, load, to_dict
 from detcore.data import Batch, synthetic
-from detcore.launcher import discover, spread
+from detcore.detection import Inference
+from detcore.launcher import World, discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_decay
 from detcore.task import Context, Task
 from ssd300.config import ADOPTED, BENCHMARK, BENCHMARKS, DECAY, IGNORED_FLAGS, LR_BATCH, Config, own_words
 from ssd300.data import DETECTOR, class_count, open_data
+from ssd300.inference import class_entries
 from ssd300.loss import losses
-from ssd300.model import CUT_LAYERS, SSD300, load_original_state, scale_as_the_originals_inference
+from ssd300.model import CUT_LAYERS, SSD300, known_classes, load_original_state, scale_as_the_originals_inference
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
 from ssd300.records import RATES, Records, Summary, coco_lines
 
@@ -39,7 +41,9 @@ def build_model(config: Config, num_classes: int) -> SSD300:
     model = SSD300(config.backbone, num_classes, config.predictor_norm)
     if config.checkpoint:
         saved = inference.load_checkpoint(config.checkpoint)
-        load_original_state(model, saved.get("ema") or saved, str(config.checkpoint))
+        weights, source = saved.get("ema") or saved, str(config.checkpoint)
+        if load_original_state(model, weights, source, other_classes=config.weights_only):
+            print(f"{source} knows another number of classes: the layers that predict them start anew", file=sys.stderr)
     elif config.pretrained and not config.resume and not config.synthetic:
         only_first = config.backbone in ("resnet18", "resnet34")  # there is no second version of their weights
         version = "IMAGENET1K_V1" if only_first else config.torchvision_weights_version
@@ -53,6 +57,7 @@ def build_task(config: Config, context: Context) -> Task:
     """SSD300 as the training loop sees it."""
     place = context.backend.place(build_model(config, class_count(config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
+    evaluation = Inference(DETECTOR, config, context)
     images = config.batch_size * config.accumulate * context.world.size
     rate = config.lr * images / LR_BATCH
     empty_negatives = 0 if config.legacy else NEGATIVES_PER_POSITIVE
@@ -68,7 +73,8 @@ def build_task(config: Config, context: Context) -> Task:
             step, per_epoch, rate, config.warmup or 0, config.decay_epochs, DECAY
         ),
         loss=loss,
-        open_data=lambda: open_data(config, context),
+        open_data=lambda: open_data(config, context, evaluation),
+        prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
         metric="AP",
         target=config.target_map,
         eval_epochs=config.evaluates,
@@ -119,26 +125,38 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
         raise UserError(f"{config.checkpoint}: {error}") from error
 
 
-def go_on(config: Config, first: bool) -> Config:
+def go_on(config: Config, world: World) -> Config:
     """The config of a training that goes on from `--checkpoint epoch_12.pt` with epoch 13, as the original does.
 
     Such a file (--save) holds a whole state. It becomes last.pt of the output folder, which must hold no other run;
-    the process that is `first` sees to that, before any other looks. Other files, and those of the original, only give
-    their weights.
+    rank 0 sees to that, before any other looks. Other files, those of the original, and all with --weights-only give
+    their weights alone, which rank 0 says. Raises UserError, before anything is written, for other settings than the
+    file's.
     """
-    if not re.fullmatch(r"epoch_\d+\.pt", config.checkpoint.name if config.checkpoint else "") or config.resume:
+    if not config.checkpoint or config.resume:
         return config
-    if "generators" not in inference.load_checkpoint(config.checkpoint):
+    path, saved = config.checkpoint, inference.load_checkpoint(config.checkpoint)
+    if config.weights_only or not re.fullmatch(r"epoch_\d+\.pt", path.name) or "generators" not in saved:
+        if world.rank == 0:
+            print(f"{path}: its weights alone are taken; training starts with epoch 0", file=sys.stderr)
         return config
+    differ = state.differing_settings(saved, config, world)
+    then, now = known_classes(saved["model"]), class_count(config)
+    if differ or then != now:
+        words = "; ".join(differ or [f"classes were {then}, are {now}"])
+        raise UserError(
+            f"--checkpoint {path}: its run had other settings ({words}). Give the same ones to go on with it, or start "
+            "anew from its weights with --weights-only."
+        )
     last = config.output_dir / "last.pt"
-    if first and not (last.exists() and last.samefile(config.checkpoint)):
+    if world.rank == 0 and not (last.exists() and last.samefile(path)):
         if last.exists() and not config.overwrite:
             raise UserError(
-                f"--checkpoint {config.checkpoint}: {config.output_dir} holds a run already. Go on in another "
-                "--output-dir, or replace it with --overwrite; --resume goes on with what is there."
+                f"--checkpoint {path}: {config.output_dir} holds a run already. Go on in another --output-dir, or "
+                "replace it with --overwrite; --resume goes on with what is there."
             )
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.link_or_copy(config.checkpoint, last)
+        checkpoint.link_or_copy(path, last)
     return dataclasses.replace(config, resume=True, overwrite=False, checkpoint=None)
 
 
@@ -149,7 +167,7 @@ def evaluate(config: Config, first: bool) -> int:
         result = json.loads((config.output_dir / "evaluation.json").read_text())
         print("\n".join(coco_lines(result)))
         summary = Summary(config.json_summary)
-        summary.parameters(config)
+        summary.parameters(config, config.seed)
         summary.log((), {"mAP": result["AP"]})
     return code
 
@@ -163,7 +181,7 @@ def measure(config: Config) -> int:
             rates = [f"{short} {result[name]:.1f}" for short, name in RATES.items()]
             print(f"{result['name']}: images/s {', '.join(rates)}")
         summary = Summary(config.json_summary)
-        summary.parameters(config)
+        summary.parameters(config, json.loads((config.output_dir / "benchmark.json").read_text())["seed"])
         summary.benchmark(results)
 
     return benchmark(config, DETECTOR, build_task, (part,) if part else PARTS, tell)
@@ -191,10 +209,10 @@ def main(argv: Sequence[str]) -> int:
     if config.mode == "evaluate":
         return evaluate(config, speaks)
     if config.mode == "predict":
-        return inference.predict(config, DETECTOR, build_model)
+        return inference.predict(config, DETECTOR, build_model, class_entries)
     if config.mode in BENCHMARKS:
         return measure(config)
-    config = go_on(config, speaks)
+    config = go_on(config, discover(os.environ)[0])
     outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
     if config.gallery and outcome.best is not None and speaks:
         inference.gallery(config, DETECTOR, build_model)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,36 @@ def test_parts_say_what_they_lack(tmp_path):
         core.run_jobs(function, getattr(runs, function)(nowhere), nowhere)
         part = core.load(tmp_path)["parts"][function]
         assert part["status"] == "skipped" and reason in part["reason"]
+
+
+SANITIZER = """#!/bin/sh
+echo "$2 $PYTORCH_NO_CUDA_MEMORY_CACHING"
+case "$2 $*" in
+    racecheck*test_nms.py) echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"; exit 9 ;;
+    racecheck*) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ;;
+    synccheck*test_match.py) echo "========= Device not supported" ;;
+    *) echo "========= ERROR SUMMARY: 0 errors" ;;
+esac
+"""
+
+
+def test_the_sanitizer_goes_through_each_tool_and_file(tmp_path, monkeypatch):
+    binary = tmp_path / "bin" / "compute-sanitizer"
+    binary.parent.mkdir()
+    binary.write_text(SANITIZER)
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binary.parent}:{os.environ['PATH']}")
+    rows = {}
+    for key, measure in runs.sanitizer(replace(context(tmp_path), gpu=True)):
+        try:
+            rows[key] = measure()
+        except core.Skip as reason:
+            rows[key] = {"skipped": str(reason)}
+    files = sorted(file.relative_to(ROOT / "tests").as_posix() for file in (ROOT / "tests").glob("*/ops/test_*.py"))
+    assert list(rows) == [f"{tool} {file}" for tool in ("memcheck", "racecheck", "synccheck") for file in files]
+    bad = [key for key, row in rows.items() if "error" in row]
+    assert bad == ["racecheck detcore/ops/test_nms.py"] and rows[bad[0]]["errors"] == 1
+    assert "does not support this device" in rows["synccheck single_stage_detector/ops/test_match.py"]["skipped"]
 
 
 def test_junit_files_are_summed_up(tmp_path):
@@ -198,6 +229,30 @@ def test_results_of_another_commit_are_not_mixed(tmp_path, monkeypatch, capsys):
     assert state["parts"] == {} and state["commit"] == core.commit()
 
 
+def budgets(tmp_path: Path, monkeypatch, *words: str) -> dict[str, float]:
+    """The seconds that each part is given by a check whose parts take no time and leave what is there."""
+    given = {}
+    monkeypatch.setattr(check, "run_part", lambda part, seconds, *_: given.update({part.name: seconds}))
+    check.check(check.arguments(["--out", str(tmp_path), *words]), True, check.Log(tmp_path / "log"))
+    return given
+
+
+def test_a_stopped_part_gets_the_time_of_those_that_are_done(tmp_path, monkeypatch):
+    """Its one long job would begin anew at each call and never end."""
+    parts = {part.name: {"status": "passed", "rows": {}} for part in check.PARTS}
+    parts["bccd"] = {"status": "stopped", "rows": {}}
+    core.save(tmp_path, {"version": 1, "commit": core.commit(), "quick": False, "gpu": True, "parts": parts})
+    given = budgets(tmp_path, monkeypatch)
+    assert given == {"bccd": pytest.approx(600 - check.GRACE, abs=2)}
+
+
+def test_named_parts_share_all_the_time(tmp_path, monkeypatch):
+    given = budgets(tmp_path, monkeypatch, "--only", "bccd", "--minutes", "8")
+    assert given == {"bccd": pytest.approx(480 - check.GRACE, abs=2)}
+    given = budgets(tmp_path, monkeypatch, "--only", "floor,bccd")
+    assert given["floor"] == pytest.approx(120, abs=2)
+
+
 def full_state() -> dict:
     """What a check on a large GPU could leave, with numbers as wide as they get."""
     times = {"ms": 12345.678, "p10_ms": 1.0, "p90_ms": 99999.9, "n": 100}
@@ -307,6 +362,22 @@ class TestCompareLosses:
         assert "no recorded step in common" in run("tools/compare_losses.py", a, b, code=2)
         assert "progress.jsonl" in run("tools/compare_losses.py", a, tmp_path / "none", code=2)
 
+    @pytest.mark.parametrize(("code", "fails"), [(0, False), (3, False), (1, True)])
+    def test_a_run_may_miss_the_target(self, tmp_path, monkeypatch, code, fails):
+        """So few steps reach none; none is asked for unless the options do."""
+        called = []
+        result = subprocess.CompletedProcess([], code, "", "what was wrong")
+        monkeypatch.setattr(losses.subprocess, "run", lambda command, **_: called.append(command) or result)
+        options = ["--synthetic", "--no-pretrained", "--target-map", "0.5"]
+        try:
+            losses.train(tmp_path, 3, options, ["--ops", "reference"])
+        except losses.UserError as error:
+            assert fails and "what was wrong" in str(error)
+        else:
+            assert not fails
+        words = called[0][called[0].index("single_stage_detector.train") + 1 :]
+        assert words[:5] == ["--target-map", "none", *options[:3]]
+
     @pytest.mark.slow
     def test_runs_both_itself(self, tmp_path):
         options = [
@@ -321,6 +392,6 @@ class TestCompareLosses:
             "--fpn-channels",
             "16",
         ]
-        options += ["--head-convs", "1", "--num-classes", "3", "--target-map", "none", "--division", "open"]
+        options += ["--head-convs", "1", "--num-classes", "3", "--division", "open"]
         words = (tmp_path / "a", tmp_path / "b", "--run", "--steps", "3", "--tolerance", "0.001", "--", *options)
         assert "within the tolerance of 0.001: over 3 steps" in run("tools/compare_losses.py", *words)

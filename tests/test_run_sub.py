@@ -241,7 +241,8 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
         for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", row.split("|")[1])
     }
     assert read - given - listed == set(), "missing in the README"
-    programs = {"SEED", "BATCHSIZE", "EVALBATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS", "LOG_INTERVAL",
+    programs = {"SEED", "BATCHSIZE", "EVALBATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS", "WARMUP_STEPS",
+                "LOG_INTERVAL", "OPS", "GRAPHS",
                 "MLPERF_SUBMISSION_ORG", "MLPERF_DIVISION", "MLPERF_STATUS", "MLPERF_SYSTEM_NAME", "SYSTEM_DESCRIPTION",
                 "HANG_MONITOR_TIMEOUT", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"}  # fmt: skip
     assert listed - read - programs == set(), "read by nobody"

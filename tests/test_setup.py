@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from detcore import native
 from tests import emulation
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def setup(monkeypatch, tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path / "src")
-    monkeypatch.setattr(module, "sys", SimpleNamespace(path=[]))
+    monkeypatch.setattr(module, "sys", SimpleNamespace(path=[], argv=["setup.py", "build_ext", "--inplace"]))
     module.said = []
     monkeypatch.setattr(module, "say", module.said.append)
     monkeypatch.setattr(module, "Path", lambda *parts: tmp_path if parts == ("/usr/local/cuda",) else Path(*parts))
@@ -132,6 +133,53 @@ def test_kernels_cpu_leaves_nvcc_alone(setup, monkeypatch, tmp_path):
     assert "KERNELS=cpu: only the CPU code" in setup.said[-1]
 
 
+@pytest.fixture
+def in_place(setup, monkeypatch) -> list[Path]:
+    """KERNELS=cpu python setup.py build_ext --inplace, where the first library is the CPU's, the others have CUDA."""
+    monkeypatch.setenv("KERNELS", "cpu")
+    setup.sys.argv = ["setup.py", "build_ext", "--inplace"]
+    monkeypatch.setattr(setup, "loads", lambda program: True)
+    libraries = [setup.ROOT / program / "_kernels.so" for program in PROGRAMS]
+    for i, library in enumerate(libraries):
+        library.write_bytes(b"\x7fELF .nv_fatbin" if i else b"\x7fELF")
+    (setup.ROOT / "setup.py").touch()
+    os.utime(setup.ROOT / "setup.py", (0, 0))
+    return libraries
+
+
+def built(setup) -> list[str]:
+    return [extension.name.removesuffix("._kernels") for extension in setup.extensions()["ext_modules"]]
+
+
+def test_kernels_cpu_leaves_a_current_library_with_cuda_code_alone(setup, in_place):
+    assert built(setup) == PROGRAMS[:1]
+    assert f"KERNELS=cpu: {PROGRAMS[1]}/_kernels.so is current and has code for GPUs too: left as it is" in setup.said
+    os.utime(setup.ROOT / PROGRAMS[2] / "csrc", (0, 0))
+    in_place[0].write_bytes(in_place[1].read_bytes())
+    assert built(setup) == []
+
+
+def test_kernels_cpu_replaces_what_is_old_or_can_not_be_loaded(setup, in_place, monkeypatch):
+    os.utime(in_place[1], (0, 0))
+    assert built(setup) == PROGRAMS[:2]
+    monkeypatch.setattr(setup, "loads", lambda program: False)
+    assert built(setup) == PROGRAMS
+
+
+def test_only_kernels_cpu_in_place_keeps_libraries(setup, in_place, monkeypatch):
+    setup.sys.argv = ["setup.py", "bdist_wheel"]
+    assert built(setup) == PROGRAMS, "a wheel holds every library"
+    setup.sys.argv = ["setup.py", "build_ext", "--inplace"]
+    monkeypatch.delenv("KERNELS")
+    assert built(setup) == PROGRAMS
+
+
+def test_whether_a_library_can_be_loaded_is_asked_elsewhere(setup, monkeypatch):
+    monkeypatch.setattr(setup, "ROOT", ROOT)
+    setup.sys.executable = sys.executable
+    assert setup.loads("detcore") == (not native.load("detcore")) and not setup.loads("no_such_program")
+
+
 def test_a_toolkit_without_headers_is_none(setup, monkeypatch, tmp_path):
     nvcc = toolkit(tmp_path / "toolkit")
     (tmp_path / "toolkit/include/cuda_runtime.h").unlink()
@@ -169,6 +217,28 @@ def test_a_source_archive_holds_every_source(checkout, tmp_path):
         names = {name.partition("/")[2] for name in opened.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for p in PROGRAMS for path in (ROOT / p / "csrc").iterdir()}
     assert wanted | {"setup.py", "detcore/ops/normalize.py"} <= names
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_does_not_take_a_failed_build_for_done(checkout):
+    """It tries again the next time; `make ops` fails."""
+    (checkout / ".venv").symlink_to(sys.prefix)
+
+    def make(target: str) -> subprocess.CompletedProcess:
+        command = ["make", "-o", ".venv/.ready", target]
+        environment = os.environ | {"CXX": "no-such-compiler"}
+        return subprocess.run(command, cwd=checkout, text=True, capture_output=True, env=environment)
+
+    for _ in range(2):
+        done = make("build/.kernels")
+        assert done.returncode == 0 and "make: no C++ compiler (no-such-compiler)" in done.stdout
+        assert "the PyTorch references run instead" in done.stderr
+        assert not (checkout / "build/.kernels").exists()
+    for line in (checkout / "Makefile").read_text().splitlines():
+        assert not line.startswith("KERNELS"), "make would pass its own value on, instead of the user's KERNELS=cpu"
+    done = make("ops")
+    assert done.returncode and "no C++ compiler (no-such-compiler)" in done.stdout
+    assert "make: the kernels were not built" in done.stderr and not (checkout / "build/.kernels").exists()
 
 
 @pytest.mark.slow

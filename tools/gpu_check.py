@@ -203,7 +203,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
-    """Runs the chosen parts one after the other; time that one leaves is the next one's."""
+    """Runs the chosen parts that are not done, one after the other, with all the minutes among them.
+
+    So a part whose one long job was stopped has more time for it in the next call. What one leaves is the next one's.
+    """
     began = time.monotonic()
     state = load(options.out)
     identity = {"commit": commit(), "quick": options.quick, "gpu": gpu}
@@ -212,18 +215,18 @@ def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
         state = {"version": 1, "parts": {}}
     state.update(identity, published=PUBLISHED, targets=TARGETS)
     state["clocks"] = [clocks("start")] if gpu else []
+    chosen = [part for part in PARTS if (part.name in options.wanted if options.wanted else gpu or part.cpu)]
+    todo = [part for part in chosen if not keep(state, part.name, bool(options.wanted))]
     save(options.out, state)
-    spare = 0.0
-    for part in PARTS:
-        if part.name not in options.wanted if options.wanted else not (gpu or part.cpu):
-            continue
-        state = load(options.out)
-        if keep(state, part.name, bool(options.wanted)):
+    for part in chosen:
+        if part not in todo:
             log.say(f"{part.name}: kept from an earlier call")
-            continue
-        save(options.out, state)
+    scale = options.minutes * 60 / max(1.0, sum(part.seconds for part in todo))
+    spare = 0.0
+    for part in todo:
+        state = load(options.out)
         left = options.minutes * 60 - (time.monotonic() - began)
-        seconds = min(part.seconds * options.minutes / 10 + spare, left - GRACE)
+        seconds = min(part.seconds * scale + spare, left - GRACE)
         if seconds < 3:
             state["parts"].setdefault(part.name, {"rows": {}}).update(status="stopped", reason="no time was left")
             save(options.out, state)

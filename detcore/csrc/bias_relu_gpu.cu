@@ -6,6 +6,14 @@ constexpr int kThreads = 256;
 constexpr int64_t kBlocks = 4096;  // enough to fill a GPU; threads then go on by strides
 constexpr int64_t kSumBlocks = 1024;
 
+// How many blocks an SM of 2048 threads (A100, H100, B200) shall hold, so that 132 SMs run kSumBlocks in one wave.
+// Other GPUs have fewer threads, for which ptxas would refuse the number.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+constexpr int kResident = 8;
+#else
+constexpr int kResident = 1;
+#endif
+
 // Groups [start, groups) of a thread, one stride apart. kWhole: channels_last with channels % 8 == 0 and aligned
 // tensors, so that a group has 8 neighbouring channels; the channel is then carried along, without divisions.
 template <typename T, bool kWhole>
@@ -56,10 +64,13 @@ __global__ void mask_kernel(const T* grad, const uint8_t* bits, T* dx, int64_t n
 }
 
 // The same, with partial sums of the gradient. Tensors are rows of `row` groups. A block has `lanes` (a power of two)
-// neighbouring groups of its part of the rows; partial: [parts, row * 8], each value the sum over one part.
+// neighbouring groups of its part of the rows; partial: [parts, row * 8], each value the sum over one part. kResident
+// leaves 32 registers to a thread, too few for float.
 template <typename T>
-__global__ void mask_sums_kernel(const T* grad, const uint8_t* bits, T* dx, float* partial, int64_t rows, int row,
-                                 int lanes, int64_t parts) {
+__global__ __launch_bounds__(kThreads,
+                             sizeof(T) == 4 ? 1 : kResident) void mask_sums_kernel(const T* grad, const uint8_t* bits,
+                                                                                   T* dx, float* partial, int64_t rows,
+                                                                                   int row, int lanes, int64_t parts) {
   __shared__ float shared[kGroup * kThreads];
   const int across = (row + lanes - 1) / lanes;
   const int group_in_row = static_cast<int>(blockIdx.x % across) * lanes + static_cast<int>(threadIdx.x) % lanes;

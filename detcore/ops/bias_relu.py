@@ -73,7 +73,7 @@ def conv_bias_relu(
     return F.relu(out, inplace=True)
 
 
-if not native.load("detcore"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(x: Tensor, bias: Tensor, residual: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, detecti
     return nms_reference(boxes, scores, labels, threshold, detections)
 
 
-if not native.load("detcore"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, detections: int) -> Tensor:

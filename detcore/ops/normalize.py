@@ -32,7 +32,7 @@ def normalize(
     return normalize_reference(images, scale, shift, dtype, flip)
 
 
-if not native.load("detcore"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, flip: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ def take(ctx, upstream: Tensor | None, float16_constant: float, which: int = 0) 
     return gradient
 
 
-if not native.load("detcore"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(gradient: Tensor, upstream: Tensor, constant: float) -> None:

@@ -22,17 +22,27 @@ HOST_DEVICE float reciprocal(float x) {
 #endif
 }
 
+// a * b + c: one instruction on GPUs, where the kernel's arithmetic takes as long as its memory and would be 1.4 times
+// as much with both apart. Apart on CPUs, not all of which have it; exponential and reciprocal differ there anyway.
+HOST_DEVICE float madd(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // log(1 + x) for x in 0..1: x times the polynomial with the least relative error, 3e-8.
 HOST_DEVICE float log_1_plus(float x) {
   float y = 0.005232690833508968f;
-  y = y * x - 0.029505228623747826f;
-  y = y * x + 0.07822594791650772f;
-  y = y * x - 0.13663245737552643f;
-  y = y * x + 0.19106008112430573f;
-  y = y * x - 0.2484298199415207f;
-  y = y * x + 0.3331909775733948f;
-  y = y * x - 0.4999949336051941f;
-  y = y * x + 0.9999999403953552f;
+  y = madd(y, x, -0.029505228623747826f);
+  y = madd(y, x, 0.07822594791650772f);
+  y = madd(y, x, -0.13663245737552643f);
+  y = madd(y, x, 0.19106008112430573f);
+  y = madd(y, x, -0.2484298199415207f);
+  y = madd(y, x, 0.3331909775733948f);
+  y = madd(y, x, -0.4999949336051941f);
+  y = madd(y, x, 0.9999999403953552f);
   return y * x;
 }
 
@@ -45,7 +55,7 @@ HOST_DEVICE Term focal_term(float x) {
   const float p = x > 0 ? d : ed, q = x > 0 ? ed : d;
   const float softplus = (x > 0 ? x : 0.f) + log_1_plus(e);
   const float square = p * p;
-  return {square * softplus, square * (2.f * q * softplus + p)};
+  return {square * softplus, square * madd(2.f * q, softplus, p)};
 }
 
 // What the gradient is multiplied by while it is kept: float16 would lose the small ones. 0.81 * 65536 is no overflow.

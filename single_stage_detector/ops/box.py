@@ -53,7 +53,7 @@ def _backward(ctx, upstream: Tensor | None, _: None) -> tuple:
     return take(ctx, upstream, KEPT_IN_FLOAT16), None, None, None, None, None, None
 
 
-if not native.load("single_stage_detector"):
+if native.loaded(OP):
     torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
 
     @torch.library.register_fake(OP)

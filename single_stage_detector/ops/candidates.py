@@ -110,7 +110,7 @@ def candidates(
     return scores, anchors.gather(1, order), labels.gather(1, order), here
 
 
-if not native.load("single_stage_detector"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(

@@ -63,7 +63,7 @@ def match(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     return match_reference(anchors, boxes, labels)
 
 
-if not native.load("single_stage_detector"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def candidates(logits: Tensor, score_thresh: float, per_class: int) -> tuple[Ten
     return _packed(len(scores), scores[image, label, place], image, prior[image, label, place], label)
 
 
-if not native.load("ssd300"):
+if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(logits: Tensor, threshold: float, per_class: int) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ def _backward(ctx, box: Tensor | None, cls: Tensor | None, *_: None) -> tuple:
     return take(ctx, box, constant, 0), take(ctx, cls, constant, 1), None, None, None, None, None
 
 
-if not native.load("ssd300"):
+if native.loaded(MATCH) and native.loaded(LOSS):
     torch.library.register_autograd(LOSS, _backward, setup_context=_setup_context)
 
     @torch.library.register_fake(MATCH)

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from itertools import count, islice
 from pathlib import Path
 
@@ -457,13 +459,89 @@ def test_resuming_on_another_data_set_is_refused(tmp_path):
 def test_checkpoints_within_an_epoch(tmp_path):
     seen = []
 
-    def loss(network, b):
+    due = [0, 0, 0, 3, 4, 4, 6, 6]
+
+    def written() -> int:
         path = tmp_path / "out/last.pt"
-        seen.append(torch.load(path, weights_only=True)["step"] if path.exists() else 0)
+        return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+    def loss(network, b):
+        end = time.monotonic() + 20
+        while written() < due[len(seen)] and time.monotonic() < end:  # a thread writes it meanwhile
+            time.sleep(0.01)
+        seen.append(written())
         return {"square": (network(b.images) ** 2).mean()}
 
     run(tmp_path, make_task(loss=loss, target=None), epochs=2, checkpoint_interval=3)
-    assert seen == [0, 0, 0, 3, 4, 4, 6, 6]
+    assert seen == due
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """It holds the weights of its step; what wants the file waits for it, and so does the end of the run."""
+    trained, save, names = threading.Event(), checkpoint.save, []
+
+    def slow(path, contents, links):
+        assert trained.wait(20), "training waits for the checkpoint"
+        time.sleep(0.2)
+        names.append((contents["step"], [link.name for link in links]))
+        save(path, contents, links)
+
+    def loss(network, b):
+        trained.set() if int(b.image_id) > STEPS else None
+        return {"square": (network(b.images) ** 2).mean()}
+
+    kept = []
+    monkeypatch.setattr(checkpoint, "save", slow)
+    task = make_task(loss=loss, target=None, polls=3)
+    observe = lambda kind, fields: kept.append(torch.load(fields["path"])["step"]) if kind == "saved" else None  # noqa: E731
+    before = threading.active_count()
+    outcome, _ = run(tmp_path, dataclasses.replace(task, observe=observe), epochs=2)
+    assert outcome.code == cli.OK and kept == [STEPS, 2 * STEPS] and threading.active_count() == before
+    assert names == [(STEPS, ["evaluated.pt"]), (2 * STEPS, ["evaluated.pt"])]
+    for name, values in (("last.pt", 8), ("best.pt", 8)):
+        saved = torch.load(tmp_path / "out" / name, weights_only=True)
+        assert saved["step"] == values
+        assert float(saved["model"]["weight"]) == pytest.approx(by_hand([i % 3 for i in range(values)]), abs=1e-12)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, at):
+    save, calls = checkpoint.save, []
+
+    def full(path, contents, links):
+        calls.append(contents["step"])
+        if len(calls) == at:
+            raise UserError("No space left on device")
+        save(path, contents, links)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    before = threading.active_count()
+    with pytest.raises(UserError, match="No space left"):
+        run(tmp_path, make_task(target=None))
+    assert len(calls) == at and threading.active_count() == before
+    assert mllog(tmp_path / "out")[-2]["metadata"]["status"] == "aborted"
+    last = tmp_path / "out/last.pt"
+    assert (torch.load(last, weights_only=True)["step"] if at > 1 else last.exists()) == (at - 1) * STEPS
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_of_where_the_run_ends_otherwise(tmp_path, monkeypatch, capsys):
+    broken = threading.Event()
+
+    def full(path, contents, links):
+        assert broken.wait(20)
+        time.sleep(0.2)
+        raise UserError("No space left on device")
+
+    def loss(network, b):
+        if int(b.image_id) == STEPS:
+            broken.set()
+            raise RuntimeError("a real mistake")
+        return {"square": (network(b.images) ** 2).mean()}
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(RuntimeError, match="a real mistake"):
+        run(tmp_path, make_task(loss=loss, target=None, polls=99))
+    assert "error: No space left on device" in capsys.readouterr().err
 
 
 def test_progress_file_tells_steps_metrics_and_where_time_went(tmp_path):

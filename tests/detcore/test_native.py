@@ -85,10 +85,28 @@ def test_a_broken_library(library, content):
     assert "can't be loaded" in (told := native.describe("detcore", torch.device("cpu"))) and "make ops" in told
 
 
+@BUILT
+@pytest.mark.parametrize("kept", [10, 63, 64, 4096, 0.5, 0.98])
+def test_a_library_that_is_cut_off(library, kept):
+    """Loading it would end the process by SIGBUS."""
+    content = (native.ROOT / "detcore" / "_kernels.so").read_bytes()
+    library.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert native.load("detcore") == f"{library} is cut off: build it again (make ops)"
+    assert not native.runs(OP, images())
+
+
+@BUILT
+def test_a_library_of_another_program(library):
+    """Loading it would define the other's ops a second time, which ends the process by SIGABRT."""
+    library.write_bytes((native.ROOT / "detcore" / "_kernels.so").read_bytes())
+    assert native.load("ssd300") == f"{library} is not the library of ssd300: build it again (make ops)"
+
+
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
 def test_a_library_of_another_torch_names_what_is_missing(library):
     source = library.with_suffix(".c")
-    source.write_text("int torch_of_tomorrow(void);\nint call(void) { return torch_of_tomorrow(); }\n")
+    call = "int torch_of_tomorrow(void);\nint call(void) { return torch_of_tomorrow(); }\n"
+    source.write_text(f'const char *program = "detcore";\n{call}')
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-z,now", "-o", library, source], check=True)
     assert "undefined symbol: torch_of_tomorrow" in native.load("detcore")
     assert f"built for another version of torch than {torch.__version__}" in native.load("detcore")
@@ -101,9 +119,29 @@ def test_describe(monkeypatch):
     with native.using("reference"):
         assert native.describe("detcore", cpu) == "ops: the PyTorch references (--ops reference)"
     monkeypatch.setattr(native, "_has", lambda op, device: device == "cpu")
+    file = native.library_file("detcore")
     assert native.describe("detcore", torch.device("cuda")) == (
-        f"ops: the PyTorch references, because {native.library_file('detcore')} has no code for cuda: "
+        f"ops: WARNING, slower than the kernels: the PyTorch references, because {file} has no code for cuda: "
         "built without nvcc (make ops)"
+    )
+
+
+@BUILT
+@pytest.mark.parametrize(("absent", "which"), [("detcore", "some of the"), ("ssd300", "some of the"), ("both", "the")])
+def test_describe_tells_of_each_library(tmp_path, monkeypatch, absent, which):
+    """A program's ops stand in its own library and in detcore's."""
+    monkeypatch.setattr(
+        native,
+        "library_file",
+        lambda program: native.ROOT.joinpath("nowhere" if absent in (program, "both") else "", program, "_kernels.so"),
+    )
+    native.load.cache_clear()
+    told = native.describe("ssd300", torch.device("cpu"))
+    native.load.cache_clear()
+    first = "detcore" if absent == "detcore" else "ssd300"
+    assert (
+        told
+        == f"ops: {which} PyTorch references, because {native.ROOT}/nowhere/{first}/_kernels.so is not built (make ops)"
     )
 
 
@@ -153,3 +191,12 @@ def test_importing_the_package_needs_no_library():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, text=True, capture_output=True)
     assert done.stdout.strip() == "12.0", done.stderr
+
+
+def test_an_op_of_a_newer_program_is_not_loaded():
+    """A library from before the op's time does not stop the program from starting."""
+    if native.load("detcore"):
+        pytest.skip("not built")
+    assert native.loaded("detcore::normalize") and not native.loaded("detcore::of_tomorrow")
+    assert not native.runs("detcore::of_tomorrow", torch.zeros(1))
+    assert not native.loaded("no_such_program::normalize")

@@ -59,6 +59,8 @@ class Implementation:
 @contextmanager
 def running(name: str) -> Iterator[Implementation]:
     """Lets torch.ops.<program> of all programs run an implementation; for the fixture. Skips where it can't be had."""
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
     if missing := next(filter(None, map(native.load, programs())), ""):
         unavailable(missing)
     fill = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

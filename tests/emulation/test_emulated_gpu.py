@@ -89,6 +89,12 @@ def test_launches_that_a_gpu_refuses():
     assert run("order", x, 0, 1, 1).item() == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_the_cuda_implementation_skips():
+    with pytest.raises(pytest.skip.Exception, match="torch sees no GPU"), emulation.running("cuda"):
+        pass
+
+
 def test_it_is_quick():
     start = time.perf_counter()
     run("block", torch.zeros(128 * 1000, dtype=torch.int64), 1000, 128, 1 + 5 * 1000)

@@ -1,12 +1,13 @@
 """Data sets by name, as the program opens them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from detcore import UserError
 from single_stage_detector.config import Config
-from single_stage_detector.data import class_count, open_index
+from single_stage_detector.data import class_count, open_data, open_index
 
 
 def test_coco_by_name_with_its_own_sparse_ids(shared_data, tmp_path):
@@ -52,3 +53,10 @@ def test_coco_with_another_number_of_classes_is_refused(tmp_path):
     (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="--dataset custom"):
         open_index(Config(dataset="coco", dataset_path=tmp_path), "train")
+
+
+@pytest.mark.parametrize(("loader", "told"), [("torch", ""), ("nvjpeg", "; --loader nvjpeg is not used, ")])
+def test_synthetic_data_says_that_a_loader_is_not_used(loader, told):
+    context = SimpleNamespace(seed=1, world=SimpleNamespace(rank=0))
+    data = open_data(Config(synthetic=True, loader=loader), context)
+    assert data.summary.partition("no evaluation")[2].startswith(told) and bool(told) == ("--loader" in data.summary)

@@ -17,6 +17,7 @@ from detcore.task import Context
 from single_stage_detector import data
 from single_stage_detector.config import Config
 from single_stage_detector.model import RetinaNet
+from tests.detcore.tape import TapeRecorder
 
 CPU = backend.Backend(torch.device("cpu"), "fp32")
 ALONE = World(0, 1, 0, 1)
@@ -50,7 +51,7 @@ class Ahead(backend.Backend):
     """A CPU on which the next batch is on its way as on a GPU."""
 
     def ahead(self, batches):
-        return one_ahead(batches, next, lambda batch: batch)
+        return one_ahead(batches, next, lambda batch: batch, in_thread=True)
 
 
 def equal(ours, theirs) -> bool:
@@ -167,3 +168,62 @@ class TestEvalBatchSize:
         finally:
             opened.close()
         assert sizes == [5, 5] and calls == [True]
+
+
+@pytest.mark.parametrize("images", [0, 4])
+def test_inference_is_made_before_there_is_data(config, model, images):
+    """Recorded with ids that are not known yet, at a size that fits the few images that a rank may have."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("cls_logits.bias"):
+                value.fill_(-1)
+    config, val = dataclasses.replace(config, eval_batch_size=images), data.open_index(config, "val")
+    recorder = TapeRecorder()
+    found = []
+    for device in (CPU, dataclasses.replace(CPU, recorder=recorder)):
+        made = detection.Inference(data.DETECTOR, config, Context(device, ALONE, 0))
+        made.prepare(model, 1)
+        assert model.training == (device is not CPU)
+        model.eval()
+        found += [made.evaluate(model, val, lambda *told: None) for _ in range(2)]
+    assert recorder.recordings == 1 and len(found[0]) and set(found[0][:, 6].tolist()) == {7}
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_recording_takes_no_memory_from_steps_that_are_not(config, model, monkeypatch):
+    monkeypatch.setattr(backend.Backend, "largest_batch", None)
+    device = dataclasses.replace(CPU, recorder=TapeRecorder(), eager="several GPUs")
+    assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, device) == 2
+
+
+@pytest.mark.parametrize("size, kept", [(128, 11), (8, 8), (11, 11)])
+def test_a_size_found_without_data_is_found_again_for_few_images(config, model, monkeypatch, size, kept):
+    sizes = []
+    monkeypatch.setattr(detection, "eval_batch_size", lambda *arguments: 11)
+    inner = detection.eval_stream
+    monkeypatch.setattr(detection, "eval_stream", lambda *arguments: sizes.append(arguments[-1]) or inner(*arguments))
+    made = detection.Inference(data.DETECTOR, config, Context(CPU, ALONE, 0))
+    made.images = size
+    made.evaluate(model, data.open_index(config, "val"), lambda *told: None)
+    assert sizes == [kept]
+
+
+@pytest.mark.parametrize(
+    "accumulate, most, expected",
+    [(1, 0, [1] * 5), (2, 0, [2, 2, 1]), (8, 0, [5]), (2, 2, [2, 2]), (3, 1, [3]), (3, 9, [3, 2])],
+)
+def test_an_epoch_of_eleven_images_gives_all_micro_batches_to_its_steps(config, accumulate, most, expected):
+    config = dataclasses.replace(config, accumulate=accumulate, max_iters_per_epoch=most)
+    opened = data.open_data(config, Context(CPU, ALONE, 3))
+    try:
+        steps = opened.steps_per_epoch
+        assert [opened.passes(step, accumulate) for step in range(2 * steps)] == 2 * expected
+        stream = opened.train_batches(0, 0)
+        first, second = (list(islice(stream, sum(expected))) for _ in range(2))
+        stream.close()
+        assert equal(second, islice(opened.train_batches(1, 0), sum(expected))), "the next epoch begins where it must"
+        assert equal(
+            first[accumulate:], islice(opened.train_batches(0, accumulate), max(sum(expected) - accumulate, 0))
+        )
+    finally:
+        opened.close()

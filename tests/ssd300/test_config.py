@@ -38,6 +38,9 @@ def read(line: str, **environ: str):
         ("--backbone-path w.pth", "weights", "w.pth"), ("--num-workers 2", "workers", 2), ("", "workers", 8),
         ("", "precision", "tf32"), ("--amp", "precision", "auto"), ("--no-amp", "precision", "tf32"),
         ("--no-amp --no-allow-tf32", "precision", "fp32"), ("--no-allow-tf32", "precision", "fp32"),
+        ("--no-allow-tf32 --no-amp", "precision", "fp32"), ("--no-amp --allow-tf32", "precision", "tf32"),
+        ("--no-allow-tf32 --amp", "precision", "auto"), ("--no-allow-tf32 --allow-tf32", "precision", "tf32"),
+        ("--amp --no-amp --no-allow-tf32", "precision", "fp32"), ("--no-amp --amp", "precision", "auto"),
         ("--amp --no-allow-tf32", "precision", "auto"), ("--amp --allow-tf32", "precision", "auto"),
         ("--precision fp16", "precision", "fp16"), ("--log-interval 7", "log_interval", 7),
         ("--json-summary s.json", "json_summary", "s.json"), ("--accumulation 8", "accumulate", 8),
@@ -82,6 +85,18 @@ def test_the_log_is_never_of_the_closed_division():
 def test_what_does_not_fit_is_refused(line):
     with pytest.raises(UserError):
         read(line)
+
+
+@pytest.mark.parametrize("mode", ["training", "benchmark", "benchmark-training"])
+def test_training_on_single_images_is_refused(mode):
+    with pytest.raises(UserError, match="one cell"):
+        read(f"--bs 1 --mode {mode}")
+    assert read(f"--bs 1 --sync-bn --mode {mode}").config.batch_size == 1
+
+
+def test_one_image_at_a_time_is_enough_without_training():
+    assert read("--bs 1 --mode evaluation --checkpoint a.pt").config.batch_size == 1
+    assert read("--bs 1 --mode benchmark-inference").config.batch_size == 1
 
 
 def test_only_the_recipe_of_the_original_has_no_departures():

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import threading
 
 import numpy as np
@@ -12,9 +13,9 @@ from PIL import Image
 import hubconf
 from detcore import UserError, checkpoint
 from detcore.data import transforms
-from ssd300 import inference
+from ssd300 import inference, train
 from ssd300.config import IMAGE_SIZE, Config
-from ssd300.model import MEAN, SSD300, STD, scale_as_the_originals_inference
+from ssd300.model import BACKBONES, MEAN, SSD300, STD, Body, known_backbone, scale_as_the_originals_inference
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,48 @@ def test_torch_hub_without_weights():
     assert hubconf.nvidia_ssd(pretrained=False, backbone="resnet18", num_classes=5).num_classes == 5
     with pytest.raises(UserError, match="can't be fetched"):
         hubconf.nvidia_ssd(checkpoint="http://127.0.0.1:9/never_there.pt")
+
+
+def originals(path, backbone, classes=80, **more):
+    """A file as the original writes it, in its names."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6}
+    state = {}
+    for name, value in SSD300(backbone, classes).state_dict().items():
+        if name.startswith("backbone."):
+            _, part, rest = name.split(".", 2)
+            name = f"feature_extractor.feature_extractor.{numbers[part]}.{rest}"
+        state[f"module.{name}"] = value
+    torch.save({"epoch": 1, "model": state, **more}, path)
+    return path
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34"])
+def test_the_originals_files_tell_their_backbone(tmp_path, backbone):
+    model, names = inference.load_model(originals(tmp_path / "a.pt", backbone))
+    assert len(model.backbone.layer3) == {"resnet18": 2, "resnet34": 6}[backbone] and names[79] == "toothbrush"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbones_are_told_by_their_weights(backbone):
+    with torch.device("meta"):
+        assert known_backbone(Body(backbone).state_dict(prefix="backbone.")) == backbone
+    assert known_backbone({}) is None
+
+
+def test_classes_of_the_originals_files(tmp_path):
+    named = {0: "background", 1: "cat", 2: "dog"}
+    saved = torch.load(originals(tmp_path / "a.pt", "resnet18", 2, label_map=named), weights_only=True)
+    assert inference.class_entries(saved) == [(1, "cat"), (2, "dog")]
+    assert inference.class_entries(saved | {"label_map": {0: "background", 1: "cat"}}) == []
+    assert inference.class_entries(saved | {"classes": [[7, "a"], [9, "b"]]}) == [(7, "a"), (9, "b")]
+    coco = inference.class_entries({"conf.0.bias": torch.zeros(4 * 81)})
+    assert len(coco) == 80 and coco[0] == (1, "person") and coco[11] == (13, "stop sign")
+    assert coco[79] == (90, "toothbrush")
+
+
+def test_prediction_with_an_originals_file_needs_no_annotations(folder, tmp_path):
+    path = originals(tmp_path / "a.pt", "resnet18")
+    words = ["--mode", "predict", "--checkpoint", str(path), "--backbone", "resnet18", "--no-cuda", "--data", "/none"]
+    assert train.main([*words, "--images", str(folder / "picture.png"), "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/predictions/detections.json").read_text())
+    assert found["categories"][79] == {"id": 90, "name": "toothbrush"}

@@ -13,6 +13,7 @@ def seen(**changes) -> dict:
         "device": "TPU", "torch": "2.14.1", "losses": [17.0, 16.0, 15.0], "seconds": [9.0, 0.5, 0.4],
         "compiled": [2, 3, 3], "statistics": ["torch.float32", [0.5, 1.0], [2.0, 3.0]],
         "loss_dtype": ["torch.float32"], "refused": "the shape changed", "checkpoint": True, "on_the_host": [],
+        "scores": [0.9, 0.8],
     } | changes  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def test_equal_runs_are_right(check):
         ({"loss_dtype": ["torch.bfloat16"]}, "loss, type"),
         ({"statistics": ["torch.bfloat16", [0.5, 1.0], [2.0, 3.0]]}, "running statistics, type"),
         ({"statistics": ["torch.float32", [0.5, 1.1], [2.0, 3.0]]}, "running statistics (at most"),
+        ({"scores": [0.9, 0.7]}, "ten best scores"),
         ({"refused": ""}, "a batch of another shape"),
         ({"checkpoint": False}, "checkpoint"),
         ({"compiled": [2, 3, 4]}, "programs compiled"),

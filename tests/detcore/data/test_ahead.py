@@ -1,6 +1,8 @@
 """Batches one step ahead: when they are fetched, where errors and the end come, and which stream waits for which."""
 
 import contextlib
+import threading
+import time
 
 import pytest
 import torch
@@ -45,34 +47,90 @@ class Source:
         self.closed = True
 
 
-def test_nothing_is_fetched_before_it_is_asked_for_and_then_one_more():
+def soon(condition) -> bool:
+    """Whether it becomes true within a few seconds."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
+
+
+by_thread = pytest.mark.parametrize("in_thread", [False, True])
+
+
+def numbers(source, in_thread: bool):
+    return one_ahead(source, next, lambda sent: sent, in_thread=in_thread)
+
+
+@by_thread
+def test_nothing_is_fetched_before_it_is_asked_for_and_then_one_more(in_thread):
     source = Source(5)
-    stream = one_ahead(source, next, lambda sent: sent)
+    stream = numbers(source, in_thread)
     assert source.taken == 0
-    assert [(next(stream), source.taken) for _ in range(5)] == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
+    for number, taken in [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]:
+        assert next(stream) == number and soon(lambda taken=taken: source.taken == taken)
+        time.sleep(0.02)
+        assert source.taken == taken, "never two ahead"
     assert next(stream, None) is None and source.closed
 
 
-def test_an_error_comes_at_its_own_place():
+@by_thread
+def test_an_error_comes_at_its_own_place(in_thread):
     source = Source(2, ValueError("third"))
-    stream = one_ahead(source, next, lambda sent: sent)
+    stream = numbers(source, in_thread)
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(ValueError, match="third"):
         next(stream)
     assert source.closed and next(stream, None) is None
 
 
+@by_thread
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_short_streams(count):
-    assert list(one_ahead(iter(range(count)), next, lambda sent: sent)) == list(range(count))
+def test_short_streams(count, in_thread):
+    assert list(numbers(iter(range(count)), in_thread)) == list(range(count))
 
 
-def test_closing_closes_the_source():
-    source = Source(9)
-    stream = one_ahead(source, next, lambda sent: sent)
+@by_thread
+def test_closing_closes_the_source(in_thread):
+    source, before = Source(9), threading.active_count()
+    stream = numbers(source, in_thread)
     next(stream)
+    assert threading.active_count() == before + in_thread
     stream.close()
-    assert source.closed
+    assert source.closed and threading.active_count() == before
+
+
+def test_a_batch_that_is_there_does_not_wait_for_the_next():
+    late = threading.Event()
+
+    def source():
+        yield 1
+        assert late.wait(20)
+        yield 2
+
+    stream = numbers(source(), True)
+    assert next(stream) == 1 and not late.is_set()
+    late.set()
+    assert list(stream) == [2]
+
+
+def test_closing_waits_for_the_batch_under_way():
+    begun, late, ends = threading.Event(), threading.Event(), []
+
+    def source():
+        try:
+            yield 1
+            begun.set()
+            assert late.wait(20)
+            yield 2
+        finally:
+            ends.append(threading.current_thread() is threading.main_thread())
+
+    stream = numbers(source(), True)
+    assert next(stream) == 1 and begun.wait(20)
+    threading.Timer(0.05, late.set).start()
+    stream.close()
+    assert ends == [True]
 
 
 def test_the_cpu_gets_the_stream_itself():
@@ -96,6 +154,17 @@ def told(monkeypatch):
         def wait_event(self, event):
             told.append(f"{self.name} waits")
 
+    class Event:
+        def __init__(self, blocking):
+            self.number = -1
+
+        def record(self, stream):
+            self.number = sum("asked" in words for words in told)
+            told.append(f"{stream.name} asked {self.number}")
+
+        def synchronize(self):
+            told.append(f"host waits for {self.number}")
+
     @contextlib.contextmanager
     def entered(stream):
         told.append(f"in {stream.name}")
@@ -103,6 +172,8 @@ def told(monkeypatch):
         told.append(f"out of {stream.name}")
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append("own device"))
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"used on {stream.name}"))
@@ -115,22 +186,40 @@ class StandIn(backend.Backend):
 
 
 def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(told):
+    threads = []
+
     def source():
         for value in range(2):
+            threads.append(threading.current_thread())
             told.append(f"fetch {value}")
             yield batch(value)
 
     stream = StandIn(torch.device("cpu"), "fp32").ahead(source())
     assert told == []
-    send = lambda n: ["in side", f"fetch {n}", *["pinned"] * 5, "side records", "out of side"]  # noqa: E731
-    receive = ["main waits", *["used on main"] * 5]
+    aside = ("own device", "in side", "fetch", "pinned", "side records", "out of side")
+    of = lambda side: [words for words in told if words.startswith(aside) == side]  # noqa: E731
+    send = lambda n: ["own device", "in side", f"fetch {n}", *["pinned"] * 5, "side records", "out of side"]  # noqa: E731
+    receive = lambda n: [f"main asked {n}", "main waits", *["used on main"] * 5]  # noqa: E731
     first = next(stream)
-    assert told == [*send(0), *send(1), *receive]
-    assert first.boxes.shape == (2, 32, 4) and torch.equal(first.images, batch(0).images)
+    assert soon(lambda: of(True) == [*send(0), *send(1)]) and of(False) == receive(0)
+    assert first.boxes.shape == (2, 40, 4) and torch.equal(first.images, batch(0).images)
     told.clear()
     assert next(stream).image_id.tolist() == [1, 1]
-    assert told == ["in side", *receive]  # the source has ended
+    assert soon(lambda: of(True) == ["own device", "in side"])  # the source has ended
+    assert of(False) == receive(0) and threading.main_thread() not in threads
     assert next(stream, None) is None
+
+
+def test_the_host_is_no_more_than_three_batches_ahead(told):
+    waits = [(n, f"host waits for {n - backend.LEAD}") for n in range(backend.LEAD, 6)]
+    stream = StandIn(torch.device("cpu"), "fp32").ahead(iter([batch(n) for n in range(6)]))
+    for _ in stream:
+        pass
+    kept = [words for words in told if words.startswith(("host", "main asked"))]
+    expected = []
+    for n in range(6):
+        expected += [words for m, words in waits if m == n] + [f"main asked {n}"]
+    assert kept == expected
 
 
 @pytest.mark.gpu
