@@ -131,7 +131,9 @@ def test_benchmarks_count_each_image_once(scenes, tmp_path):
     options = ["--mode", "benchmark-inference", "--benchmark-warmup", "1", "--benchmark-iterations", "3"]
     done = run(scenes, tmp_path, *options, "--json-summary", str(tmp_path / "s.json"))
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["weights"] == "random" and written["seed"] == 3 and "Give --checkpoint" in done.stdout
+    results = written["results"]
     assert [r["name"] for r in results] == ["inference, synthetic", "inference, with data"]
     for r in results:  # --bs 3 is the batch here too
         assert r["median_images_per_s"] == pytest.approx(3e3 / r["median_ms"])
