@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,11 @@ def test_a_config_starts_the_program():
     assert done.returncode == 0, done.stderr
     said = dict(re.findall(r"^(\w+) += (\S+)", done.stdout, re.MULTILINE))
     assert said["backbone"] == "resnet18" and said["save"] == "models" and said["device"] == "cpu"
+
+
+def test_the_gallery_shows_images_as_validation_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.engine, "train", lambda *given: SimpleNamespace(best=0.5, code=0))
+    seen = []
+    monkeypatch.setattr(train.inference, "gallery", lambda config, *rest: seen.append(config.legacy))
+    words = ["--legacy", "--gallery", "2", "--fake-data", "--no-cuda", "--output-dir", str(tmp_path)]
+    assert train.main(words) == 0 and seen == [False]
