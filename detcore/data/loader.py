@@ -47,7 +47,7 @@ def steps_per_epoch(n_images: int, batch_size: int, world_size: int, drop_last: 
     if not steps:
         raise UserError(
             f"{n_images} images do not fill one batch of {batch_size} on each of {world_size} processes; lower "
-            "--batch-size or the number of processes."
+            "--batch-size or the number of processes, or take some images twice with --no-drop-last."
         )
     return steps
 
