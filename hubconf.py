@@ -11,6 +11,7 @@ Tensors hold uint8 pixels here, and the model normalises them. The weights that 
 known to work, so nothing is fetched but from an address that you give.
 """
 
+import sys
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -31,14 +32,18 @@ def nvidia_ssd(
     map_location: str | torch.device | None = None,
     backbone: str | None = None,
     num_classes: int = 80,
+    model_math: str = "fp32",
 ) -> SSD300:
     """SSD300 in evaluation mode: uint8 images [N, 3, 300, 300] -> what decode_results of the utils takes.
 
     pretrained: with the weights of `checkpoint`, a file or a URL, of this program or of the original; False: random
     weights for num_classes classes. map_location: the device (default: the CPU); images follow the model. backbone:
-    resnet18 to resnet152 (default: the checkpoint's own, else resnet50). Raises UserError where pretrained is asked for
-    and no checkpoint named.
+    resnet18 to resnet152 (default: the checkpoint's own, else resnet50). model_math: the original's fp32 or fp16; has
+    no effect, which is said: call the model under torch.autocast instead. Raises UserError where pretrained is asked
+    for and no checkpoint named.
     """
+    if model_math != "fp32":
+        print(f"model_math={model_math!r} has no effect: call the model under torch.autocast instead", file=sys.stderr)
     if not pretrained:
         model = SSD300(backbone or "resnet50", num_classes)
     elif checkpoint is None:

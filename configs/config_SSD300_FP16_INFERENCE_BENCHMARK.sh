@@ -1,5 +1,6 @@
 # SSD300, speed of inference, 1 node x 1 GPU x 64 images: global batch 64.
-# Recipe: published by NVIDIA, examples/SSD300_FP16_INFERENCE_BENCHMARK.sh.
+# Recipe: published by NVIDIA, examples/SSD300_FP16_INFERENCE_BENCHMARK.sh. Random weights find far more than
+# trained ones, and are slower for it: ./run_and_time.sh --checkpoint FILE.
 # Expected: 438.85 images/s on a V100, 910.17 on an A100 (batch 32), without decoding (published by NVIDIA); not measured here.
 
 export BENCHMARK=ssd300

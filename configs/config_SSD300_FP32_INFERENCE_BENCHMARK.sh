@@ -1,5 +1,6 @@
 # SSD300, speed of inference, 1 node x 1 GPU x 32 images: global batch 32.
-# Recipe: published by NVIDIA, examples/SSD300_FP32_INFERENCE_BENCHMARK.sh.
+# Recipe: published by NVIDIA, examples/SSD300_FP32_INFERENCE_BENCHMARK.sh. Random weights find far more than
+# trained ones, and are slower for it: ./run_and_time.sh --checkpoint FILE.
 # Expected: 271.73 images/s on a V100 (batch 32), without decoding (published by NVIDIA); not measured here.
 
 export BENCHMARK=ssd300

@@ -68,10 +68,26 @@ def benchmark(
         for r in results:
             times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))
             print(f"{r['name']:22} {r['images_per_s']:8.1f}   {r['median_ms']:9.1f}{times}   {r['peak_gib']:8.2f}")
-        about = {"environment": device.describe() | {"processes": world.size}, "seed": context.seed}
+        about = {
+            "environment": device.describe() | {"processes": world.size},
+            "seed": context.seed,
+            "weights": weights(config),
+        }
+        if "inference" in parts and not config.checkpoint:
+            print(
+                f"weights: {weights(config)}; such a model finds far more than a trained one, which costs time in "
+                "post-processing. Give --checkpoint FILE"
+            )
         write_json(config.output_dir / "benchmark.json", {**about, "results": results})
         tell(results)
     return cli.OK
+
+
+def weights(config: DetectionConfig) -> str:
+    """What the model that is measured knows, in words: a checkpoint's path, or "random"."""
+    if config.checkpoint:
+        return str(config.checkpoint)
+    return "random" if config.resume or config.synthetic or not config.pretrained else "random but for the backbone"
 
 
 def _training(config: DetectionConfig, task: Task, context: Context) -> Callable[[Batch], None]:

@@ -62,7 +62,7 @@ class SSD300(nn.Module):
     predictor_norm: batch normalisation after the predicting convolutions, as the original's documentation has it but
     neither its code nor its weights.
 
-    Raises UserError for an unknown backbone, no classes, and images of another size.
+    Raises UserError for an unknown backbone, no classes, and images of another size or type.
     """
 
     def __init__(self, backbone: str = "resnet50", num_classes: int = 80, predictor_norm: bool = False):
@@ -101,6 +101,8 @@ class SSD300(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(images.shape[-2:]) != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(f"images are {tuple(images.shape[-2:])}; SSD300 takes {IMAGE_SIZE} x {IMAGE_SIZE}")
+        if images.dtype != torch.uint8:
+            raise UserError(f"images are {images.dtype}, but must be uint8 pixels; the model normalises them")
         device = images.device.type
         mixed = torch.is_autocast_enabled(device)  # then the first layer wants its type, and no copy in float32 is made
         dtype = torch.get_autocast_dtype(device) if mixed else self.pixel_scale.dtype

@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
     config = go_on(config, discover(os.environ)[0])
     outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
     if config.gallery and outcome.best is not None and speaks:
-        inference.gallery(config, DETECTOR, build_model)
+        inference.gallery(dataclasses.replace(config, legacy=False), DETECTOR, build_model)  # as validation sees images
     return outcome.code
 
 

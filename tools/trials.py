@@ -330,7 +330,7 @@ def summary(logdir: Path, stamp: str, runs: int, json_file: Path | None) -> int:
     mean, sentence = score(rows)
     notes = [row.note for row in rows if row.note]
     reached = sum(row.outcome.startswith("success") for row in rows)
-    print("\n".join([*table(rows), *notes, f"{reached} of {runs} trials reached the target; {sentence}"]))
+    print("\n".join([*table(rows), *notes, f"{reached} of {runs} trials ended with success; {sentence}"]))
     if json_file:
         record = {"stamp": stamp, "trials": [asdict(row) for row in rows], "olympic_mean_minutes": mean}
         json_file.write_text(json.dumps(record | {"score": sentence}, indent=1) + "\n")

@@ -47,7 +47,7 @@ def steps_per_epoch(n_images: int, batch_size: int, world_size: int, drop_last: 
     if not steps:
         raise UserError(
             f"{n_images} images do not fill one batch of {batch_size} on each of {world_size} processes; lower "
-            "--batch-size or the number of processes."
+            "--batch-size or the number of processes, or take some images twice with --no-drop-last."
         )
     return steps
 
@@ -110,8 +110,9 @@ class TrainPlan:
         self.steps = steps_per_epoch(len(index), batch_size, world_size, drop_last)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         index.check_images()
-        for i in np.flatnonzero(index.box_count() > max_boxes):
-            self._kept_boxes(int(i), flip=False, window=None)
+        suspects = np.flatnonzero(index.box_count() > max_boxes).tolist()
+        counts = [(len(self._all_boxes(i, flip=False, window=None)[0]), i) for i in suspects]
+        self._refuse(*max(counts, default=(0, 0), key=lambda found: found[0]))  # the fullest: one error tells enough
 
     def choose(self, epoch: int, step: int) -> Choice:
         """What batch_size images are taken, and what is drawn for them."""
@@ -149,17 +150,25 @@ class TrainPlan:
         return (boxes[~crowd], labels[~crowd]) if self.crowd == "drop" else (boxes, labels)
 
     def _kept_boxes(self, i: int, flip: bool, window: tuple[int, int, int, int] | None) -> tuple[np.ndarray, ...]:
+        boxes, labels = self._all_boxes(i, flip, window)
+        self._refuse(len(boxes), i)
+        return boxes, labels
+
+    def _refuse(self, count: int, i: int) -> None:
+        """UserError if so many boxes are too many of an image."""
+        if count > self.max_boxes:
+            raise UserError(
+                f"{self.index.path(i)}: image {self.index.image_ids[i]} has {count} boxes, more than "
+                f"{self.max_boxes}; raise --max-boxes to at least that."
+            )
+
+    def _all_boxes(self, i: int, flip: bool, window: tuple[int, int, int, int] | None) -> tuple[np.ndarray, ...]:
         boxes, labels = self._boxes(i)
         size = (int(self.index.heights[i]), int(self.index.widths[i]))
         if window:
             boxes, inside = cut_boxes(boxes, window)
             boxes, labels, size = boxes[inside], labels[inside], (window[3] - window[1], window[2] - window[0])
         boxes, keep = transforms.resize_boxes(boxes, size, self.image_size, flip=flip, min_box=self.min_box)
-        if keep.sum() > self.max_boxes:
-            raise UserError(
-                f"{self.index.path(i)}: image {self.index.image_ids[i]} has {keep.sum()} boxes, more than "
-                f"{self.max_boxes}; raise --max-boxes to at least that."
-            )
         return boxes[keep], labels[keep]
 
     def keys(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:

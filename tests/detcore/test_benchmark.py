@@ -1,6 +1,7 @@
 """What `--mode benchmark` counts."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +32,14 @@ def test_inference_counts_no_padding(monkeypatch, images, batch, processes, real
     assert at_once == real
     for found in itertools.islice(batches, 7):
         assert sum(i >= 0 for i in found) * processes == real
+
+
+def test_weights_are_named():
+    given = {"checkpoint": None, "resume": False, "synthetic": False, "pretrained": True}
+
+    def words(**more) -> str:
+        return benchmark.weights(SimpleNamespace(**given | more))
+
+    assert words(pretrained=False) == words(synthetic=True) == "random"
+    assert words() == "random but for the backbone"
+    assert words(checkpoint=Path("a.pt"), pretrained=False) == "a.pt"

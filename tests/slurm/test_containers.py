@@ -87,7 +87,7 @@ def test_trials_reach_their_target_and_the_logs_are_on_the_host(whole, image):
         assert {f"rank_{rank}.log" for rank in range(4)} < {path.name for path in whole.trial(k).iterdir()}
     said = whole.said()
     assert len(re.findall("^compliance .*: SUCCESS$", said, re.MULTILINE)) == 2
-    assert "2 of 2 trials reached the target" in said and "warning" not in said and "couldn't" not in said
+    assert "2 of 2 trials ended with success" in said and "warning" not in said and "couldn't" not in said
     assert {f"{whole.stem}_system.json", f"compliance_{whole.stem}.out"} < {path.name for path in whole.logs.iterdir()}
 
 

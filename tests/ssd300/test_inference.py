@@ -114,6 +114,12 @@ def test_torch_hub_as_the_original_documents_it(folder, address, tmp_path, monke
     assert utils.get_coco_object_dictionary()[0] == "person"
 
 
+def test_torch_hub_takes_model_math_and_says_that_it_has_no_effect(capsys):
+    for math, said in (("fp16", True), ("fp32", False)):
+        model = hubconf.nvidia_ssd(pretrained=False, backbone="resnet18", num_classes=5, model_math=math)
+        assert model.priors.dtype == torch.float32 and ("no effect" in capsys.readouterr().err) is said
+
+
 def test_torch_hub_without_weights():
     with pytest.raises(UserError, match="checkpoint=FILE_OR_URL"):
         hubconf.nvidia_ssd()

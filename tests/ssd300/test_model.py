@@ -220,6 +220,8 @@ def test_wrong_choices():
     model = SSD300("resnet18", 1)
     with pytest.raises(UserError, match=r"\(300, 320\)"):
         model(torch.zeros(1, 3, 300, 320, dtype=torch.uint8))
+    with pytest.raises(UserError, match="uint8 pixels; the model normalises them"):
+        model(torch.zeros(1, 3, 300, 300))
 
 
 def test_backbone_weights_without_the_layers_cut_off(tmp_path):

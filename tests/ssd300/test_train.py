@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +149,9 @@ def test_benchmarks_count_each_image_once(scenes, tmp_path):
     options = ["--mode", "benchmark-inference", "--benchmark-warmup", "1", "--benchmark-iterations", "3"]
     done = run(scenes, tmp_path, *options, "--json-summary", str(tmp_path / "s.json"))
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["weights"] == "random" and written["seed"] == 3 and "Give --checkpoint" in done.stdout
+    results = written["results"]
     assert [r["name"] for r in results] == ["inference, synthetic", "inference, with data"]
     for r in results:  # --bs 3 is the batch here too
         assert r["median_images_per_s"] == pytest.approx(3e3 / r["median_ms"])
@@ -202,3 +205,11 @@ def test_a_config_starts_the_program():
     assert done.returncode == 0, done.stderr
     said = dict(re.findall(r"^(\w+) += (\S+)", done.stdout, re.MULTILINE))
     assert said["backbone"] == "resnet18" and said["save"] == "models" and said["device"] == "cpu"
+
+
+def test_the_gallery_shows_images_as_validation_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.engine, "train", lambda *given: SimpleNamespace(best=0.5, code=0))
+    seen = []
+    monkeypatch.setattr(train.inference, "gallery", lambda config, *rest: seen.append(config.legacy))
+    words = ["--legacy", "--gallery", "2", "--fake-data", "--no-cuda", "--output-dir", str(tmp_path)]
+    assert train.main(words) == 0 and seen == [False]

@@ -378,7 +378,7 @@ def test_summary_of_five_successes(job):
     lines, record = job({k: (0, {"minutes": m}) for k, m in MINUTES.items()})
     assert lines[0].split() == ["trial", "outcome", "minutes", "epochs", "metric", "compliance", "log"]
     assert lines[2].split()[:6] == ["2", "success", "31.500", "4", "0.3450", "SUCCESS"]
-    assert "5 of 5 trials reached the target; olympic mean: 30.250 minutes" in lines[-1]
+    assert "5 of 5 trials ended with success; olympic mean: 30.250 minutes" in lines[-1]
     assert record["olympic_mean_minutes"] == pytest.approx((29.25 + 30 + 31.5) / 3)
     assert [t["epochs"] for t in record["trials"]] == [4] * 5
 
