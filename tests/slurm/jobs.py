@@ -79,7 +79,7 @@ class Submission:
 
     def until_end(self, timeout=60):
         """Until run.sub has said its last line; Slurm itself waits for lost nodes before the job has ended."""
-        self.until(lambda: re.search(r"^\d of \d trials reached", self.said(), re.MULTILINE), "last line", timeout)
+        self.until(lambda: re.search(r"^\d of \d trials ended", self.said(), re.MULTILINE), "last line", timeout)
 
     def rank(self, rank: int, k=1) -> str:
         return (self.trial(k) / f"rank_{rank}.log").read_text(errors="replace")
