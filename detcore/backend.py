@@ -286,8 +286,8 @@ def select(
     device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else a TPU that torch sees,
     else the CPU. precision: one of PRECISIONS; "auto" as `resolve` has it.
     graphs: one of GRAPHS, what a GPU records: "auto" inference, and steps if it is the only GPU of the run.
-    Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. Comes before the process
-    group is made, whose library reads its variables then.
+    Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. To be called before the
+    process group is made, whose library reads its variables then.
     """
     from detcore import backend_tpu
 
@@ -297,8 +297,7 @@ def select(
         return backend_tpu.select(precision, local_rank, local_size)
     if device == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 1:
-            local_rank = 0  # the launcher gave each process a GPU of its own
+        local_rank = 0 if count == 1 else local_rank  # the launcher gave each process a GPU of its own
         if local_rank >= count:
             raise UserError(
                 f"--device cuda: process {local_rank} of this machine has no GPU, torch sees {count}. "
