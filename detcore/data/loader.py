@@ -328,12 +328,13 @@ def _stream(
             if pace:
                 pace.add(*spent)
             yield Batch(**{**item, "images": item["images"].permute(0, 3, 1, 2)})
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+    except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+        # The others come where a worker is killed while it hands a batch over: files are read by workers alone.
+        if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
             raise
         raise UserError(
-            f"a loader worker was killed ({error}). Most often memory ran out: lower --workers or --batch-size, or "
-            "give the container more shared memory (docker run --ipc=host)."
+            f"a loader worker was killed ({error or type(error).__name__}). Most often memory ran out: lower --workers or "
+            "--batch-size, or give the container more shared memory (docker run --ipc=host)."
         ) from None
     finally:
         if workers:

@@ -343,11 +343,28 @@ def test_a_killed_worker_is_a_clear_error_not_a_hang(program):
     assert "detcore.UserError: a loader worker was killed" in error and "--workers" in error
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_a_worker_killed_while_it_hands_a_batch_over(error, monkeypatch):
+    """Then the connection over which its memory is shared ends, before torch sees that the process is gone."""
+
+    class Broken:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            raise error
+            yield
+
+    monkeypatch.setattr(loader, "DataLoader", Broken)
+    with pytest.raises(UserError, match="a loader worker was killed"):
+        next(loader._stream(None, iter([(0, 0)]), 0, False))
+
+
 def test_an_exit_with_the_stream_still_open_does_not_hang(program):
     everything = descendants(program.pid)
     os.kill(program.pid, signal.SIGUSR2)
     error = program.communicate(timeout=60)[1]
-    assert program.returncode == 1 and error.strip() == "asked to fail"
+    assert program.returncode == 1 and "asked to fail" in error  # a worker may speak too, of a connection that ended
     assert_gone(everything)
 
 
