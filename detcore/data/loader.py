@@ -333,8 +333,8 @@ def _stream(
         if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
             raise
         raise UserError(
-            f"a loader worker was killed ({error or type(error).__name__}). Most often memory ran out: lower --workers or "
-            "--batch-size, or give the container more shared memory (docker run --ipc=host)."
+            f"a loader worker was killed ({error or type(error).__name__}). Most often memory ran out: lower "
+            "--workers or --batch-size, or give the container more shared memory (docker run --ipc=host)."
         ) from None
     finally:
         if workers:
