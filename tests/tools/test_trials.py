@@ -131,8 +131,15 @@ def test_check_of_a_benchmark_that_only_this_project_has_rules_for(tool, tmp_pat
     verdict = tool.check(log, "5.1.0")
     assert verdict.ok, verdict.line
     assert verdict.line == f"events of {log}, rules_ssd300.yaml (no MLPerf ruleset has this benchmark): SUCCESS"
-    log.write_text(log.read_text().replace('"open"', '"closed"'))
+    whole = log.read_text()
+    log.write_text(whole.replace('"open"', '"closed"'))
     assert "FAILED" in tool.check(log, "5.1.0").line
+    adam = whole.replace('"sgd"', '"adam"')  # which has no momentum
+    log.write_text(adam)
+    assert "FAILED" in tool.check(log, "5.1.0").line
+    log.write_text("".join(line for line in adam.splitlines(True) if "opt_momentum" not in line))
+    verdict = tool.check(log, "5.1.0")
+    assert verdict.ok, verdict.line
 
 
 def test_check_of_what_is_no_log(tool, tmp_path):
