@@ -48,14 +48,16 @@ def written_since(moment: float) -> list[str]:
 @no_gpu
 def test_the_cpu_part_from_end_to_end(tmp_path):
     began, out = time.time(), tmp_path / "out"
-    said = run("tools/gpu_check.py", "--out", out, "--quick", "--only", "floor,ops,train")
+    said = run("tools/gpu_check.py", "--out", out, "--quick", "--only", "floor,ops,train,ssd300")
     assert said.count("no GPU on this machine") == 1
     state = json.loads((out / "gpu_check.json").read_text())
     assert state["machine"]["device"] == "cpu" and state["machine"]["torch"] == torch.__version__ and state["quick"]
-    assert list(state["parts"]) == ["floor", "ops", "train"]
+    assert list(state["parts"]) == ["floor", "ops", "train", "ssd300"]
     assert all(part["status"] in ("passed", "skipped") for part in state["parts"].values())
     assert state["parts"]["floor"]["rows"]["copy"]["gb_s"] > 0
     assert state["parts"]["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
+    ssd = state["parts"]["ssd300"]["rows"]
+    assert all(ssd[f"{part} fp32 b2 eager reference"]["images_per_s"] > 0 for part in ("training", "inference"))
     for row in state["parts"]["ops"]["rows"].values():
         assert "skipped" in row or (row["difference"] <= row["tolerance"] and row["repeats_equal"])
     printed = (out / "table.txt").read_text()
@@ -271,6 +273,7 @@ def full_state() -> dict:
         "train": {"status": "passed", "rows": {"bf16 b32 compiled+graph reference": speed}},
         "peers": {"status": "stopped", "reason": "out of time", "rows": {"torchvision bf16 b32 compiled parts": speed}},
         "inference": {"status": "passed", "rows": {"forward+postprocess bf16 b128 eager reference": speed}},
+        "ssd300": {"status": "passed", "rows": {"training bf16 b128 compiled+graph reference": speed}},
         "profile": {"status": "passed", "rows": {"x": {"ms": 1.0, "families": families, "next": ["a" * 200]}}},
         "losses": {"status": "passed", "rows": {"x": {"largest": 1e-9, "steps": 200, "tolerance": 0.02}}},
         "bccd": {"status": "passed", "rows": {"graph native": {
@@ -287,6 +290,8 @@ def test_the_table_fits_and_tells_published_from_measured():
     assert max(map(len, text.splitlines())) <= 100
     assert "291.2 images/s a H100, of 8 (published MLPerf result, not measured here)" in text
     assert "our target on one H100: 400 images/s, bf16, batch 32 (a target, not measured)" in text
+    assert "our targets on one H100, images/s: training 2500, inference 6000 (targets, not measured)" in text
+    assert "published for one A100, images/s: training 724, inference 970 (not measured here)" in text
     assert "FAILED pytest -m gpu: 12 failed" in text and "out of time" in text
     assert "bf16 790 TFLOP/s" in text and "copy 4,300 GB/s" in text
 

@@ -2,11 +2,11 @@
 
     python tools/gpu_check.py --out DIR [--only PART,...] [--quick] [--data DIR] [--minutes 10]
 
-PART is one of build, tests, floor, ops, train, peers, inference, profile, losses, bccd, sanitizer.
+PART is one of build, tests, floor, ops, train, peers, inference, ssd300, profile, losses, bccd, sanitizer.
 
 Builds the kernels, runs the gpu tests, and measures in one go: this card's copy and matmul rates, every op beside its
-reference, the training step in all its modes, torchvision's RetinaNet, inference, a profile, and a real training. DIR
-gets gpu_check.json (its keys: tools/gpu_check_core.py), gpu_check.log and what the parts leave; nothing is written
+reference, the training step in all its modes, torchvision's RetinaNet, inference, SSD300, a profile, a real training.
+DIR gets gpu_check.json (its keys: tools/gpu_check_core.py), gpu_check.log and what the parts leave; nothing is written
 elsewhere but the build. The table at the end can be printed again from DIR with --only none.
 
 Every part runs in a process of its own within its own time, so that a crash costs one row. What does not fit is left
@@ -54,16 +54,17 @@ class Part:
 
 
 PARTS = (
-    Part("build", "gpu_check_runs", "build", 70, True),
-    Part("tests", "gpu_check_runs", "tests", 80),
+    Part("build", "gpu_check_runs", "build", 65, True),
+    Part("tests", "gpu_check_runs", "tests", 75),
     Part("floor", "gpu_check_ops", "floor", 20, True),
     Part("ops", "gpu_check_ops", "ops", 50, True),
-    Part("train", "gpu_check_train", "train", 120, True),
-    Part("peers", "gpu_check_train", "peers", 50),
+    Part("train", "gpu_check_train", "train", 105, True),
+    Part("peers", "gpu_check_train", "peers", 45),
     Part("inference", "gpu_check_infer", "inference", 35),
+    Part("ssd300", "gpu_check_ssd", "ssd300", 40, True),
     Part("profile", "gpu_check_infer", "profiled", 25),
-    Part("losses", "gpu_check_runs", "losses", 40),
-    Part("bccd", "gpu_check_runs", "bccd", 80),
+    Part("losses", "gpu_check_runs", "losses", 35),
+    Part("bccd", "gpu_check_runs", "bccd", 75),
     Part("sanitizer", "gpu_check_runs", "sanitizer", 30),
 )
 

@@ -5,14 +5,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from itertools import repeat
+from typing import Any
 
 import torch
 from gpu_check_core import Context, Job, Row, Stopwatch
 from gpu_check_ops import rates
-from gpu_check_train import GFLOP_PER_IMAGE, TrainStep
+from gpu_check_train import GFLOP_PER_IMAGE, TrainStep, retinanet
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from detcore import backend, checkpoint, detection
 from detcore.data import Batch
@@ -61,7 +64,8 @@ def inference(context: Context) -> Iterable[Job]:
                 if what == "forward" and (ops == "reference" or batch != batches[0]):
                     continue
                 key = f"{what} {precision} b{batch} {mode} {ops}"
-                yield key, lambda a=(what, batch, mode, ops): infer(context, watch, precision, *a)
+                chosen = retinanet(context, batch, precision, "eager", ops)
+                yield key, lambda a=(chosen, what, mode): infer(*a, context, watch)
         if batch == batches[0]:
             mode = "graph" if context.gpu else "eager"
             images = 1024 if context.gpu and not context.quick else 4 * context.sizes.batch
@@ -75,7 +79,7 @@ def pause(context: Context, precision: str, mode: str, images: int) -> Row:
     As in engine.train: the state is copied to the host (copy_ms) and written in a thread (write_ms, which may end after
     the pause), the images are copied to the device and looked at, the detections come to the host.
     """
-    step = TrainStep(context, context.sizes.batch, precision, mode, "native")
+    step = TrainStep(retinanet(context, context.sizes.batch, precision, mode, "native"))
     device, model, count = step.backend, step.task.model, -(-images // context.sizes.batch)
     state = State(model, step.task.optimizer, device.scaler(), None)
     shape = ((context.sizes.image, context.sizes.image), context.sizes.batch, 1, 1)
@@ -114,18 +118,17 @@ def pause(context: Context, precision: str, mode: str, images: int) -> Row:
     return row
 
 
-def infer(context: Context, watch: Stopwatch, precision: str, what: str, batch: int, mode: str, ops: str) -> Row:
-    from single_stage_detector.data import detect
-
-    step = TrainStep(context, batch, precision, "eager", ops)
-    recording = backend.select(context.device.type, precision, graphs="on") if mode == "graph" else step.backend
+def infer(config: Any, what: str, mode: str, context: Context, watch: Stopwatch) -> Row:
+    """images/s of the model of a config of any program, what: "forward" or "forward+postprocess"."""
+    batch, step = config.batch_size, TrainStep(config)
+    recording = backend.select(context.device.type, config.precision, graphs="on") if mode == "graph" else step.backend
     model, device, fixed = step.task.model.eval(), step.backend, step.batch
-    category_ids = torch.arange(context.sizes.classes, device=device.device)
+    detect, category_ids = import_module(f"{config.program}.data").detect, torch.arange(step.classes).to(device.device)
 
     def forward(batch: Batch) -> Tensor:
         with device.autocast():
-            logits, deltas = model(batch.images)
-        return torch.stack([part.flatten()[0] for part in (*logits, *deltas)])
+            outputs = model(batch.images)
+        return torch.stack([part.flatten()[0].float() for part in tree_leaves(outputs)])
 
     def both(batch: Batch) -> Tensor:
         return detect(model, batch, device, category_ids)
@@ -136,7 +139,7 @@ def infer(context: Context, watch: Stopwatch, precision: str, what: str, batch: 
             row = watch.time(lambda: run(fixed), least=5, most=200)
     finally:
         recording.close()
-    row |= {"batch": batch, "mode": mode, "ops": ops, "images_per_s": 1e3 * batch / row["ms"]}
+    row |= {"batch": batch, "mode": mode, "ops": config.ops, "images_per_s": 1e3 * batch / row["ms"]}
     if context.gpu:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
@@ -152,7 +155,7 @@ def profiled(context: Context) -> Iterable[Job]:
 
 
 def profile_step(context: Context, precision: str, mode: str, ops: str) -> Row:
-    step = TrainStep(context, context.sizes.batch, precision, mode, ops)
+    step = TrainStep(retinanet(context, context.sizes.batch, precision, mode, ops))
     for _ in range(5):
         step()
     steps = 3

@@ -8,6 +8,10 @@ PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
 """images/s a GPU, the best published MLPerf results (rounds 3.0, 4.0, 4.1, 5.1): 8 GPUs, OpenImages, fp16."""
 TARGETS = {"H100": 400.0}
 """images/s a GPU that we aim at, bf16, batch 32; not measured values."""
+SSD300_PUBLISHED = {"training": ("A100", 724.0), "inference": ("A100", 970.0)}
+"""Card and images/s of one GPU: NVIDIA's later figures for batch 128 and 32, fp16; training leaves data out."""
+SSD300_TARGETS = {"training": 2500.0, "inference": 6000.0}
+"""images/s on one H100 that we aim at; not measured values."""
 WIDTH = 100
 Row = dict[str, Any]
 
@@ -134,6 +138,28 @@ def inference(state: dict[str, Any]) -> Iterator[str]:
             yield f"{key[:48]:48} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)}"
 
 
+def ssd300(state: dict[str, Any]) -> Iterator[str]:
+    found = rows(state, "ssd300")
+    if not found:
+        return
+    device = state.get("machine", {}).get("device", "")
+    yield ""
+    yield f"{'SSD300':48} {'images/s':>9} {'ms':>9} {'peak GiB':>9} {'x publ.':>8} {'% FLOP':>7}"
+    for key, r in found.items():
+        card, published = SSD300_PUBLISHED[key.partition(" ")[0]]
+        times = r["images_per_s"] / published if card in device else None
+        yield (
+            f"{key[:48]:48} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)} "
+            f"{number(times, 8, 2)} {number(r.get('percent_of_flop_floor'), 7)}"
+        )
+    if device not in ("", "cpu"):
+        told = ", ".join(f"{part} {rate:g}" for part, (_, rate) in SSD300_PUBLISHED.items())
+        yield f"published for one A100, images/s: {told} (not measured here)"
+        told = ", ".join(f"{part} {rate:g}" for part, rate in SSD300_TARGETS.items())
+        yield f"our targets on one H100, images/s: {told} (targets, not measured)"
+        yield "inference: random weights, which find more than trained ones"
+
+
 def profile(state: dict[str, Any]) -> Iterator[str]:
     for key, row in rows(state, "profile").items():
         yield ""
@@ -160,4 +186,4 @@ def bccd(state: dict[str, Any]) -> Iterator[str]:
             )
 
 
-SECTIONS = (about, overview, floor, ops, speed, inference, profile, bccd)
+SECTIONS = (about, overview, floor, ops, speed, inference, ssd300, profile, bccd)

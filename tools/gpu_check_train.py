@@ -6,6 +6,7 @@ compile_step, chosen by the options of Config; the batch is synthetic and lies o
 
 import math
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,45 +34,51 @@ def published(device: str) -> tuple[str, float] | None:
     return next(((name, value) for name, value in PUBLISHED.items() if name in device), None)
 
 
-def config(context: Context, batch: int, precision: str, mode: str, ops: str):
-    """The run's Config: the benchmark's model on a GPU, a small one on a CPU."""
+def retinanet(context: Context, batch: int, precision: str, mode: str, ops: str):
+    """RetinaNet's Config: the benchmark's model on a GPU, a small one on a CPU."""
     from single_stage_detector.config import Config
 
     s = context.sizes
     return Config(
-        synthetic=True, device="cuda" if context.gpu else "cpu", precision=precision, batch_size=batch, seed=1,
         num_classes=s.classes, image_size=(s.image, s.image), backbone=s.backbone, fpn_channels=s.channels,
-        head_convs=s.head_convs, ops=ops, graphs="on" if "graph" in mode else "off", compile="compiled" in mode,
+        head_convs=s.head_convs, **run_options(context, batch, precision, mode, ops),
     )  # fmt: skip
 
 
+def run_options(context: Context, batch: int, precision: str, mode: str, ops: str) -> dict[str, Any]:
+    """Options of a Config that every program has."""
+    own = {"graphs": "on" if "graph" in mode else "off", "compile": "compiled" in mode, "ops": ops}
+    device = "cuda" if context.gpu else "cpu"
+    return {"synthetic": True, "device": device, "precision": precision, "batch_size": batch, "seed": 1, **own}
+
+
 class TrainStep:
-    """One configuration's training step, ready to be called; the same objects as in engine.train.
+    """The training step of a config of any of the programs, ready to be called; the same objects as in engine.train.
 
     Raises Skip for native ops that are not built.
     """
 
-    def __init__(self, context: Context, batch: int, precision: str, mode: str, ops: str):
+    def __init__(self, config: Any):
         from detcore import engine, optim
         from detcore.data.synthetic import synthetic_batches
         from detcore.launcher import World
         from detcore.state import State
         from detcore.task import Context as RunContext
-        from single_stage_detector.train import build_task
 
-        missing = native.load("single_stage_detector") if ops == "native" else ""
+        missing = native.load(config.program) if config.ops == "native" else ""
         if missing:
             raise Skip(missing)
-        self.config = config(context, batch, precision, mode, ops)
-        self.backend = engine.open_device(self.config, World())
+        self.config = config
+        self.backend = engine.open_device(config, World())
         torch.manual_seed(1)
-        self.task = build_task(self.config, RunContext(self.backend, World(), 1))
+        self.task = import_module(f"{config.program}.train").build_task(config, RunContext(self.backend, World(), 1))
         state = State(self.task.model, self.task.optimizer, self.backend.scaler(), None)
-        self.step = engine.make_train_step(self.task, state, self.task.model, self.config, self.backend)
+        self.step = engine.make_train_step(self.task, state, self.task.model, config, self.backend)
         optim.set_lr(self.task.optimizer, 1e-6)  # weights stay near where they are, as long as the clock runs
         self.task.model.train()
-        shape = (self.config.image_size, batch, self.config.max_boxes)
-        self.batch = self.backend.to_device(next(synthetic_batches(self.config.num_classes, *shape, 1)))
+        self.classes = import_module(f"{config.program}.data").class_count(config)
+        shape = (config.image_size, config.batch_size, config.max_boxes)
+        self.batch = self.backend.to_device(next(synthetic_batches(self.classes, *shape, 1)))
 
     def __call__(self) -> dict[str, torch.Tensor]:
         return self.step([self.batch])
@@ -80,44 +87,42 @@ class TrainStep:
         self.backend.close()
 
 
-def judge(row: Row, batch: int, context: Context, precision: str) -> Row:
-    """images/s and what they mean: against the published figure, the target and the arithmetic's floor."""
+def judge(row: Row, batch: int, context: Context, precision: str, gflop: float = GFLOP_PER_IMAGE) -> Row:
+    """images/s and what they mean: against the published figure of RetinaNet and the floor of gflop an image."""
     row |= {"batch": batch, "precision": precision, "images_per_s": 1e3 * batch / row["ms"]}
     row |= {"images_per_s_p10": 1e3 * batch / row["p90_ms"], "images_per_s_p90": 1e3 * batch / row["p10_ms"]}
     if not context.gpu:
         return row
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    name = torch.cuda.get_device_name()
-    card = published(name)
-    if card:
+    card = published(torch.cuda.get_device_name())
+    if card and gflop == GFLOP_PER_IMAGE:
         row["x_published"] = row["images_per_s"] / card[1]
     _, rate = rates(context)
     if precision in rate:
-        row["percent_of_flop_floor"] = 100 * row["images_per_s"] * GFLOP_PER_IMAGE / 1e3 / rate[precision]
+        row["percent_of_flop_floor"] = 100 * row["images_per_s"] * gflop / 1e3 / rate[precision]
     return row
 
 
 def train(context: Context) -> Iterable[Job]:
     """images/s of the training step in every mode; keys such as "bf16 b32 graph native"."""
     watch = Stopwatch(context)
-
-    def case(mode: str, ops: str, precision: str, batch: int) -> Callable[[], Row]:
-        def run() -> Row:
-            step = TrainStep(context, batch, precision, mode, ops)
-            try:
-                row = watch.time(step, warmup=5, least=5, most=100)
-                loss = float(sum(step().values()))
-            finally:
-                step.close()
-                forget_compiled(mode)
-            row |= {"mode": mode, "ops": ops, "loss": loss if math.isfinite(loss) else str(loss)}
-            return judge(row, batch, context, precision)
-
-        return run
-
     for mode, ops, precision, times in cases(context):
         batch = max(1, int(context.sizes.batch * times))
-        yield f"{precision} b{batch} {mode} {ops}", case(mode, ops, precision, batch)
+        chosen = retinanet(context, batch, precision, mode, ops), mode
+        yield f"{precision} b{batch} {mode} {ops}", lambda a=chosen: train_row(*a, context, watch)
+
+
+def train_row(config: Any, mode: str, context: Context, watch: Stopwatch, gflop: float = GFLOP_PER_IMAGE) -> Row:
+    """images/s of the training step of a config, and its loss, of any program."""
+    step = TrainStep(config)
+    try:
+        row = watch.time(step, warmup=5, least=5, most=100)
+        loss = float(sum(step().values()))
+    finally:
+        step.close()
+        forget_compiled(mode)
+    row |= {"mode": mode, "ops": config.ops, "loss": loss if math.isfinite(loss) else str(loss)}
+    return judge(row, config.batch_size, context, config.precision, gflop)
 
 
 def cases(context: Context) -> Iterable[tuple[str, str, str, float]]:
