@@ -1,6 +1,5 @@
 # A demonstration on two CPU cores: a small SSD300 from random weights on generated scenes of six shapes (make demo-ssd300).
-# Expected: AP 0.25 after about 4 epochs, 2.5 minutes with bf16; all 8 epochs, if it never gets there, about 5. The minutes are
-# estimated from the processor time of a whole run on a busy machine, 488 s for 8 epochs and AP 0.37 (docs/LOG.md).
+# Measured with bf16: AP 0.289 after 4 epochs, 2:06 minutes, 20 images/s (docs/LOG.md). All 8 epochs, AP 0.37, take twice that.
 # Beside other work OMP_NUM_THREADS=1 is faster: at load 5 two threads made 2 images/s, one made 9.
 # No published result to compare it with.
 
