@@ -252,7 +252,8 @@ def test_named_parts_share_all_the_time(tmp_path, monkeypatch):
     given = budgets(tmp_path, monkeypatch, "--only", "bccd", "--minutes", "8")
     assert given == {"bccd": pytest.approx(480 - check.GRACE, abs=2)}
     given = budgets(tmp_path, monkeypatch, "--only", "floor,bccd")
-    assert given["floor"] == pytest.approx(120, abs=2)
+    seconds = {part.name: part.seconds for part in check.PARTS}
+    assert given["floor"] == pytest.approx(600 * seconds["floor"] / (seconds["floor"] + seconds["bccd"]), abs=2)
 
 
 def full_state() -> dict:
