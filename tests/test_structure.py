@@ -1,7 +1,10 @@
 """The rules of CONTRIBUTING.md that a machine can check: who imports whom, device words, sizes, leftovers, paths."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,3 +123,12 @@ def test_the_tree_in_the_readme_is_the_repository():
     assert missing == []
     told = {line.strip().split("  ")[0].rstrip("/") for line in tree if not line.startswith(" ")}
     assert told >= set(BENCHMARKS) | {"detcore", "configs", "tools", "tests"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("bench_*.py")), ids=lambda path: path.name)
+def test_benchmarks_start_from_anywhere(path, tmp_path):
+    """As their texts say, without a PYTHONPATH; nothing else calls them."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, path, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr

@@ -14,6 +14,7 @@ import itertools
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detcore import UserError, backend
 from detcore.data import Batch, dali, loader, nvjpeg

@@ -13,6 +13,7 @@ import json
 import random
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detcore import UserError
 from detcore.data import Batch, dali, loader
