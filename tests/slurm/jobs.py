@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.slurm.cluster import Cluster, children
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "source configs/config_cpu_demo_002x02x004.sh"
 TINY = (
     "--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 --no-pretrained --fpn-channels 16 "
     "--head-convs 1 --image-size 64 64 --anchor-sizes 16,32,64,128,256 --max-boxes 32 --workers 1 --device cpu "
@@ -32,10 +33,9 @@ def make_data(folder: Path) -> Path:
 class Submission:
     """A job of run.sub: its environment, what it wrote, and ways to hurt it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, environ: dict, words=(), source=True):
+    def __init__(self, cluster: Cluster, folder: Path, environ: dict, words=(), config=CONFIG):
         self.cluster, self.folder = cluster, folder
         self.logs = Path(environ["LOGDIR"])
-        config = "source configs/config_cpu_demo_002x02x004.sh" if source else "true"
         script = f'{config} && exec sbatch --parsable -N 2 "$@" run.sub'
         done = subprocess.run(
             ["bash", "-euc", script, "bash", f"--output={folder}/slurm %j.out", *words],
@@ -103,8 +103,11 @@ class Submission:
         self.cluster.wait(self.id, 60)
 
 
-def start(cluster: Cluster, data: Path, folder: Path, *words, source=True, **environ) -> Submission:
-    """Submits run.sub from a new folder; `words` are for sbatch, `environ` for the job, over its defaults."""
+def start(cluster: Cluster, data: Path, folder: Path, *words, config=CONFIG, **environ) -> Submission:
+    """Submits run.sub from a new folder, after `config` in the same shell.
+
+    `words` are for sbatch, `environ` for the job, over its defaults.
+    """
     folder.mkdir()
     (folder / "work tree").symlink_to(ROOT)
     (folder / "my logs").mkdir()
@@ -113,4 +116,4 @@ def start(cluster: Cluster, data: Path, folder: Path, *words, source=True, **env
         "LOG_INTERVAL": 2, "WARMUP_EPOCHS": 0, "EVALBATCHSIZE": 4, "EXTRA_PARAMS": SUCCESS,
         "MLPERF_SUBMISSION_PLATFORM": "test",
     }  # fmt: skip
-    return Submission(cluster, folder, defaults | environ, ("-t", "30", *words), source)
+    return Submission(cluster, folder, defaults | environ, ("-t", "30", *words), config)

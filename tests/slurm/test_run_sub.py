@@ -71,6 +71,19 @@ def test_two_trials_succeed_and_equal_torchrun(submit, cluster, data, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_ssd300_on_two_nodes(submit):
+    words = "--dataset custom --backbone resnet18 --no-pretrained --optimizer adam --max-boxes 32 --augmentation flip "
+    config = "source configs/config_ssd300_cpu_demo.sh; export DGXNNODES=2 DGXNGPU=2"
+    words += "--evaluation 0 --workers 1 --device cpu --target-map 0"
+    job = submit(config=config, EXTRA_PARAMS=words, BATCHSIZE=4, NUMEPOCHS=1)
+    assert job.wait() == 0, job.said()
+    values = {event["key"]: event["value"] for event in job.events()}
+    assert values["submission_benchmark"] == "ssd300" and values["global_batch_size"] == 16
+    assert values["opt_base_learning_rate"] == pytest.approx(0.004 * 16 / 32)
+    assert job.status() == "success" and values["train_samples"] == 64 and values["eval_samples"] == 16
+    assert re.search(r"^events of .*rules_ssd300.yaml .*: SUCCESS$", job.said(), re.MULTILINE), job.said()
+
+
 def test_a_failed_trial_does_not_stop_the_next(submit):
     job = submit(NEXP=2, EXTRA_PARAMS=NEVER, NUMEPOCHS=60)
     job.until_step()
@@ -167,7 +180,7 @@ def test_time_limit(submit):
 
 def test_a_trial_over_its_time_does_not_stop_the_next(submit):
     job = submit(
-        EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, REQUEUE=1, source=False, BENCHMARK="single_stage_detector",
+        EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, REQUEUE=1, config="true", BENCHMARK="single_stage_detector",
         DGXSYSTEM="x", DGXNNODES=2, DGXNGPU=2, WALLTIME_RUNANDTIME=1, BATCHSIZE=2,
     )  # fmt: skip
     job.until_step(k=2)
@@ -229,7 +242,7 @@ def test_mistakes_are_said_before_anything_starts(submit, tmp_path):
     assert "--lrr" in refused(EXTRA_PARAMS=f"{SUCCESS} --lrr 1") and "BATCHSIZE" in refused(BATCH_SIZE="4")
     assert "no such folder" in refused(DATADIR=tmp_path / "nowhere")
     assert "BACKBONE_DIR is missing" in refused(EXTRA_PARAMS=SUCCESS.replace("--no-pretrained", ""))
-    assert "2 nodes" in refused(DGXNNODES=3, source=False, BENCHMARK="single_stage_detector", DGXSYSTEM="x", DGXNGPU=2,
+    assert "2 nodes" in refused(DGXNNODES=3, config="true", BENCHMARK="single_stage_detector", DGXSYSTEM="x", DGXNGPU=2,
                                 WALLTIME_RUNANDTIME=5)  # fmt: skip
     assert "VERIFY_MOUNTS=all" in refused(VERIFY_MOUNTS="all")
 
