@@ -70,7 +70,7 @@ test-docker: $(READY) ## the image, really built (root; Debian's buildah and deb
 	@$(PYTEST) -n 0 -m docker
 
 test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of their own: build/tpu, 13 GB
-	@$(PYTEST) -n 0 -m tpu
+	@$(PYTEST) -n 0 -s -m tpu
 
 gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, ten minutes: results/gpu
 	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" tools/gpu_check.py --out results/gpu
