@@ -167,7 +167,7 @@ def predict(
     return cli.OK
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _detect_files(
     config: DetectionConfig,
     detector: Detector,
@@ -197,7 +197,7 @@ def _detect_files(
         yield path, image, rows[rows[:, 4] >= max(config.score_threshold, 1e-9)]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torch-xla can't make views of tensors of inference mode
 def look(
     config: DetectionConfig,
     detector: Detector,

@@ -125,7 +125,7 @@ def load_model(checkpoint: Path, backbone: str | None = None) -> tuple[SSD300, l
     return model.eval(), [name for _, name in entries]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(
     images: Sequence[str | Path],
     checkpoint: Path | None = None,

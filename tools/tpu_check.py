@@ -26,6 +26,8 @@ PACKAGES = {
     "tpu": ("torch==2.14.1", "torchvision==0.29.1", "torch-tpu==0.2.0", "xla-cpu-pjrt==0.0.1"),
 }
 STEPS = 20
+PATIENCE = 900
+"""Seconds for the steps of one precision on one device; torch-tpu's emulation has been seen to wait for ever."""
 TOLERANCES = {"fp32": 5e-3, "bf16": 3e-2}
 """Largest relative difference of a step's loss. The first step's, before rounding has gone through the weights, is held
 to a hundredth of it in fp32."""
@@ -68,7 +70,10 @@ def steps(kind: str, python: Path, device: str, precision: str, *more: str) -> d
     words = ["--device", device, "--precision", precision, "--json", out, *more]
     print(f"{kind}: {device} {precision} {' '.join(more)}", file=sys.stderr)
     program = [python, ROOT / "tools" / "tpu_steps.py", *words]
-    done = subprocess.run(program, env=surroundings(kind, python), capture_output=True, text=True)
+    try:
+        done = subprocess.run(program, env=surroundings(kind, python), capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as late:
+        raise RuntimeError(f"{kind} {device} {precision}: not at its end after {PATIENCE} s, ended") from late
     (FOLDER / f"{name}.log").write_text(done.stdout + done.stderr)
     if done.returncode or not out.is_file():
         lines = [line for line in done.stderr.splitlines() if line[:5] not in ("E0000", "I0000", "W0000")]
@@ -100,7 +105,7 @@ def compare(precision: str, there: dict, cpu: dict) -> list[Row]:
         ),
         ("loss, type", ", ".join(there["loss_dtype"]), there["loss_dtype"] == ["torch.float32"]),
         ("running statistics, type", kind, kind == "torch.float32"),
-        (f"ten best scores of an evaluation (at most {near:g})", f"{scores:.1e}", scores <= near),
+        (f"best scores, evaluation, prediction (at most {near:g})", f"{scores:.1e}", scores <= near),
         ("a batch of another shape", "refused" if there["refused"] else "taken", bool(there["refused"])),
         ("checkpoint and generators", "return" if there["checkpoint"] else "lost", there["checkpoint"]),
         ("seconds, first and later steps", f"{there['seconds'][0]:.1f}, {min(there['seconds'][1:]):.2f}", True),
