@@ -107,15 +107,13 @@ class Backend:
             return model
         # It copies the gradients of 1x1 convolutions, whose two layouts are one; every rank would say so.
         warnings.filterwarnings("ignore", message="Grad strides do not match")
-        learns_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        buffers = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         with self.recorder.aside() if self.records_steps else nullcontext():
             with warnings.catch_warnings():  # newer torch announces another name for broadcast_buffers
                 warnings.simplefilter("ignore", FutureWarning)
+                own = [self.device] if self.is_gpu else None
                 parallel = DistributedDataParallel(
-                    model,
-                    device_ids=[self.device] if self.is_gpu else None,
-                    broadcast_buffers=learns_statistics,
-                    gradient_as_bucket_view=True,
+                    model, device_ids=own, broadcast_buffers=buffers, gradient_as_bucket_view=True
                 )
             distributed.settle_buckets(parallel)
         return parallel
@@ -256,12 +254,16 @@ class Backend:
             states.append(torch.cuda.get_rng_state(self.device))
         return torch.cat(states)
 
-    def set_rng_state(self, state: Tensor) -> None:
-        """Restores what `rng_state` returned on the same kind of device."""
-        size = torch.get_rng_state().numel()
+    def set_rng_state(self, state: Tensor) -> bool:
+        """Restores what `rng_state` returned; whether it was of this kind of device, whose own generator else stays."""
+        size, known = torch.get_rng_state().numel(), len(state) == len(self.rng_state())
         torch.set_rng_state(state[:size].clone())
-        if self.is_gpu:
-            torch.cuda.set_rng_state(state[size:].clone(), self.device)
+        if known and len(state) > size:
+            self._set_own_rng_state(state[size:].clone())
+        return known
+
+    def _set_own_rng_state(self, state: Tensor) -> None:  # what of a state is not the host's
+        torch.cuda.set_rng_state(state, self.device)
 
     def describe(self) -> dict[str, str]:
         """The machine in words, for reports: python, torch, device, processor."""
@@ -391,9 +393,7 @@ class _GraphRecorder:
 def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:
-        return platform.machine()  # not Linux: the architecture is all that is known without a subprocess
-    return platform.processor() or platform.machine()
+        names = []  # not Linux: the architecture is all that is known without a subprocess
+    return names[0] if names else platform.processor() or platform.machine()

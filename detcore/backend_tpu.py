@@ -126,10 +126,8 @@ class TpuBackend(Backend):
     def rng_state(self) -> Tensor:
         return torch.cat([torch.get_rng_state(), self._generator().get_state().cpu()])
 
-    def set_rng_state(self, state: Tensor) -> None:
-        size = torch.get_rng_state().numel()
-        torch.set_rng_state(state[:size].clone())
-        self._generator().set_state(state[size:].clone())
+    def _set_own_rng_state(self, state: Tensor) -> None:
+        self._generator().set_state(state)
 
     def _generator(self) -> torch.Generator:
         return torch.get_device_module(self.device).default_generators[torch.accelerator.current_device_index()]
@@ -208,12 +206,10 @@ class XlaBackend(TpuBackend):
         seed = xla_model.get_rng_state().to_bytes(8, "little")  # of 64 bits without a sign
         return torch.cat([torch.get_rng_state(), torch.tensor(list(seed), dtype=torch.uint8)])
 
-    def set_rng_state(self, state: Tensor) -> None:
+    def _set_own_rng_state(self, state: Tensor) -> None:
         from torch_xla.core import xla_model
 
-        size = torch.get_rng_state().numel()
-        torch.set_rng_state(state[:size].clone())
-        xla_model.set_rng_state(int.from_bytes(bytes(state[size:].tolist()), "little"))
+        xla_model.set_rng_state(int.from_bytes(bytes(state.tolist()), "little"))
 
 
 def found() -> bool:

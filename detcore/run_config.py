@@ -129,7 +129,7 @@ class RunConfig:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {"output_dir", "overwrite", "resume", "checkpoint", "checkpoint_interval", "log_interval", "hang_timeout"}
         | {"dead_timeout", "epochs", "eval_batch_size", "mlperf_org", "mlperf_platform", "mlperf_division"}
-        | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared", "graphs", "num_cores"}
+        | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared", "graphs", "num_cores", "device"}
     )
 
     def __post_init__(self) -> None:

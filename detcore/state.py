@@ -1,6 +1,7 @@
 """What changes while a run trains, and how it goes into a checkpoint and comes back."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,14 +85,17 @@ class State:
         try:
             self.model.load_state_dict(saved["model"])
             optim.load_state_dict(self.optimizer, saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # empty where the run was on a device without one
+                self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.load_state_dict(saved["ema"])
             self.step = saved["step"]
             self.evaluations = [(int(epoch), float(value)) for epoch, value in saved["evaluations"]]
-            backend.set_rng_state(saved["generators"][world.rank])
+            known = backend.set_rng_state(saved["generators"][world.rank])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"--resume: {config.output_dir}/last.pt does not fit this program: {error}") from error
+        if not known and world.rank == 0:
+            print("resumed on another kind of device: the same weights go on, with other last digits", file=sys.stderr)
 
 
 def claim_folder(config: RunConfig, world: World) -> dict[str, Any] | None:

@@ -410,6 +410,20 @@ def test_resume_at_an_epochs_end_makes_up_for_the_missing_evaluation(tmp_path):
     assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [1, 1, 2]
 
 
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path, capsys):
+    run(tmp_path, make_task(target=None), epochs=1)
+    last = tmp_path / "out" / "last.pt"
+    saved = checkpoint.load(last)
+    assert len(saved["generators"]) == 1
+    of_a_gpu = torch.cat((saved["generators"], torch.zeros(1, 16, dtype=torch.uint8)), 1)
+    checkpoint.save(last, saved | {"generators": of_a_gpu})
+    run(tmp_path, resumed := make_task(target=None), epochs=2, resume=True, device="auto")
+    assert "resumed on another kind of device" in capsys.readouterr().err
+    run(tmp_path, whole := make_task(target=None), epochs=2, output_dir=tmp_path / "whole")
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_resume_with_other_settings_is_refused(tmp_path):
     run(tmp_path, make_task(target=0.9), epochs=1)
     with pytest.raises(UserError, match="accumulate was 1, is 2"):
