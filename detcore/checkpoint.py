@@ -246,3 +246,27 @@ def _unwritable(path: Path, error: OSError, needed: int | None) -> UserError:
         f"checkpoint {path} cannot be written: {error.strerror or error} ({need}{free}). "
         "What was there before is untouched; free space or choose another folder"
     )
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program, or of another one that saved a state dictionary.
+
+    Raises UserError for a file that is none, and for weights that are not finite numbers: a model with a NaN in it
+    finds nothing, which looks like a result.
+    """
+    saved = load(path, require_hash=False)
+    for name, kind in (("config", dict), ("ema", dict), ("classes", list)):
+        if not isinstance(saved.get(name), kind | None):
+            raise UserError(f"{path} holds {type(saved[name]).__name__} under {name!r}, not a {kind.__name__}")
+    for entry in saved.get("classes") or []:
+        if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str]):
+            raise UserError(f"{path} holds {entry!r} among its classes, not the id and the name of a category")
+    for source in (saved.get("model", saved), saved.get("ema")):
+        for name, value in source.items() if isinstance(source, dict) else ():
+            if not isinstance(value, torch.Tensor) or str(name).endswith("num_batches_tracked"):
+                continue
+            if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+                raise UserError(f"{path}: {name} is of {value.dtype}, {value.layout}: no plain floating point weights")
+            if not value.isfinite().all():
+                raise UserError(f"{path}: {name} holds NaN or infinite numbers; use the checkpoint of an older epoch")
+    return saved

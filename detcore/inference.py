@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.io import encode_jpeg
 from torchvision.utils import draw_bounding_boxes
 
-from detcore import UserError, backend, checkpoint, cli, detection, distributed, engine, launcher, native
+from detcore import UserError, backend, cli, detection, distributed, engine, launcher, native
+from detcore.checkpoint import load_checkpoint
 from detcore.data import Batch, transforms
 from detcore.data.coco import CocoIndex
 from detcore.detection import Detector, class_names, open_index
@@ -28,30 +29,6 @@ from detcore.evaluation.coco import evaluate as coco_metrics
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
 BuildModel = Callable[[Any, int], nn.Module]
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program, or of another one that saved a state dictionary.
-
-    Raises UserError for a file that is none, and for weights that are not finite numbers: a model with a NaN in it
-    finds nothing, which looks like a result.
-    """
-    saved = checkpoint.load(path, require_hash=False)
-    for name, kind in (("config", dict), ("ema", dict), ("classes", list)):
-        if not isinstance(saved.get(name), kind | None):
-            raise UserError(f"{path} holds {type(saved[name]).__name__} under {name!r}, not a {kind.__name__}")
-    for entry in saved.get("classes") or []:
-        if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str]):
-            raise UserError(f"{path} holds {entry!r} among its classes, not the id and the name of a category")
-    for source in (saved.get("model", saved), saved.get("ema")):
-        for name, value in source.items() if isinstance(source, dict) else ():
-            if not isinstance(value, Tensor) or str(name).endswith("num_batches_tracked"):
-                continue
-            if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-                raise UserError(f"{path}: {name} is of {value.dtype}, {value.layout}: no plain floating point weights")
-            if not value.isfinite().all():
-                raise UserError(f"{path}: {name} holds NaN or infinite numbers; use the checkpoint of an older epoch")
-    return saved
 
 
 def _no_beat(phase: str, count: int) -> None:

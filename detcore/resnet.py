@@ -174,11 +174,12 @@ def load_backbone(
     Nothing is downloaded. Where the file name ends in a hash, as torchvision's do, the file must begin with it
     (sha256). Raises UserError when the file is missing, damaged or of another network.
     """
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / weights_file_name(name, version)
+    file_name = weights_file_name(name, version)
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / file_name
     if not path.is_file():
         raise UserError(
-            f"no weights for {name}: looked at {path}; fetch them with `public-scripts/download_backbone.sh`, point "
-            "TORCH_HOME to the folder that holds hub/checkpoints, or ask for random initialisation"
+            f"no weights for {name}: looked at {path}; fetch them with `public-scripts/download_backbone.sh -d DIR "
+            f"{file_name}` and set TORCH_HOME=DIR, or begin with random weights by --no-pretrained"
         )
     expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
     if expected:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from detcore import UserError, backend
+from detcore.checkpoint import load_checkpoint
 from detcore.config import from_dict
 from detcore.data import transforms
-from detcore.inference import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
 from ssd300.data import DETECTOR

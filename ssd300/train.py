@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from mlperf_logging.mllog import constants as keys
@@ -24,7 +25,14 @@ from ssd300.config import ADOPTED, BENCHMARK, BENCHMARKS, DECAY, IGNORED_FLAGS, 
 from ssd300.data import DETECTOR, class_count, open_data
 from ssd300.inference import class_entries
 from ssd300.loss import losses
-from ssd300.model import CUT_LAYERS, SSD300, known_classes, load_original_state, scale_as_the_originals_inference
+from ssd300.model import (
+    CUT_LAYERS,
+    SSD300,
+    known_backbone,
+    known_classes,
+    load_original_state,
+    scale_as_the_originals_inference,
+)  # fmt: skip
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
 from ssd300.records import RATES, Records, Summary, coco_lines
 
@@ -111,18 +119,30 @@ def notes(config: Config) -> tuple[str, ...]:
 
 
 def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
-    """The config with the model and the data set of its checkpoint, wherever the user said nothing else.
+    """The config with what its checkpoint knows, wherever the user said nothing else.
 
-    So `--mode evaluation --checkpoint epoch_64.pt` needs no further option. The original's checkpoints have no config.
+    So `--mode evaluation --checkpoint epoch_64.pt` needs no further option, and a training that goes on with such a
+    file has its settings; `sources` tells then where they come from. With --weights-only it is the network alone. The
+    original's checkpoints have no config; their weights tell the backbone.
     """
-    saved = inference.load_checkpoint(config.checkpoint).get("config")
-    if not saved:
-        return config
-    adopted = {name: saved[name] for name in ADOPTED if sources[name] == "default" and name in saved}
+    saved = inference.load_checkpoint(config.checkpoint)
+    known = saved.get("config") or {"backbone": known_backbone(saved.get("model", saved))}
+    names = ADOPTED
+    if config.weights_only:
+        names = ("backbone", "predictor_norm")
+    elif config.mode == "train" and _goes_on(config.checkpoint, saved):
+        names = known.keys() - config.FREE_ON_RESUME - {"mode"}
+    adopted = {name: known[name] for name in names if sources.get(name) == "default" and known.get(name) is not None}
+    sources |= dict.fromkeys(adopted, config.checkpoint.name)
     try:
         return from_dict(Config, to_dict(config) | adopted)
     except UserError as error:
         raise UserError(f"{config.checkpoint}: {error}") from error
+
+
+def _goes_on(path: Path, saved: dict) -> bool:
+    """Whether a checkpoint is one of --save, which holds a whole state."""
+    return bool(re.fullmatch(r"epoch_\d+\.pt", path.name)) and "generators" in saved
 
 
 def go_on(config: Config, world: World) -> Config:
@@ -136,7 +156,7 @@ def go_on(config: Config, world: World) -> Config:
     if not config.checkpoint or config.resume:
         return config
     path, saved = config.checkpoint, inference.load_checkpoint(config.checkpoint)
-    if config.weights_only or not re.fullmatch(r"epoch_\d+\.pt", path.name) or "generators" not in saved:
+    if config.weights_only or not _goes_on(path, saved):
         if world.rank == 0:
             print(f"{path}: its weights alone are taken; training starts with epoch 0", file=sys.stderr)
         return config
@@ -194,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
     given, argv = argv, own_words(argv)
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
-    if config.checkpoint and config.mode != "train":
+    if config.checkpoint and not config.resume:
         config = adopt_checkpoint(config, sources)
     if config.mode == "benchmark-inference":  # its batch may be said either way
         images = config.eval_batch_size or config.batch_size

@@ -184,7 +184,7 @@ def test_load_from_torch_home(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         load_backbone(model, "resnet18")
     assert str(folder / weights_file_name("resnet18")) in str(error.value)
-    assert "public-scripts/download_backbone.sh" in str(error.value)
+    assert f"public-scripts/download_backbone.sh -d DIR {weights_file_name('resnet18')}`" in str(error.value)
     path, _ = write_weights(folder)
     monkeypatch.setattr("detcore.resnet.weights_file_name", lambda name, version: path.name)
     assert load_backbone(model, "resnet18") == path

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from detcore import UserError, checkpoint
-from detcore.inference import load_checkpoint
+from detcore.checkpoint import load_checkpoint
 from detcore.resnet import load_exactly
 from single_stage_detector.model import load_reference_state
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from detcore import UserError, checkpoint
+from detcore.checkpoint import load_checkpoint
 from detcore.cli import run_main
-from detcore.inference import load_checkpoint
 from single_stage_detector import train
 from single_stage_detector.model import RetinaNet
 

@@ -1,5 +1,7 @@
 """`--checkpoint` with training: a run's own file goes on, any other gives its weights."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -38,6 +40,30 @@ def test_other_settings_are_refused_before_anything_is_written(folder, change, s
     with pytest.raises(UserError, match=r"--checkpoint .*epoch_0\.pt.*--weights-only") as caught:
         train.go_on(config(folder, **change), ONE)
     assert said in str(caught.value) and "--resume" not in str(caught.value) and not (folder / "out").exists()
+
+
+def adopted(folder, name="epoch_0.pt", said=(), **given) -> Config:
+    """What a config becomes of which the user said only `said`."""
+    given = Config(checkpoint=folder / name, output_dir=folder / "out", **given)
+    sources = {field.name: "command line" if field.name in said else "default" for field in dataclasses.fields(Config)}
+    return train.adopt_checkpoint(given, sources)
+
+
+def test_going_on_takes_the_settings_of_the_run(folder):
+    """As in the original's command to resume, which names the checkpoint and the data alone."""
+    ours = adopted(folder)
+    assert (ours.backbone, ours.batch_size, ours.num_classes, ours.epochs) == ("resnet18", 2, 2, 65)
+    assert train.go_on(dataclasses.replace(ours, output_dir=folder / "other"), ONE).resume
+    with pytest.raises(UserError, match="batch_size was 2, is 8"):
+        train.go_on(adopted(folder, batch_size=8, said=("batch_size",)), ONE)
+
+
+def test_other_uses_take_the_network_alone(folder):
+    for name in ("epoch_0.pt", "epoch_12.pt"):
+        ours = adopted(folder, name, weights_only=True)
+        assert (ours.backbone, ours.batch_size) == ("resnet18", 32)
+    assert adopted(folder, "epoch_12.pt").backbone == "resnet18" and adopted(folder, "epoch_12.pt").batch_size == 32
+    assert adopted(folder, "epoch_12.pt", mode="evaluation").backbone == "resnet18"
 
 
 def test_another_data_set_under_the_same_settings_is_refused(folder, monkeypatch):

@@ -3,6 +3,8 @@
 import functools
 import http.server
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -118,6 +120,23 @@ def test_torch_hub_takes_model_math_and_says_that_it_has_no_effect(capsys):
     for math, said in (("fp16", True), ("fp32", False)):
         model = hubconf.nvidia_ssd(pretrained=False, backbone="resnet18", num_classes=5, model_math=math)
         assert model.priors.dtype == torch.float32 and ("no effect" in capsys.readouterr().err) is said
+
+
+def test_torch_hub_wants_no_more_than_it_lists(tmp_path):
+    """Its users have not installed this project; torch.hub looks for the listed packages alone."""
+    script = f"""
+import sys
+class Missing:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("mlperf_logging", "hotcoco", "pycocotools"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, {hubconf.__file__.rpartition("/")[0]!r})
+import hubconf
+hubconf.nvidia_ssd_processing_utils(), hubconf.nvidia_ssd(pretrained=False, backbone="resnet18", num_classes=2)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torch_hub_without_weights():
