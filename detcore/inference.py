@@ -174,7 +174,7 @@ def _detect_files(
         yield path, image, rows[rows[:, 4] >= max(config.score_threshold, 1e-9)]
 
 
-@torch.no_grad()  # torch-xla can't make views of tensors of inference mode
+@torch.no_grad()  # not every device can make views of tensors of inference mode
 def look(
     config: DetectionConfig,
     detector: Detector,
