@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class _Run:
         self.code: int | None = None  # set once the run is to end
         self.saved_step = state.step  # of last.pt
         self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: tuple[int, Future] | None = None  # step of a last.pt that is not known to be written yet
+        # Step of a last.pt that is not known to be written yet, and its epoch's own file.
+        self.writing: tuple[int, Path | None, Future] | None = None
         epoch, step = divmod(state.step, data.steps_per_epoch)
         self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
 
@@ -66,7 +68,7 @@ class _Run:
         if hasattr(self.stream, "close"):
             self.stream.close()
         self.writer.shutdown()
-        if self.writing and (error := self.writing[1].exception()):  # the run ends for another reason
+        if self.writing and (error := self.writing[-1].exception()):  # the run ends for another reason
             print(f"error: {error}", file=sys.stderr, flush=True)
 
     def train_epoch(self, epoch: int) -> None:
@@ -76,6 +78,7 @@ class _Run:
         self.log.start(keys.EPOCH_START, epoch + 1, epoch_num=epoch + 1)
         self.parallel.train()
         while state.step < end and self.code is None:
+            self.settle(wait=False)
             self.watchdog.beat("waiting for data", state.step)
             with progress.clock("data"):
                 batches = [next(self.stream) for _ in range(self.data.passes(state.step, config.accumulate))]
@@ -99,7 +102,9 @@ class _Run:
                 self.save()
         if self.code is None:
             self.log.end(keys.EPOCH_STOP, epoch + 1, epoch_num=epoch + 1)
-            rate = passes * self.images_per_step / config.accumulate / max(progress.elapsed() - began, 1e-9)
+            seconds = progress.elapsed() - began
+            progress.tell("epoch", epoch=epoch + 1, time_s=seconds)
+            rate = passes * self.images_per_step / config.accumulate / max(seconds, 1e-9)
             memory = self.context.backend.peak_memory_gib()
             stats = {"throughput": round(rate, 3), "max_memory_usage": round(memory, 3)}
             self.log.event("tracked_stats", stats, step=epoch + 1)
@@ -151,17 +156,17 @@ class _Run:
         if all(finite):
             return f"rank {rank} stops: the loss of another rank is not finite, its own message names the images"
         step, _, ids, _ = self.window[finite.index(False)]
+        warmup = f"a longer {self.task.warmup_option}, " if self.task.warmup_option else ""
         values = ", ".join(f"{n} = {v:g}" for n, v in zip(names, losses[finite.index(False)].tolist(), strict=True))
         return (
             f"rank {rank}: the loss is not finite at step {step} (epoch {epoch + 1}): {values}; image ids "
             f"{torch.cat(ids).tolist()}. The checkpoints from before are kept. Look at these images and their boxes, "
-            "and at those of the step before, whose gradient may be the cause; else try a lower --lr, a longer "
-            "--warmup-epochs, --clip-norm 10 or --precision fp32."
+            f"and at those of the step before, whose gradient may be the cause; else try a lower --lr, {warmup}"
+            "--clip-norm 10 or --precision fp32."
         )
 
     def look_around(self, *, wait: bool) -> None:
         """Takes in a metric that has arrived, and signals; all ranks come to the same decision (self.code)."""
-        self.settle(wait=False)
         result = None
         if self.pending and self.pending[1]:
             with self.progress.clock("evaluation") if wait else nullcontext():
@@ -216,7 +221,7 @@ class _Run:
 
     def save(self, *, evaluated: bool = False) -> None:
         """Copies the state to the host, with the random generators of every rank; rank 0 writes last.pt from it in a
-        thread, and evaluated.pt if it is to be evaluated. `settle` tells how that went."""
+        thread, evaluated.pt if it is to be evaluated, and an epoch's own file. `settle` tells how that went."""
         self.settle(wait=True)
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", self.state.step)
@@ -226,21 +231,23 @@ class _Run:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
                 contents = device.to_host(self.state.contents() | run | about) | {"config": to_dict(self.config)}
-                files = ["last.pt"] + ["evaluated.pt"] * evaluated
-                files = [self.config.output_dir / name for name in files]
-                self.writing = self.state.step, self.writer.submit(checkpoint.save, files[0], contents, files[1:])
+                completed, rest = divmod(self.state.step, self.data.steps_per_epoch)
+                own = None if rest else self.task.epoch_file(completed)
+                links = [self.config.output_dir / "evaluated.pt"] * evaluated + [own] * bool(own)
+                last = self.config.output_dir / "last.pt"
+                self.writing = self.state.step, own, self.writer.submit(checkpoint.save, last, contents, links)
         self.saved_step = self.state.step
         self.progress.pause(self.state.step)
 
     def settle(self, *, wait: bool) -> None:
         """Rank 0: whether last.pt is written. Raises what went wrong, as `checkpoint.save` does."""
-        if not self.writing or not (wait or self.writing[1].done()):
+        if not self.writing or not (wait or self.writing[-1].done()):
             return
-        (step, written), self.writing = self.writing, None
+        (step, own, written), self.writing = self.writing, None
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", step)
             written.result()
-        self.progress.saved(self.config.output_dir / "last.pt", step, self.data.steps_per_epoch)
+        self.progress.tell("saved", path=self.config.output_dir / "last.pt", epoch_file=own)
 
     def epochs(self) -> int:
         """All epochs that are still to do; returns the exit code of the run."""

@@ -31,7 +31,7 @@ class Progress:
         self._step_seconds = 0.0  # of one step, lately
         self.evaluations = 0  # of this process
         self._advise_at: float | None = None  # seconds since the start; None until the first interval is over
-        self.observe: Callable[[str, dict[str, Any]], None] | None = None  # gets what is written, and what is saved
+        self.observe: Callable[[str, dict[str, Any]], None] | None = None  # see `Task.observe`
 
     def elapsed(self) -> float:
         """Seconds since the run started (since construction before that)."""
@@ -57,14 +57,12 @@ class Progress:
         if self._file:
             self._file.write(json.dumps({"kind": kind, **fields}) + "\n")
             self._file.flush()
-            if self.observe:
-                self.observe(kind, fields)
+            self.tell(kind, **fields)
 
-    def saved(self, checkpoint: Path, step: int, steps_per_epoch: int) -> None:
-        """The checkpoint of this global step is written."""
+    def tell(self, kind: str, **fields: Any) -> None:
+        """To the observer alone."""
         if self._file and self.observe:
-            fields = {"path": checkpoint, "step": step, "steps_per_epoch": steps_per_epoch, "time_s": self.elapsed()}
-            self.observe("saved", fields)
+            self.observe(kind, fields)
 
     def say(self, text: str) -> None:
         """Lines for the person at the console, below the bar if one is open."""

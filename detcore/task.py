@@ -64,8 +64,10 @@ class Task:
     hyperparameters: MLPerf event names and values, logged before INIT_STOP. example: a synthetic batch of the shapes of
     training, on which a step is warmed up before RUN_START; without it steps are not recorded. prepare_evaluation: does
     the same for evaluations; called before RUN_START, too. observe(kind, fields):
-    called on rank 0 with each record of progress.jsonl, and "saved" (path, step, steps_per_epoch, time_s) with each
-    checkpoint.
+    called on rank 0 with each record of progress.jsonl; "epoch" (epoch, from 1; time_s: seconds of its steps in this
+    process) when its last step is done; and "saved" (path, epoch_file) when a checkpoint is written. epoch_file(epochs
+    completed): made the same file as the checkpoint written then, in a folder that exists; None: no further file.
+    warmup_option: the option that lengthens the warm-up, for the advice on a loss that is not finite; "": none.
     """
 
     model: nn.Module
@@ -81,6 +83,8 @@ class Task:
     example: Callable[[], Batch] | None = None
     prepare_evaluation: Callable[[], None] = lambda: None
     observe: Callable[[str, dict[str, Any]], None] | None = None
+    epoch_file: Callable[[int], Path | None] = lambda completed: None
+    warmup_option: str = ""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def build_task(config: Config, context: Context) -> Task:
                 model.num_classes, config.image_size, config.batch_size, config.max_boxes, context.seed
             )
         ),
+        warmup_option="--warmup-epochs",
     )
 
 

@@ -1,13 +1,14 @@
-"""What the original's users read after a run: dllogger's JSON lines (--json-summary), and epoch_*.pt (--save)."""
+"""What the original's users find after a run: dllogger's JSON lines (--json-summary), and epoch_*.pt (--save)."""
 
 import datetime
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detcore import backend, checkpoint
+from detcore import UserError, backend
 from detcore.evaluation.coco import METRICS
 from ssd300.config import Config
 
@@ -36,18 +37,23 @@ class Summary:
     """A file in the format of dllogger's JSONStreamBackend: "DLLL " and one object a line, with type, step and data.
 
     step is "PARAMETER", [epoch, iteration] or [epoch] (both from 0), and [] for what holds for the whole run.
-    With path None nothing is written.
+    With path None nothing is written. The file is opened here, and elapsedtime counts from here; without `append` what
+    was in it goes with the first line, so that a run which is refused loses nothing. Raises UserError if it can't be
+    written.
     """
 
     def __init__(self, path: Path | None, *, append: bool = False):
         self._begin = time.time()
-        self._file = None
+        self._path, self._file, self._append = path, None, append
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a" if append else "w", encoding="utf-8")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise _unwritable("--json-summary", path, error) from error
 
     def log(self, step: str | Sequence[int], data: dict[str, Any]) -> None:
-        """One line, flushed."""
+        """One line, flushed. Raises UserError if it can't be written."""
         if not self._file:
             return
         now = time.time()
@@ -59,25 +65,35 @@ class Summary:
             "step": step if isinstance(step, str) else list(step),
             "data": data,
         }
-        self._file.write(f"DLLL {json.dumps(line)}\n")
-        self._file.flush()
+        try:
+            if not self._append and self._path.is_file():  # a pipe or a device has nothing to remove
+                self._file.truncate(0)
+            self._append = True
+            self._file.write(f"DLLL {json.dumps(line)}\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable("--json-summary", self._path, error) from error
 
     def parameters(self, config: Config, seed: int | None) -> None:
-        """The settings of a run under the original's names. seed: the one in use, which may have been drawn."""
+        """The settings of a run under the original's names. seed: the one in use, which may have been drawn.
+
+        "eval batch size" is "auto" where a GPU's memory decides it, which is later.
+        """
         device, precision = backend.resolve(config.device, config.precision)
+        gpu = device not in ("cpu", "tpu")
         self.log(
             "PARAMETER",
             {
                 "dataset path": str(config.dataset_path),
                 "epochs": config.epochs,
                 "batch size": config.batch_size,
-                "eval batch size": config.eval_batch_size or config.batch_size,
-                "no cuda": device == "cpu",
+                "eval batch size": config.eval_batch_size or ("auto" if gpu else config.batch_size),
+                "no cuda": not gpu,
                 "seed": seed,
                 "checkpoint path": str(config.checkpoint) if config.checkpoint else None,
                 "mode": config.original_mode,
                 "eval on epochs": list(config.evaluation),
-                "lr decay epochs": list(config.multistep),
+                "lr decay epochs": list(config.decay_epochs),
                 "learning rate": config.lr,
                 "momentum": config.momentum,
                 "weight decay": config.weight_decay,
@@ -86,7 +102,7 @@ class Summary:
                 "backbone path": str(config.weights) if config.weights else None,
                 "num workers": config.workers,
                 "AMP": precision in ("bf16", "fp16"),
-                "precision": config.precision,
+                "precision": precision,
             },
         )
 
@@ -99,18 +115,29 @@ class Summary:
         self.log((), data)
 
 
-class Records:
-    """A task's observer: keeps the summary, and a copy of the checkpoint of each epoch.
+def epoch_file(config: Config, completed: int) -> Path | None:
+    """The checkpoint after so many epochs, in the folder --save, by the original's count: epoch_0.pt after the first.
 
-    A copy is a hard link where the file system has them, so that it takes no second write.
+    None without --save.
+    """
+    return config.save / f"epoch_{completed - 1}.pt" if config.save else None
+
+
+class Records:
+    """The observer of a training, on rank 0: it keeps the summary.
+
+    The folder --save is made here. Raises UserError if nothing can be written there.
     """
 
-    def __init__(self, config: Config):
-        self.save = config.save
-        self.summary = Summary(config.json_summary, append=config.resume)
-        self.config = config
-        self.steps_per_epoch = 0
-        self._epoch_began = 0.0
+    def __init__(self, config: Config, summary: Summary):
+        self.config, self.summary = config, summary
+        if config.save:
+            try:
+                config.save.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=config.save):
+                    pass
+            except OSError as error:
+                raise _unwritable("--save", config.save, error) from error
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         match kind:
@@ -119,19 +146,16 @@ class Records:
             case "step":
                 data = {"loss": fields["loss"], "learning rate": fields["lr"], "img/sec": fields["images_per_s"]}
                 self.summary.log((fields["epoch"] - 1, fields["step"] - 1), data)
-            case "saved" if fields["step"] % fields["steps_per_epoch"] == 0:
-                self._epoch(fields["step"] // fields["steps_per_epoch"] - 1, fields["path"], fields["time_s"])
+            case "epoch":
+                self.summary.log((fields["epoch"] - 1,), {"time": fields["time_s"]})
+            case "saved" if path := fields["epoch_file"]:
+                self.summary.log((int(path.stem.removeprefix("epoch_")),), {"model path": str(path)})
             case "eval":
                 print("\n".join(coco_lines(fields["metrics"])), flush=True)
                 self.summary.log((fields["epoch"] - 1,), {"mAP": fields["metrics"]["AP"]})
             case "end":
                 self.summary.log((), {"total time": fields["time_s"], "mAP": fields["best"]})
 
-    def _epoch(self, epoch: int, last: Path, now: float) -> None:
-        self.summary.log((epoch,), {"time": now - self._epoch_began})
-        self._epoch_began = now
-        if self.save:
-            self.save.mkdir(parents=True, exist_ok=True)
-            path = self.save / f"epoch_{epoch}.pt"
-            checkpoint.link_or_copy(last, path)
-            self.summary.log((epoch,), {"model path": str(path)})
+
+def _unwritable(option: str, path: Path, error: OSError) -> UserError:
+    return UserError(f"{option} {path} can't be written: {error.strerror or error}. Give another path or free space.")

@@ -34,7 +34,7 @@ from ssd300.model import (
     scale_as_the_originals_inference,
 )  # fmt: skip
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
-from ssd300.records import RATES, Records, Summary, coco_lines
+from ssd300.records import RATES, Records, Summary, coco_lines, epoch_file
 
 PROGRAM = "python -m ssd300.train"
 INTRO = (
@@ -61,8 +61,8 @@ def build_model(config: Config, num_classes: int) -> SSD300:
     return model
 
 
-def build_task(config: Config, context: Context) -> Task:
-    """SSD300 as the training loop sees it."""
+def build_task(config: Config, context: Context, records: Records | None = None) -> Task:
+    """SSD300 as the training loop sees it. records: of a training, on rank 0."""
     place = context.backend.place(build_model(config, class_count(config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
     evaluation = Inference(DETECTOR, config, context)
@@ -101,7 +101,9 @@ def build_task(config: Config, context: Context) -> Task:
                 model.num_classes, config.image_size, config.batch_size, config.max_boxes, context.seed
             )
         ),
-        observe=Records(config) if config.mode == "train" and context.world.rank == 0 else None,
+        observe=records,
+        epoch_file=lambda completed: epoch_file(config, completed),
+        warmup_option="--warmup",
     )
 
 
@@ -180,19 +182,18 @@ def go_on(config: Config, world: World) -> Config:
     return dataclasses.replace(config, resume=True, overwrite=False, checkpoint=None)
 
 
-def evaluate(config: Config, first: bool) -> int:
-    """`--mode evaluation`."""
+def evaluate(config: Config, summary: Summary, first: bool) -> int:
+    """`--mode evaluation`. first: whether this process is rank 0."""
+    summary.parameters(config, config.seed)
     code = inference.evaluate(config, DETECTOR, build_model)
     if first:
         result = json.loads((config.output_dir / "evaluation.json").read_text())
         print("\n".join(coco_lines(result)))
-        summary = Summary(config.json_summary)
-        summary.parameters(config, config.seed)
         summary.log((), {"mAP": result["AP"]})
     return code
 
 
-def measure(config: Config) -> int:
+def measure(config: Config, summary: Summary) -> int:
     """`--mode benchmark`, `benchmark-training` and `benchmark-inference`."""
     part = config.mode.removeprefix("benchmark").removeprefix("-")
 
@@ -200,7 +201,6 @@ def measure(config: Config) -> int:
         for result in results:
             rates = [f"{short} {result[name]:.1f}" for short, name in RATES.items()]
             print(f"{result['name']}: images/s {', '.join(rates)}")
-        summary = Summary(config.json_summary)
         summary.parameters(config, json.loads((config.output_dir / "benchmark.json").read_text())["seed"])
         summary.benchmark(results)
 
@@ -221,19 +221,24 @@ def main(argv: Sequence[str]) -> int:
         config = dataclasses.replace(config, batch_size=images, eval_batch_size=images)
     if not printing:
         spread(config.num_cores, "ssd300.train", given)
-    speaks = discover(os.environ)[0].rank == 0
+    world, _ = discover(os.environ)
+    speaks = world.rank == 0
     if speaks:
         print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
     if printing:
         return 0
-    if config.mode == "evaluate":
-        return evaluate(config, speaks)
     if config.mode == "predict":
         return inference.predict(config, DETECTOR, build_model, class_entries)
+    if config.mode == "train":
+        config = go_on(config, world)
+    # What can't be written is refused here, before hours of work.
+    summary = Summary(config.json_summary if speaks else None, append=config.resume)
+    if config.mode == "evaluate":
+        return evaluate(config, summary, speaks)
     if config.mode in BENCHMARKS:
-        return measure(config)
-    config = go_on(config, discover(os.environ)[0])
-    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
+        return measure(config, summary)
+    records = Records(config, summary) if speaks else None
+    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context, records))
     if config.gallery and outcome.best is not None and speaks:
         inference.gallery(dataclasses.replace(config, legacy=False), DETECTOR, build_model)  # as validation sees images
     return outcome.code

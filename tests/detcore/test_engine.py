@@ -258,14 +258,18 @@ def test_target_not_reached_ends_aborted(tmp_path):
     assert [e["metadata"]["status"] for e in log if e["key"] == "run_stop"] == ["aborted"]
 
 
-def test_a_loss_that_is_not_finite_names_step_terms_and_images(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [("--warmup", "a lower --lr, a longer --warmup, --clip-norm"), ("", "a lower --lr, --clip-norm")],
+)
+def test_a_loss_that_is_not_finite_names_step_terms_and_images(tmp_path, capsys, option, advice):
     def loss(network, b):
         value = (network(b.images) ** 2).mean()
         return {"fine": value, "broken": value * (float("nan") if int(b.image_id) == 5 else 1.0)}
 
-    outcome, log = run(tmp_path, make_task(loss=loss))
+    outcome, log = run(tmp_path, dataclasses.replace(make_task(loss=loss), warmup_option=option))
     said = capsys.readouterr().err
-    assert outcome.code == cli.NOT_FINITE
+    assert outcome.code == cli.NOT_FINITE and advice in said
     assert "step 6 (epoch 2)" in said and "broken = nan" in said and "image ids [5]" in said
     assert log[-2]["metadata"]["status"] == "aborted"
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == STEPS  # from before the NaN
@@ -518,6 +522,41 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert float(saved["model"]["weight"]) == pytest.approx(by_hand([i % 3 for i in range(values)]), abs=1e-12)
 
 
+def test_an_epoch_has_its_time_and_its_file_before_the_next_one(tmp_path):
+    """Neither waits for the evaluation, which takes a second here, nor for the next line of a long interval."""
+    (tmp_path / "models").mkdir()
+    told, seen, files = [], [], []
+    task = make_task(target=None)
+
+    def open_data():
+        data = task.open_data()
+
+        def evaluate(network, beat):
+            end = time.monotonic() + 20
+            while not (there := (tmp_path / f"models/{1 + len(seen)}.pt").exists()) and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(there)
+            time.sleep(1)
+            return data.evaluate(network, beat)
+
+        return dataclasses.replace(data, evaluate=evaluate)
+
+    def observe(kind, fields):
+        if kind in ("step", "epoch"):
+            told.append((kind, fields["epoch"]))
+        if kind == "epoch":
+            assert fields["time_s"] < 0.9
+        if kind == "saved":
+            files.append(fields["epoch_file"].name)
+
+    more = {"observe": observe, "epoch_file": lambda completed: tmp_path / f"models/{completed}.pt"}
+    run(tmp_path, dataclasses.replace(task, open_data=open_data, **more), epochs=2, log_interval=100)
+    assert seen == [True, True] and files == ["1.pt", "2.pt"]
+    assert told == [("step", 1), ("epoch", 1), ("step", 2), ("epoch", 2)]
+    steps = [torch.load(tmp_path / f"models/{e}.pt", weights_only=True)["step"] for e in (1, 2)]
+    assert steps == [STEPS, 2 * STEPS]
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, at):
     save, calls = checkpoint.save, []
@@ -536,6 +575,27 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch,
     assert mllog(tmp_path / "out")[-2]["metadata"]["status"] == "aborted"
     last = tmp_path / "out/last.pt"
     assert (torch.load(last, weights_only=True)["step"] if at > 1 else last.exists()) == (at - 1) * STEPS
+
+
+def test_a_failed_write_ends_the_run_before_the_next_step(tmp_path, monkeypatch):
+    """However long the logging interval is."""
+    failed, seen = threading.Event(), []
+
+    def full(path, contents, links):
+        failed.set()
+        raise UserError("No space left on device")
+
+    def loss(network, b):
+        seen.append(int(b.image_id))
+        if int(b.image_id) == STEPS:
+            assert failed.wait(20)
+            time.sleep(0.3)  # the thread hands the error over
+        return {"square": (network(b.images) ** 2).mean()}
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(tmp_path, make_task(loss=loss, target=None, polls=100), epochs=2, log_interval=100)
+    assert seen[-1] <= STEPS
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_of_where_the_run_ends_otherwise(tmp_path, monkeypatch, capsys):

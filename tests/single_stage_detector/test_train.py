@@ -12,6 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from detcore import backend
+from detcore.config import load
+from detcore.launcher import World
+from detcore.task import Context
+from single_stage_detector import train
+from single_stage_detector.config import Config
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--dataset", "custom", "--backbone", "resnet18", "--norm", "batch", "--trainable-backbone-layers", "5",
@@ -206,6 +213,13 @@ def test_resuming_nothing_says_so(scenes, tmp_path):
 def test_missing_imagenet_weights_name_the_script(scenes, tmp_path):
     result = run(scenes, tmp_path / "out", "--pretrained", "--weights", str(tmp_path / "none.pth"))
     assert result.returncode == 2 and "download_backbone.sh" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_advice_on_a_loss_that_is_not_finite_names_an_option():
+    config, _, _ = load(Config, [*SMALL, "--synthetic", "--num-classes", "3"], {}, {})
+    place = backend.Backend(torch.device("cpu"), "fp32")
+    option = train.build_task(config, Context(place, World(), 1)).warmup_option
+    assert load(Config, [option, "7"], {}, {})[0].warmup_epochs == 7
 
 
 @pytest.mark.dali

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detcore import backend
+from detcore.config import load
 from detcore.launcher import World
 from detcore.task import Context
 from ssd300 import train
@@ -78,6 +79,13 @@ def test_the_summary_is_what_dllogger_would_write(trained):
     for name in ("time", "mAP", "model path"):
         assert [line["step"] for line in summary if name in line["data"] and line["step"]] == [[0], [1]]
     assert summary[-1]["step"] == [] and summary[-1]["data"].keys() == {"total time", "mAP"}
+    log = (trained[0] / "out/result_0.txt").read_text().splitlines()
+    events = [json.loads(line.partition(":::MLLOG ")[2]) for line in log]
+    begin, end = ([e["time_ms"] for e in events if e["key"] == f"epoch_{edge}"] for edge in ("start", "stop"))
+    times = [line for line in summary if "time" in line["data"]]
+    trained_for = [(stop - start) / 1e3 for start, stop in zip(begin, end, strict=True)]
+    assert [line["data"]["time"] for line in times] == pytest.approx(trained_for, abs=0.1)
+    assert summary.index(times[0]) < summary.index(next(line for line in summary if line["step"] == [1, 2]))
 
 
 def test_a_checkpoint_of_each_epoch(trained):
@@ -190,6 +198,10 @@ class TestTask:
         assert [group["weight_decay"] for group in groups] == [5e-4, 0]
         assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
         assert all(group["momentum"] == 0.9 for group in groups)
+
+    def test_the_advice_on_a_loss_that_is_not_finite_names_an_option(self):
+        config, _, _ = load(Config, [self.task().warmup_option, "7"], {}, {})
+        assert config.warmup == 7
 
     def test_adam_on_request(self):
         task = self.task(optimizer="adam", weight_decay=0.0, lr=4e-3)
