@@ -27,7 +27,8 @@ def read(line: str, **environ: str):
         ("--mode benchmark-training", "mode", "benchmark-training"),
         ("--mode benchmark-inference", "mode", "benchmark-inference"),
         ("--evaluation 1 2 5", "evaluation", [1, 2, 5]), ("", "evaluation", [21, 31, 37, 42, 48, 53, 59, 64]),
-        ("--multistep 7 9 --bs 4", "multistep", [7, 9]), ("", "multistep", [43, 54]),
+        ("--evaluation", "evaluation", []), ("--evaluation --bs 4", "evaluation", []), ("--multistep", "multistep", []),
+        ("--multistep -b 4", "multistep", []), ("--multistep 7 9 --bs 4", "multistep", [7, 9]), ("", "multistep", [43, 54]),
         ("--learning-rate 0.1", "lr", 0.1), ("--lr 0.1", "lr", 0.1), ("", "lr", 2.6e-3),
         ("--momentum 0.8", "momentum", 0.8), ("-m 0.8", "momentum", 0.8), ("--wd 0", "weight_decay", 0.0),
         ("--weight-decay 0", "weight_decay", 0.0), ("", "weight_decay", 5e-4),
@@ -42,7 +43,10 @@ def read(line: str, **environ: str):
         ("--no-allow-tf32 --amp", "precision", "auto"), ("--no-allow-tf32 --allow-tf32", "precision", "tf32"),
         ("--amp --no-amp --no-allow-tf32", "precision", "fp32"), ("--no-amp --amp", "precision", "auto"),
         ("--amp --no-allow-tf32", "precision", "auto"), ("--amp --allow-tf32", "precision", "auto"),
-        ("--precision fp16", "precision", "fp16"), ("--log-interval 7", "log_interval", 7),
+        ("--precision fp16", "precision", "fp16"), ("--precision fp16 --no-allow-tf32", "precision", "fp16"),
+        ("--no-allow-tf32 --precision=bf16", "precision", "bf16"), ("--precision fp16 --no-amp", "precision", "tf32"),
+        ("--precision tf32 --no-allow-tf32", "precision", "fp32"), ("--amp --precision tf32", "precision", "tf32"),
+        ("--no-allow-tf32 --precision tf32", "precision", "tf32"), ("", "antialias", True), ("--log-interval 7", "log_interval", 7),
         ("--json-summary s.json", "json_summary", "s.json"), ("--accumulation 8", "accumulate", 8),
         ("--fake_data", "synthetic", True), ("--fake-data", "synthetic", True),
     ],
@@ -68,6 +72,13 @@ def test_evaluation_after_the_listed_epochs_and_the_last():
     config = read("--epochs 30").config
     assert [n for n in range(1, 31) if config.evaluates(n)] == [22, 30]
     assert not read("--fake-data").config.evaluates(65)
+
+
+def test_bare_lists_are_empty():
+    config = read("--epochs 3 --evaluation --multistep").config
+    assert [n for n in range(1, 4) if config.evaluates(n)] == [3] and config.decay_epochs == ()
+    with pytest.raises(UserError, match="--evaluation: '-3'"):
+        read("--evaluation -3")
 
 
 def test_decay_is_an_epoch_earlier_with_legacy():
