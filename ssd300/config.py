@@ -1,13 +1,13 @@
 """SSD300 v1.1 as NVIDIA published it, and what a run of it can choose."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from detcore import UserError
 from detcore.backend import PRECISIONS
-from detcore.config import above, at_least, between, option
+from detcore.config import DEFAULT, above, at_least, between, option
 from detcore.data.layouts import LAYOUTS
 from detcore.detection_config import DetectionConfig
 
@@ -172,6 +172,21 @@ class Config(DetectionConfig):
             "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
+
+
+FIRST_WEIGHTS_ALONE = ("resnet18", "resnet34")
+"""Backbones of which torchvision has no second version of the weights."""
+
+
+def refuse_missing_weights(config: Config, sources: Mapping[str, str]) -> None:
+    """Raises UserError where the user asks for weights that nobody has. The default says nothing of these backbones."""
+    version = config.torchvision_weights_version
+    said = sources["torchvision_weights_version"] != DEFAULT
+    if said and version == "IMAGENET1K_V2" and config.backbone in FIRST_WEIGHTS_ALONE:
+        raise UserError(
+            f"--torchvision-weights-version {version}: torchvision has IMAGENET1K_V1 alone of {config.backbone}; leave "
+            "the option out, or give --backbone resnet50, resnet101 or resnet152"
+        )
 
 
 ADOPTED = (

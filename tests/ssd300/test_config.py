@@ -4,6 +4,7 @@ import pytest
 
 from detcore import UserError
 from detcore.config import load, to_dict
+from ssd300 import train
 from ssd300.config import IGNORED_FLAGS, Config, own_words
 
 
@@ -28,7 +29,8 @@ def read(line: str, **environ: str):
         ("--mode benchmark-inference", "mode", "benchmark-inference"),
         ("--evaluation 1 2 5", "evaluation", [1, 2, 5]), ("", "evaluation", [21, 31, 37, 42, 48, 53, 59, 64]),
         ("--evaluation", "evaluation", []), ("--evaluation --bs 4", "evaluation", []), ("--multistep", "multistep", []),
-        ("--multistep -b 4", "multistep", []), ("--multistep 7 9 --bs 4", "multistep", [7, 9]), ("", "multistep", [43, 54]),
+        ("--multistep -b 4", "multistep", []), ("--multistep 7 9 --bs 4", "multistep", [7, 9]),
+        ("", "multistep", [43, 54]),
         ("--learning-rate 0.1", "lr", 0.1), ("--lr 0.1", "lr", 0.1), ("", "lr", 2.6e-3),
         ("--momentum 0.8", "momentum", 0.8), ("-m 0.8", "momentum", 0.8), ("--wd 0", "weight_decay", 0.0),
         ("--weight-decay 0", "weight_decay", 0.0), ("", "weight_decay", 5e-4),
@@ -46,7 +48,8 @@ def read(line: str, **environ: str):
         ("--precision fp16", "precision", "fp16"), ("--precision fp16 --no-allow-tf32", "precision", "fp16"),
         ("--no-allow-tf32 --precision=bf16", "precision", "bf16"), ("--precision fp16 --no-amp", "precision", "tf32"),
         ("--precision tf32 --no-allow-tf32", "precision", "fp32"), ("--amp --precision tf32", "precision", "tf32"),
-        ("--no-allow-tf32 --precision tf32", "precision", "tf32"), ("", "antialias", True), ("--log-interval 7", "log_interval", 7),
+        ("--no-allow-tf32 --precision tf32", "precision", "tf32"), ("", "antialias", True),
+        ("--log-interval 7", "log_interval", 7),
         ("--json-summary s.json", "json_summary", "s.json"), ("--accumulation 8", "accumulate", 8),
         ("--fake_data", "synthetic", True), ("--fake-data", "synthetic", True),
     ],
@@ -114,3 +117,11 @@ def test_only_the_recipe_of_the_original_has_no_departures():
     assert read("--bs 256 --lr 2.7e-3 --warmup 1200 --amp").config.departures() == []
     assert read("--backbone resnet18").config.departures() == ["backbone resnet18"]
     assert read("--augmentation flip --optimizer adam").config.departures() == ["augmentation flip", "optimizer adam"]
+
+
+def test_weights_that_nobody_has_are_refused_where_asked_for():
+    wish = ["--torchvision-weights-version", "IMAGENET1K_V2", "--print-config"]
+    small = ["--backbone", "resnet34", "--print-config"]
+    with pytest.raises(UserError, match=r"--torchvision-weights-version IMAGENET1K_V2: .*V1 alone of resnet34"):
+        train.main(wish + small)
+    assert train.main(wish) == train.main(small) == 0
