@@ -13,6 +13,17 @@ def _below(threshold: float) -> float:
     return float(torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)))
 
 
+def _usable_first(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates [N, C, 4], [N, C], [N, C], in their order but for those that are not finite in pixels.
+
+    These come last, with score -1 and box 0, 0, 0, 0: suppression takes the first negative score for the end.
+    """
+    broken = ~(boxes * IMAGE_SIZE).isfinite().all(2)
+    order = broken.to(torch.uint8).argsort(dim=1, stable=True)
+    boxes = boxes.masked_fill(broken.unsqueeze(2), 0).gather(1, order.unsqueeze(2).expand(-1, -1, 4))
+    return boxes, scores.masked_fill(broken, -1).gather(1, order), labels.gather(1, order)
+
+
 @torch.no_grad()
 def postprocess(
     model_outputs: tuple[Tensor, Tensor],
@@ -28,12 +39,14 @@ def postprocess(
     Boxes are x1, y1, x2, y2 in pixels of the 300 x 300 image and may reach over its border, as the original's do;
     labels are 0..K-1, those of a Batch. Unused places have box 0, 0, 0, 0, score 0 and label -1.
     Of every class the `per_class` best priors with a softmax above score_thresh are candidates; then a box is dropped
-    if its IoU with a better one of its class is nms_thresh or more; the best `detections` of all classes remain.
+    if its IoU with a better one of its class is nms_thresh or more; the best `detections` of all classes remain. A
+    candidate whose box is not finite, as of NaN or huge deltas, is dropped as well.
     """
     deltas, logits = model_outputs
     scores, prior, labels = candidates(logits, score_thresh, min(per_class, len(priors)))
     deltas = deltas.gather(1, prior.unsqueeze(2).expand(-1, -1, 4)).to(priors.dtype)
     boxes = corners(decode(deltas, priors[prior]))
+    boxes, scores, labels = _usable_first(boxes, scores, labels)
     kept = nms(boxes, scores, labels, _below(nms_thresh), detections)
     empty, at = kept < 0, kept.clamp(min=0)
     boxes = (boxes * IMAGE_SIZE).gather(1, at.unsqueeze(2).expand(-1, -1, 4)).masked_fill(empty.unsqueeze(2), 0)

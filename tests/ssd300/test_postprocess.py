@@ -177,6 +177,22 @@ def test_priors_with_nan_are_no_detections():
 
 
 @pytest.mark.usefixtures("_either_path")
+@pytest.mark.parametrize(
+    ("place", "delta"), [(0, math.nan), (0, math.inf), (1, -math.inf), (0, 3e38), (3, math.nan), (3, 435), (2, 445)]
+)
+def test_candidates_whose_box_is_not_finite_are_no_detections(place, delta):
+    """e^(445 / 5) is beyond float32; 435 and 3e38 make boxes that are beyond it in pixels alone."""
+    box, other = torch.tensor([0.5, 0.5, 0.4, 0.2]), torch.tensor([0.2, 0.2, 0.1, 0.1])
+    good = (70, 1, 0.8, box), (8731, 2, 0.7, other)
+    deltas, logits = firing((5, 1, 0.9, box), *good)
+    deltas[0, 5, place] = delta
+    for detections in (1, 200):
+        expected = postprocess(firing(*good), PRIORS, detections=detections)
+        for own, wanted in zip(postprocess((deltas, logits), PRIORS, detections=detections), expected, strict=True):
+            assert torch.equal(own, wanted)
+
+
+@pytest.mark.usefixtures("_either_path")
 @pytest.mark.parametrize("score_thresh", [0.0, 1.0])
 def test_extreme_thresholds(score_thresh):
     made = some_outputs(3, 2, 2)
