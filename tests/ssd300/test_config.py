@@ -1,11 +1,14 @@
 """The flags of the original programs, by their own names, and what they mean here."""
 
+import re
+
 import pytest
+import torch
 
 from detcore import UserError
 from detcore.config import load, to_dict
 from ssd300 import train
-from ssd300.config import IGNORED_FLAGS, Config, own_words
+from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, own_words
 
 
 def read(line: str, **environ: str):
@@ -125,3 +128,20 @@ def test_weights_that_nobody_has_are_refused_where_asked_for():
     with pytest.raises(UserError, match=r"--torchvision-weights-version IMAGENET1K_V2: .*V1 alone of resnet34"):
         train.main(wish + small)
     assert train.main(wish) == train.main(small) == 0
+
+
+def test_evaluation_takes_the_model_and_the_data_over_from_the_checkpoint(tmp_path, capsys):
+    """All that ADOPTED names, each with another value than the default, but what the user says."""
+    paths = {
+        f"{split}_{kind}": f"/d/{split}" for split in ("train", "val") for kind in ("data_path", "annotations_file")
+    }
+    stored = {"backbone": "resnet34", "predictor_norm": True, "antialias": False, "dataset": "custom", **paths}
+    stored |= {"dataset_path": "/d", "shards": "/s"}
+    assert set(stored) == set(ADOPTED) and all(to_dict(Config())[name] != value for name, value in stored.items())
+    torch.save({"model": {}, "config": stored | {"lr": 1.0}}, tmp_path / "epoch_0.pt")
+    words = ["--mode", "evaluation", "--checkpoint", str(tmp_path / "epoch_0.pt"), "--print-config"]
+    for more in ([], ["--backbone", "resnet18"]):
+        assert train.main(words + more) == 0
+        shown = dict(re.findall(r"^(\w+) += (\S+)", capsys.readouterr().out, re.M))
+        expected = stored | ({"backbone": "resnet18"} if more else {})
+        assert [shown[name] for name in expected] == [str(value).lower() for value in expected.values()]
