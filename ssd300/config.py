@@ -1,13 +1,13 @@
 """SSD300 v1.1 as NVIDIA published it, and what a run of it can choose."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from detcore import UserError
 from detcore.backend import PRECISIONS
-from detcore.config import above, at_least, between, option
+from detcore.config import DEFAULT, above, at_least, between, option
 from detcore.data.layouts import LAYOUTS
 from detcore.detection_config import DetectionConfig
 
@@ -89,12 +89,12 @@ class Config(DetectionConfig):
         group="Training",
     )  # fmt: skip
     multistep: tuple[int, ...] = option(
-        (43, 54), "epochs, counted from 0, before which the learning rate falls to a tenth", check=above(0),
-        group="Training",
+        (43, 54), "epochs, counted from 0, before which the learning rate falls to a tenth; without a value never",
+        check=above(0), group="Training",
     )  # fmt: skip
     evaluation: tuple[int, ...] = option(
-        (21, 31, 37, 42, 48, 53, 59, 64), "epochs, counted from 0, after which to evaluate; the last one always is",
-        check=at_least(0), group="Training",
+        (21, 31, 37, 42, 48, 53, 59, 64), "epochs, counted from 0, after which to evaluate, and always after the last; "
+        "without a value after the last alone", check=at_least(0), group="Training",
     )  # fmt: skip
 
     backbone: str = option("resnet50", "ResNet that begins the network", choices=BACKBONES, group="Model")
@@ -174,6 +174,21 @@ class Config(DetectionConfig):
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
 
 
+FIRST_WEIGHTS_ALONE = ("resnet18", "resnet34")
+"""Backbones of which torchvision has no second version of the weights."""
+
+
+def refuse_missing_weights(config: Config, sources: Mapping[str, str]) -> None:
+    """Raises UserError where the user asks for weights that nobody has. The default says nothing of these backbones."""
+    version = config.torchvision_weights_version
+    said = sources["torchvision_weights_version"] != DEFAULT
+    if said and version == "IMAGENET1K_V2" and config.backbone in FIRST_WEIGHTS_ALONE:
+        raise UserError(
+            f"--torchvision-weights-version {version}: torchvision has IMAGENET1K_V1 alone of {config.backbone}; leave "
+            "the option out, or give --backbone resnet50, resnet101 or resnet152"
+        )
+
+
 ADOPTED = (
     "backbone", "predictor_norm", "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file",
     "val_data_path", "val_annotations_file", "shards",
@@ -191,6 +206,7 @@ IGNORED_FLAGS: dict[str, tuple[int, str]] = {
 }
 
 
+_LISTS = ("--evaluation", "--multistep")
 _PRECISION = ("--amp", "--no-amp", "--no-allow-tf32")
 _TRANSLATED = {"--no-cuda": ["--device", "cpu"], "--allow-tf32": []}
 
@@ -198,16 +214,17 @@ _TRANSLATED = {"--no-cuda": ["--device", "cpu"], "--allow-tf32": []}
 def own_words(argv: Sequence[str]) -> list[str]:
     """A command line for the original programs in the words of this one.
 
-    Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder. --amp and
-    --allow-tf32 with their opposites say the precision together, in any order: TF32 is for what --amp is not.
+    Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder, a bare list is
+    empty. What says the precision becomes --precision (`_precision`).
     """
     words: list[str] = []
     dashed = [_dashed(word) for word in argv]
-    fp32 = _last(dashed, "--allow-tf32", "--no-allow-tf32") == "--no-allow-tf32"
-    precision = "auto" if _last(dashed, "--amp", "--no-amp") == "--amp" else "fp32" if fp32 else "tf32"
+    precision = _precision(dashed)
     for word, after in zip(dashed, [*dashed[1:], "--"]):
         if word == "--save" and after.startswith("-"):
             words += ["--save", "models"]
+        elif word in _LISTS and after.startswith("-") and not after[1:2].isdigit():
+            words.append(f"{word}=")
         elif word in _PRECISION:
             words += ["--precision", precision]
         else:
@@ -215,8 +232,22 @@ def own_words(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _last(words: Sequence[str], *of: str) -> str | None:
-    return next((word for word in reversed(words) if word in of), None)
+def _precision(words: Sequence[str]) -> str:
+    """What --amp, --allow-tf32, their opposites and --precision say together.
+
+    Of --amp, --no-amp and --precision the last one holds. TF32 is for what is not mixed: --no-allow-tf32 makes fp32 of
+    tf32, before or after --amp; a later --precision tf32 takes it back.
+    """
+    precision, allowed = "tf32", True
+    for word, after in zip(words, [*words[1:], "--"]):
+        flag, _, value = word.partition("=")
+        if flag == "--precision":
+            precision, allowed = value or after, True
+        elif word in ("--amp", "--no-amp"):
+            precision = "auto" if word == "--amp" else "tf32"
+        elif word in ("--allow-tf32", "--no-allow-tf32"):
+            allowed = word == "--allow-tf32"
+    return "fp32" if precision == "tf32" and not allowed else precision
 
 
 def _dashed(word: str) -> str:

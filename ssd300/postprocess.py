@@ -28,13 +28,16 @@ def postprocess(
     Boxes are x1, y1, x2, y2 in pixels of the 300 x 300 image and may reach over its border, as the original's do;
     labels are 0..K-1, those of a Batch. Unused places have box 0, 0, 0, 0, score 0 and label -1.
     Of every class the `per_class` best priors with a softmax above score_thresh are candidates; then a box is dropped
-    if its IoU with a better one of its class is nms_thresh or more; the best `detections` of all classes remain.
+    if its IoU with a better one of its class is nms_thresh or more; the best `detections` of all classes remain. What
+    remains with a box that is not finite, as of NaN or huge deltas, leaves its place unused.
     """
     deltas, logits = model_outputs
     scores, prior, labels = candidates(logits, score_thresh, min(per_class, len(priors)))
     deltas = deltas.gather(1, prior.unsqueeze(2).expand(-1, -1, 4)).to(priors.dtype)
     boxes = corners(decode(deltas, priors[prior]))
     kept = nms(boxes, scores, labels, _below(nms_thresh), detections)
-    empty, at = kept < 0, kept.clamp(min=0)
-    boxes = (boxes * IMAGE_SIZE).gather(1, at.unsqueeze(2).expand(-1, -1, 4)).masked_fill(empty.unsqueeze(2), 0)
+    at = kept.clamp(min=0)
+    boxes = (boxes * IMAGE_SIZE).gather(1, at.unsqueeze(2).expand(-1, -1, 4))
+    empty = (kept < 0) | ~boxes.isfinite().all(2)
+    boxes = boxes.masked_fill(empty.unsqueeze(2), 0)
     return boxes, scores.gather(1, at).masked_fill(empty, 0), labels.gather(1, at).masked_fill(empty, -1)

@@ -21,7 +21,18 @@ from detcore.launcher import World, discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_decay
 from detcore.task import Context, Task
-from ssd300.config import ADOPTED, BENCHMARK, BENCHMARKS, DECAY, IGNORED_FLAGS, LR_BATCH, Config, own_words
+from ssd300.config import (
+    ADOPTED,
+    BENCHMARK,
+    BENCHMARKS,
+    DECAY,
+    FIRST_WEIGHTS_ALONE,
+    IGNORED_FLAGS,
+    LR_BATCH,
+    Config,
+    own_words,
+    refuse_missing_weights,
+)
 from ssd300.data import DETECTOR, class_count, open_data
 from ssd300.inference import class_entries
 from ssd300.loss import losses
@@ -53,7 +64,7 @@ def build_model(config: Config, num_classes: int) -> SSD300:
         if load_original_state(model, weights, source, other_classes=config.weights_only):
             print(f"{source} knows another number of classes: the layers that predict them start anew", file=sys.stderr)
     elif config.pretrained and not config.resume and not config.synthetic:
-        only_first = config.backbone in ("resnet18", "resnet34")  # there is no second version of their weights
+        only_first = config.backbone in FIRST_WEIGHTS_ALONE
         version = "IMAGENET1K_V1" if only_first else config.torchvision_weights_version
         load_backbone(model.backbone, config.backbone, config.weights, version, CUT_LAYERS)
     if config.legacy and config.mode == "predict":
@@ -214,6 +225,7 @@ def main(argv: Sequence[str]) -> int:
     given, argv = argv, own_words(argv)
     printing = "--print-config" in argv
     config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
+    refuse_missing_weights(config, sources)
     if config.checkpoint and not config.resume:
         config = adopt_checkpoint(config, sources)
     if config.mode == "benchmark-inference":  # its batch may be said either way

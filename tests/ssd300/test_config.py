@@ -1,10 +1,14 @@
 """The flags of the original programs, by their own names, and what they mean here."""
 
+import re
+
 import pytest
+import torch
 
 from detcore import UserError
 from detcore.config import load, to_dict
-from ssd300.config import IGNORED_FLAGS, Config, own_words
+from ssd300 import train
+from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, own_words
 
 
 def read(line: str, **environ: str):
@@ -27,7 +31,9 @@ def read(line: str, **environ: str):
         ("--mode benchmark-training", "mode", "benchmark-training"),
         ("--mode benchmark-inference", "mode", "benchmark-inference"),
         ("--evaluation 1 2 5", "evaluation", [1, 2, 5]), ("", "evaluation", [21, 31, 37, 42, 48, 53, 59, 64]),
-        ("--multistep 7 9 --bs 4", "multistep", [7, 9]), ("", "multistep", [43, 54]),
+        ("--evaluation", "evaluation", []), ("--evaluation --bs 4", "evaluation", []), ("--multistep", "multistep", []),
+        ("--multistep -b 4", "multistep", []), ("--multistep 7 9 --bs 4", "multistep", [7, 9]),
+        ("", "multistep", [43, 54]),
         ("--learning-rate 0.1", "lr", 0.1), ("--lr 0.1", "lr", 0.1), ("", "lr", 2.6e-3),
         ("--momentum 0.8", "momentum", 0.8), ("-m 0.8", "momentum", 0.8), ("--wd 0", "weight_decay", 0.0),
         ("--weight-decay 0", "weight_decay", 0.0), ("", "weight_decay", 5e-4),
@@ -42,7 +48,11 @@ def read(line: str, **environ: str):
         ("--no-allow-tf32 --amp", "precision", "auto"), ("--no-allow-tf32 --allow-tf32", "precision", "tf32"),
         ("--amp --no-amp --no-allow-tf32", "precision", "fp32"), ("--no-amp --amp", "precision", "auto"),
         ("--amp --no-allow-tf32", "precision", "auto"), ("--amp --allow-tf32", "precision", "auto"),
-        ("--precision fp16", "precision", "fp16"), ("--log-interval 7", "log_interval", 7),
+        ("--precision fp16", "precision", "fp16"), ("--precision fp16 --no-allow-tf32", "precision", "fp16"),
+        ("--no-allow-tf32 --precision=bf16", "precision", "bf16"), ("--precision fp16 --no-amp", "precision", "tf32"),
+        ("--precision tf32 --no-allow-tf32", "precision", "fp32"), ("--amp --precision tf32", "precision", "tf32"),
+        ("--no-allow-tf32 --precision tf32", "precision", "tf32"), ("", "antialias", True),
+        ("--log-interval 7", "log_interval", 7),
         ("--json-summary s.json", "json_summary", "s.json"), ("--accumulation 8", "accumulate", 8),
         ("--fake_data", "synthetic", True), ("--fake-data", "synthetic", True),
     ],
@@ -68,6 +78,13 @@ def test_evaluation_after_the_listed_epochs_and_the_last():
     config = read("--epochs 30").config
     assert [n for n in range(1, 31) if config.evaluates(n)] == [22, 30]
     assert not read("--fake-data").config.evaluates(65)
+
+
+def test_bare_lists_are_empty():
+    config = read("--epochs 3 --evaluation --multistep").config
+    assert [n for n in range(1, 4) if config.evaluates(n)] == [3] and config.decay_epochs == ()
+    with pytest.raises(UserError, match="--evaluation: '-3'"):
+        read("--evaluation -3")
 
 
 def test_decay_is_an_epoch_earlier_with_legacy():
@@ -103,3 +120,28 @@ def test_only_the_recipe_of_the_original_has_no_departures():
     assert read("--bs 256 --lr 2.7e-3 --warmup 1200 --amp").config.departures() == []
     assert read("--backbone resnet18").config.departures() == ["backbone resnet18"]
     assert read("--augmentation flip --optimizer adam").config.departures() == ["augmentation flip", "optimizer adam"]
+
+
+def test_weights_that_nobody_has_are_refused_where_asked_for():
+    wish = ["--torchvision-weights-version", "IMAGENET1K_V2", "--print-config"]
+    small = ["--backbone", "resnet34", "--print-config"]
+    with pytest.raises(UserError, match=r"--torchvision-weights-version IMAGENET1K_V2: .*V1 alone of resnet34"):
+        train.main(wish + small)
+    assert train.main(wish) == train.main(small) == 0
+
+
+def test_evaluation_takes_the_model_and_the_data_over_from_the_checkpoint(tmp_path, capsys):
+    """All that ADOPTED names, each with another value than the default, but what the user says."""
+    paths = {
+        f"{split}_{kind}": f"/d/{split}" for split in ("train", "val") for kind in ("data_path", "annotations_file")
+    }
+    stored = {"backbone": "resnet34", "predictor_norm": True, "antialias": False, "dataset": "custom", **paths}
+    stored |= {"dataset_path": "/d", "shards": "/s"}
+    assert set(stored) == set(ADOPTED) and all(to_dict(Config())[name] != value for name, value in stored.items())
+    torch.save({"model": {}, "config": stored | {"lr": 1.0}}, tmp_path / "epoch_0.pt")
+    words = ["--mode", "evaluation", "--checkpoint", str(tmp_path / "epoch_0.pt"), "--print-config"]
+    for more in ([], ["--backbone", "resnet18"]):
+        assert train.main(words + more) == 0
+        shown = dict(re.findall(r"^(\w+) += (\S+)", capsys.readouterr().out, re.M))
+        expected = stored | ({"backbone": "resnet18"} if more else {})
+        assert [shown[name] for name in expected] == [str(value).lower() for value in expected.values()]

@@ -1,5 +1,6 @@
 """Detections on images at hand: `main`, its steps, and torch.hub's entry points."""
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -60,6 +61,48 @@ def test_main_takes_paths_and_addresses(folder, address):
         assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
 
 
+def sure(path, score: float):
+    """A checkpoint whose model finds class 1 with this score everywhere, whatever it sees."""
+    model = SSD300("resnet18", 2)
+    for head in model.conf:
+        torch.nn.init.zeros_(head.weight)
+        shares = torch.tensor([0.98 * (1 - score), score, 0.02 * (1 - score)])
+        head.bias.data.unflatten(0, (3, -1)).copy_(shares.log()[:, None])
+    checkpoint.save(path, {"model": model.state_dict(), "config": {"backbone": "resnet18"}})
+    return path
+
+
+def test_main_shows_what_has_a_score_above_three_tenths(folder, tmp_path):
+    for score, count in ((0.31, 20), (0.29, 0)):
+        path = sure(tmp_path / "a.pt", score)
+        assert len(inference.main([folder / "picture.png"], path, device="cpu")[0][2]) == count
+
+
+def test_main_with_legacy_sees_the_square_in_the_middle_scaled_otherwise(folder, tmp_path):
+    with Image.open(folder / "picture.png") as picture:
+        picture.crop((15, 0, 75, 60)).save(tmp_path / "square.png")
+
+    def boxes(path, **options):
+        return inference.main([path], folder / "epoch_0.pt", threshold=0.2, device="cpu", **options)[0][0]
+
+    square = boxes(tmp_path / "square.png", legacy=True)
+    assert np.array_equal(boxes(folder / "picture.png", legacy=True), square)
+    assert not np.array_equal(boxes(tmp_path / "square.png"), square)
+
+
+def test_prediction_scales_as_the_original_with_legacy_alone(folder):
+    config = Config(mode="predict", checkpoint=folder / "epoch_0.pt", images=folder, backbone="resnet18")
+    normal, legacy = (train.build_model(dataclasses.replace(config, legacy=legacy), 2) for legacy in (False, True))
+    assert (200 * normal.pixel_scale + normal.pixel_shift).tolist() == pytest.approx(
+        [(200 / 255 - mean) / std for mean, std in zip(MEAN, STD, strict=True)], rel=1e-5
+    )
+    assert (200 * legacy.pixel_scale + legacy.pixel_shift).tolist() == pytest.approx(
+        [(200 / 255 * 256 - 128) / 128] * 3, rel=1e-5
+    )
+    trained = train.build_model(dataclasses.replace(config, legacy=True, mode="train"), 2)
+    assert torch.equal(trained.pixel_scale, normal.pixel_scale)
+
+
 def test_nothing_found_is_three_empty_arrays(folder):
     (found,) = inference.main([folder / "picture.png"], folder / "epoch_0.pt", threshold=1.0, device="cpu")
     assert [values.shape for values in found] == [(0, 4), (0,), (0,)]
@@ -71,6 +114,12 @@ def test_images_are_shown_as_in_validation(folder):
     assert np.array_equal(inference.prepare(image), shown.numpy())
     cut = transforms.resize(image[:, :, 15:75].contiguous(), IMAGE_SIZE, flip=False, antialias=Config().antialias)
     assert np.array_equal(inference.prepare(image, legacy=True), cut.numpy())
+
+
+def test_images_that_shrink_are_anti_aliased():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 700, 600), np.uint8))
+    sharp, smooth = (transforms.resize(image, IMAGE_SIZE, flip=False, antialias=smooth) for smooth in (False, True))
+    assert np.array_equal(inference.prepare(image), smooth.numpy()) and not torch.equal(sharp, smooth)
 
 
 def test_legacy_scales_as_the_original_script():

@@ -1,6 +1,7 @@
 """SSD300 against a plain writing of the original's modules, golden counts, and the original's key names."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,16 @@ from torch import nn
 from torchvision.models import get_model
 
 from detcore import UserError
+from detcore.backend import Backend
+from detcore.data import Batch
+from detcore.launcher import World
 from detcore.resnet import load_backbone
+from detcore.task import Context
 from ssd300.anchors import priors
+from ssd300.config import Config
 from ssd300.loss import losses
 from ssd300.model import BACKBONES, CUT_LAYERS, MEAN, SSD300, STD, load_original_state
+from ssd300.train import build_model, build_task
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ssd300.json").read_text())
 CHANNELS = {"resnet18": (256, 512, 512, 256, 256, 128), "resnet34": (256, 512, 512, 256, 256, 256)}
@@ -237,3 +244,29 @@ def test_backbone_weights_without_the_layers_cut_off(tmp_path):
     torch.save(get_model("resnet34", weights=None).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"unexpected layer1\.2\."):
         load_backbone(model.backbone, "resnet18", tmp_path / "weights.pth", without=CUT_LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ({}, "resnet50-11ad3fa6.pth"),
+        ({"torchvision_weights_version": "IMAGENET1K_V1"}, "resnet50-0676ba61.pth"),
+        ({"torchvision_weights_version": "DEFAULT"}, "resnet50-11ad3fa6.pth"),
+        ({"backbone": "resnet101", "torchvision_weights_version": "IMAGENET1K_V1"}, "resnet101-63fe2227.pth"),
+        ({"backbone": "resnet34"}, "resnet34-b627a593.pth"),
+    ],
+)
+def test_training_starts_from_the_weights_asked_for(options, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=file):
+        build_model(Config(**options), 80)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_images_without_objects_train_but_with_legacy(legacy):
+    config = Config(backbone="resnet18", pretrained=False, synthetic=True, num_classes=2, legacy=legacy)
+    task = build_task(config, Context(Backend(torch.device("cpu"), "fp32"), World(0, 1, 0, 1), 3))
+    batch = Batch(some_images(1), torch.zeros(1, 4, 4), torch.full((1, 4), -1), torch.zeros(1), torch.ones(1, 2))
+    outputs = torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 3)
+    found = task.loss(lambda images: outputs, batch)
+    assert found["box"] == 0 and found["cls"] == pytest.approx(0 if legacy else 3 * math.log(3))

@@ -1,6 +1,7 @@
 """Detections against an image by image, class by class oracle with torchvision's nms, and against the plain loop."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torchvision.ops import box_convert, nms
 
 from detcore import native
 from ssd300.anchors import encode, priors
+from ssd300.data import DETECTOR
 from ssd300.ops import candidates as module
 from ssd300.postprocess import postprocess
 from tools.bench_ssd_postprocess import baseline, differences, outputs
@@ -177,6 +179,22 @@ def test_priors_with_nan_are_no_detections():
 
 
 @pytest.mark.usefixtures("_either_path")
+@pytest.mark.parametrize(
+    ("place", "delta"), [(0, math.nan), (0, math.inf), (1, -math.inf), (0, 3e38), (3, math.nan), (3, 435), (2, 445)]
+)
+def test_candidates_whose_box_is_not_finite_are_no_detections(place, delta):
+    """e^(445 / 5) is beyond float32; 435 and 3e38 make boxes that are beyond it in pixels alone."""
+    box, other = torch.tensor([0.5, 0.5, 0.4, 0.2]), torch.tensor([0.2, 0.2, 0.1, 0.1])
+    good = (70, 1, 0.8, box), (8731, 2, 0.7, other)
+    deltas, logits = firing((5, 1, 0.9, box), *good)
+    deltas[0, 5, place] = delta
+    boxes, scores, labels = postprocess((deltas, logits), PRIORS)
+    assert (labels[0] >= 0).sum() == 2 and boxes.isfinite().all() and torch.equal(scores > 0, labels >= 0)
+    for own, wanted in zip((boxes, scores, labels), postprocess(firing(*good), PRIORS), strict=True):
+        assert torch.equal(own[labels >= 0], wanted[0, :2])
+
+
+@pytest.mark.usefixtures("_either_path")
 @pytest.mark.parametrize("score_thresh", [0.0, 1.0])
 def test_extreme_thresholds(score_thresh):
     made = some_outputs(3, 2, 2)
@@ -189,3 +207,37 @@ def test_shapes_come_from_shapes_alone():
     made = torch.empty(2, 8732, 4, device="meta"), torch.empty(2, 8732, 5, device="meta")
     boxes, scores, labels = postprocess(made, PRIORS.to("meta"), detections=7)
     assert boxes.shape == (2, 7, 4) and scores.shape == labels.shape == (2, 7)
+
+
+def detected(*wanted: tuple[int, int, float, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What evaluation finds in one image: boxes, scores and labels without the unused places."""
+    boxes, scores, labels = DETECTOR.postprocess(SimpleNamespace(priors=PRIORS), firing(*wanted))
+    assert labels.shape == (1, 200)
+    return boxes[labels >= 0], scores[labels >= 0], labels[labels >= 0]
+
+
+def test_evaluation_takes_scores_above_a_twentieth():
+    box = torch.tensor([0.5, 0.5, 0.4, 0.2])
+    assert detected((5, 0, 0.051, box), (70, 1, 0.049, box))[2].tolist() == [0]
+
+
+def test_evaluation_drops_boxes_that_overlap_by_half():
+    box = torch.tensor([0.5, 0.5, 0.4, 0.2])
+    for overlap, count in ((0.52, 1), (0.48, 2)):  # of two boxes, one moved by a part of its width: (1 - s) / (1 + s)
+        moved = box + torch.tensor([0.4 * (1 - overlap) / (1 + overlap), 0, 0, 0])
+        assert len(detected((5, 0, 0.9, box), (70, 0, 0.8, moved))[2]) == count
+
+
+def test_evaluation_looks_at_200_boxes_of_a_class():
+    box, other, last = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1]])
+    same = [(prior, 0, 0.9 - prior / 1000, box) for prior in range(199)]
+    found = detected(*same, (300, 0, 0.6, other), (301, 0, 0.5, last))
+    assert found[1].tolist() == pytest.approx([0.9, 0.6])
+
+
+def test_evaluation_reports_200_boxes_of_an_image():
+    places = [
+        torch.tensor([x, y, 0.05, 0.05]) for x in torch.linspace(0.1, 0.9, 15) for y in torch.linspace(0.1, 0.9, 15)
+    ]
+    scores = detected(*[(i, i % 3, 0.9 - i / 1000, place) for i, place in enumerate(places)])[1]
+    assert scores.tolist() == pytest.approx([0.9 - i / 1000 for i in range(200)])
