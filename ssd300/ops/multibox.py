@@ -95,15 +95,11 @@ def multibox_loss_reference(
     distance = torch.where(apart < 1, 0.5 * apart * apart, apart - 0.5).sum(2)
     box = torch.where(positive, distance, 0).sum(1)
 
-    def entropy(rows: Tensor) -> Tensor:
-        return F.cross_entropy(rows.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-
+    entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
     with torch.no_grad():
         negatives = torch.where(positives > 0, NEGATIVES_PER_POSITIVE * positives, empty_negatives)
-        kept = positive | hardest(torch.where(positive, 0, entropy(logits)), negatives)
-    # What does not count is left out before, not after: the gradient of a NaN times 0 would be NaN.
-    counted = torch.where(kept, entropy(torch.where(kept.unsqueeze(2), logits, 0)), 0)
-    return (box * weight).sum(), (counted.sum(1) * weight).sum()
+        kept = positive | hardest(torch.where(positive, 0, entropy), negatives)
+    return (box * weight).sum(), (torch.where(kept, entropy, 0).sum(1) * weight).sum()
 
 
 def multibox_loss(
@@ -121,8 +117,7 @@ def multibox_loss(
     result is `matched`. Box loss of an image: Smooth-L1 (beta 1), summed over the coordinates of its positive priors.
     Class loss: cross-entropy of its positive priors and of the hardest others, three to a positive. Both are divided
     by the positives and averaged over the batch. An image without positives is taken as if it had one, which isn't
-    counted itself: its `empty_negatives` hardest priors, divided by 1. The original skips such images: 0 does. Priors
-    that do not count have gradient 0, also with NaN among their logits; where negatives are chosen, NaN is the hardest.
+    counted itself: its `empty_negatives` hardest priors, divided by 1. The original skips such images: 0 does.
     The native op computes the gradients in the forward pass and keeps them, in float16 times `_kept_in_float16`. It
     allows one backward pass for each loss and forward pass; a second one raises RuntimeError. A label that is no class
     makes its loss NaN.
