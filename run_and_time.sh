@@ -4,6 +4,7 @@
 #   source configs/config_<system>.sh
 #   ./run_and_time.sh [options of the program, after those of EXTRA_PARAMS]
 #
+# {output} in a word of EXTRA_PARAMS stands for the run's folder: --output-dir, else OUTPUT_DIR, else the program's default.
 # Under srun or mpirun, call it once for each GPU. Without them, where DGXNGPU is more than 1, it starts all ranks of this
 # machine through torchrun, which turns every failure of a rank into exit code 1. On several machines (DGXNNODES) without
 # srun, call it once on each, with NODE_RANK=0..., and MASTER_ADDR and MASTER_PORT the same everywhere.
@@ -52,13 +53,17 @@ else
 fi
 
 read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
-trains=1 asks=0
+trains=1 asks=0 output=${OUTPUT_DIR:-results/run} before=''
 for word in "${extra[@]}" "$@"; do
-    case $word in
+    [[ ${before//_/-} != --output-dir ]] || output=$word
+    before=$word
+    case ${word//_/-} in
+    --output-dir=*) output=${word#*=} ;;
     --mode | --mode=* | --test-only) trains=0 ;;
     -h | --help | --print-config) trains=0 asks=1 ;;
     esac
 done
+extra=("${extra[@]//\{output\}/"$output"}")
 if ((asks)); then # one process can answer
     gpus=1
 elif ((! launched && ${DGXNNODES:-1} > 1)); then

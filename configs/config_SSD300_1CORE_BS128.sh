@@ -6,15 +6,16 @@
 
 export BENCHMARK=ssd300
 
-export DATASET_DIR=${DATASET_DIR:-${COCO_DIR:-/datasets/coco2017}}
+export DATASET_DIR=${DATASET_DIR:-${DATA_DIR:-${COCO_DIR:-/datasets/coco2017}}}
 export BATCHSIZE=${BATCHSIZE:-128}
 export EVALBATCHSIZE=${EVALBATCHSIZE:-128}
 export NUMEPOCHS=${NUMEPOCHS:-65}
 export LR=${LR:-0.0026} # of 32 images; scaled by those of a step
 export WARMUP_STEPS=${WARMUP_STEPS:-924}
 export LOG_INTERVAL=${LOG_INTERVAL:-10}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--device tpu --precision fp32 --seed 42 --workers 4 --save checkpoints \
---json-summary checkpoints/summary.json"}
+export SEED=${SEED:-42}
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--device tpu --precision fp32 --workers 4 --save {output}/checkpoints \
+--json-summary {output}/summary.json"}
 
 export DGXNNODES=1
 export DGXNGPU=1

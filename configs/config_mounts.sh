@@ -1,8 +1,8 @@
 # shellcheck disable=SC2034  # the scripts that source this read the variables
 # Sourced by run.sub and run_with_docker.sh: checks the variables of a job and says what lies where in a container.
-# Takes DATADIR, BACKBONE_DIR, LOGDIR, CONT, EXTRA_MOUNTS and the config's exports; sets the arrays problems (what is
-# wrong, all of it), mounts (SOURCE:TARGET[:ro]) and drop_caches (a command), and data, weights and LOGDIR as absolute
-# paths of this host.
+# Takes DATADIR, BACKBONE_DIR, LOGDIR, CONT, EXTRA_PARAMS, EXTRA_MOUNTS and the config's exports; sets the arrays problems
+# (what is wrong, all of it), checks (words for the preflight), mounts (SOURCE:TARGET[:ro]) and drop_caches (a command),
+# and data, weights and LOGDIR as absolute paths of this host.
 
 problems=()
 missing=()
@@ -30,12 +30,33 @@ full) checks+=(--verify full) ;;
 esac
 [[ -z ${DATADIR:-} || ${INIT_EXPECTED_MOUNTS:-0} == 0 ]] || checks+=(--write-manifest)
 [[ ${NCCL_TEST:-1} == 1 ]] || checks+=(--bandwidth-mib 0)
-[[ " ${EXTRA_PARAMS:-} " != *" --device cpu "* ]] || checks+=(--device cpu)
-synthetic=${USE_SYNTHETIC_DATA:-0} parameters=" ${EXTRA_PARAMS:-} "
+
+# What EXTRA_PARAMS says about all this, in any spelling that the programs read, such as --mode=evaluation or --no_cuda.
+spelt=${EXTRA_PARAMS:-} mode=train device=auto pretrained=1 flag=''
+spelt=${spelt//=/ }
+read -r -d '' -a words <<<"${spelt//_/-}" || true
+for word in "${words[@]}"; do
+    case $flag in
+    --mode) mode=$word ;;
+    --device) device=$word ;;
+    esac
+    case $word in
+    --test-only) mode=evaluate ;;
+    --no-cuda) device=cpu ;;
+    --no-pretrained | --checkpoint | --weights | --backbone-path) pretrained=0 ;;
+    esac
+    flag=$word
+done
+[[ $device != cpu && $device != tpu ]] || checks+=(--device cpu) # without GPUs
+[[ $mode == train || $mode == training ]] ||
+    problems+=("EXTRA_PARAMS has --mode $mode, but trials are trainings (--mode train): call ./run_and_time.sh for it")
+
+synthetic=${USE_SYNTHETIC_DATA:-0}
+[[ ${BENCHMARK:-} != ssd300 ]] || DATADIR=${DATADIR:-${DATA_DIR:-${COCO_DIR:-}}} # names of the original's scripts
 if [[ -z ${DATADIR:-} && $synthetic != 1 ]]; then
     problems+=("DATADIR is missing: the folder of the data set")
 fi
-if [[ -z ${BACKBONE_DIR:-} && $synthetic != 1 && $parameters != *" --no-pretrained "* ]]; then
+if [[ -z ${BACKBONE_DIR:-} && $synthetic != 1 && $pretrained == 1 && $mode == train* ]]; then
     problems+=("BACKBONE_DIR is missing: the folder that public-scripts/download_backbone.sh -d filled")
 fi
 for name in DATADIR BACKBONE_DIR; do

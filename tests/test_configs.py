@@ -165,8 +165,18 @@ def test_recipe_of_ssd300_on_a_tpu(name):
     assert (*found, config.log_interval, config.workers) == SSD300_TPU[name]
     images = found[0] * config.batch_size * config.accumulate
     assert f"_BS{images}" in path.stem and f"global batch {images}." in path.read_text().splitlines()[0]
-    assert config.device == "tpu" and config.seed == 42 and config.lr == 2.6e-3 and config.departures() == []
+    assert config.device == "tpu" and config.lr == 2.6e-3 and config.departures() == []
+    assert exported["SEED"] == "42" and config.seed == 42
     assert exported["DGXNNODES"] == exported["DGXNGPU"] == "1", "the program starts the cores' processes"
+    assert str(config.save) == "{output}/checkpoints" and str(config.json_summary) == "{output}/summary.json"
+
+
+@pytest.mark.parametrize("name", SSD300_TPU)
+def test_the_data_of_a_tpu_by_any_of_its_names(name):
+    given: dict[str, str] = {}
+    for variable in ("COCO_DIR", "DATA_DIR", "DATASET_DIR"):  # each counts before those in front of it
+        given[variable] = f"/a folder/{variable}"
+        assert exports(FOLDER / f"config_SSD300_{name}.sh", **given)["DATASET_DIR"] == given[variable]
 
 
 @pytest.mark.parametrize("name", SSD300_MODES)
@@ -239,6 +249,7 @@ def test_the_environment_overrides_each_hyperparameter(path):
         "WARMUP_STEPS": "7",
         "EXTRA_PARAMS": "--workers 1  --seed 9", "DATASET_DIR": "/a b/c", "MLPERF_DIVISION": "closed",
         "MLPERF_SUBMISSION_ORG": "we & co", "MLPERF_SUBMISSION_PLATFORM": "two words", "LOG_INTERVAL": "30",
+        "SEED": "8",
     }  # fmt: skip
     assert set(own) & PROGRAMS[own["BENCHMARK"]] <= set(given)
     exported = exports(path, **given)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from detcore.run_config import RunConfig
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_and_time.sh"
 NOTE = """#!/bin/bash
@@ -75,6 +77,21 @@ def test_one_rank_with_both_kinds_of_options(box):
     assert env["DATASET_DIR"] == "/x y/z" and env["PYTHONPATH"] == str(ROOT) and env["PWD"] == str(box.notes)
     added = set(env) - set(box.environ()) - {"DATASET_DIR", "EXTRA_PARAMS", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONPATH"}
     assert added == set(), "the script has no default of its own"
+
+
+@pytest.mark.parametrize(
+    "words, environ, folder",
+    [
+        ([], {}, str(RunConfig().output_dir)),
+        ([], {"OUTPUT_DIR": "/a & b/*/S_2"}, "/a & b/*/S_2"),
+        (["--output-dir", "of the user"], {"OUTPUT_DIR": "/other"}, "of the user"),
+        (["--output_dir=of_the=user"], {}, "of_the=user"),
+    ],
+)
+def test_output_in_extra_params_is_the_runs_folder(box, words, environ, folder):
+    box.run(*words, "{output}", EXTRA_PARAMS="--save {output}/checkpoints --json-summary={output}/x{output}", **environ)
+    extra = ["--save", f"{folder}/checkpoints", f"--json-summary={folder}/x{folder}"]
+    assert box.argv() == [*PLAIN, *extra, *words, "{output}"], "what the shell gave stays as it is"
 
 
 def test_result_line(box):

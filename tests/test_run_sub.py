@@ -14,7 +14,7 @@ printf '%s\n' "$*" >>"$NOTES/calls"
 case $* in
 *tools/preflight.py*) echo '{"submitter": "x"}' >"$LOGDIR"/"$(ls "$NOTES/stamp")"_system.json; exit "${PREFLIGHT:-0}" ;;
 *--print-config*) exit "${CONFIG:-0}" ;;
-*single_stage_detector.train*)
+*single_stage_detector.train* | *ssd300.train*)
     env -0 >"$NOTES/env_$RESULT_INDEX"
     echo "words of trial $RESULT_INDEX"
     echo ':::MLLOG {"key": "seed"}' | tee "$OUTPUT_DIR/result_$RESULT_INDEX.txt"
@@ -49,14 +49,17 @@ class Machine:
             "DGXNNODES": "1", "DGXNGPU": "1", "WALLTIME_RUNANDTIME": "5", "PYTHON": str(python),
         }  # fmt: skip
 
-    def started(self, **more: str | None) -> subprocess.Popen:
+    def started(self, config: str = "", **more: str | None) -> subprocess.Popen:
+        """run.sub with its variables, and after configs/config_<config>.sh where one is named."""
         environ = {name: value for name, value in (self.environ | more).items() if value is not None}
+        script = ["bash", "-euc", 'source "$0" && exec "$1"', ROOT / f"configs/config_{config}.sh"] if config else []
         return subprocess.Popen(
-            [ROOT / "run.sub"], env=environ, cwd=self.notes, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            [*script, ROOT / "run.sub"],
+            env=environ, cwd=self.notes, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
-    def run(self, **more: str | None) -> tuple[int, str]:
-        process = self.started(**more)
+    def run(self, config: str = "", **more: str | None) -> tuple[int, str]:
+        process = self.started(config, **more)
         said, _ = process.communicate(timeout=120)
         return process.returncode, said
 
@@ -109,6 +112,59 @@ def test_weights_and_data_are_asked_for_only_where_needed(machine):
     assert machine.run(BACKBONE_DIR=None, DATADIR=None, USE_SYNTHETIC_DATA="1", DATESTAMP="T")[0] == 0
     train = [call for call in machine.calls() if "single_stage_detector.train" in call and "--print" not in call]
     assert train[-1].endswith("--synthetic")
+
+
+@pytest.mark.parametrize("words", ["--checkpoint x.pt", "--checkpoint=x.pt", "--weights w", "--backbone_path w"])
+def test_a_checkpoint_or_a_weights_file_needs_no_weights_folder(machine, words):
+    machine.run(BACKBONE_DIR=None, EXTRA_PARAMS=words, PREFLIGHT="2")
+    assert "preflight.py" in machine.calls()[-1] and "--backbone" not in machine.calls()[-1]
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ("--workers 1", True),
+        ("--device auto", True),
+        ("--device cpu --device cuda", True),
+        ("--device cpu", False),
+        ("--device=cpu", False),
+        ("--workers 1\n--device  tpu", False),
+        ("--no-cuda", False),
+        ("--no_cuda", False),
+    ],
+)
+def test_gpus_are_looked_for_where_the_program_wants_them(machine, words, wanted):
+    assert machine.run(EXTRA_PARAMS=words, PREFLIGHT="2")[0] == 2
+    assert ("--device cpu" not in machine.calls()[-1]) == wanted and "preflight" in machine.calls()[-1]
+
+
+@pytest.mark.parametrize("config", ["SSD300_FP16_EVAL", "SSD300_FP32_INFERENCE_BENCHMARK"])
+def test_a_config_that_trains_nothing_is_refused(machine, config):
+    code, said = machine.run(config, BACKBONE_DIR=None)
+    mode = "evaluation" if "EVAL" in config else "benchmark-inference"
+    assert code == 2 and machine.calls() == [] and "BACKBONE_DIR" not in said
+    assert f"error: EXTRA_PARAMS has --mode {mode}, but trials are trainings" in said and "./run_and_time.sh" in said
+
+
+@pytest.mark.parametrize("words", ["--mode=evaluate", "--test-only", "--mode train --mode predict"])
+def test_another_mode_is_refused_in_any_spelling(machine, words):
+    code, said = machine.run(EXTRA_PARAMS=words)
+    assert code == 2 and machine.calls() == [] and "trials are trainings" in said
+    assert machine.run(EXTRA_PARAMS="--mode training")[0] == 0
+
+
+@pytest.mark.parametrize("config", ["SSD300_1CORE_BS128", "SSD300_8CORE_BS1024"])
+def test_trials_of_a_config_for_tpus(machine, config):
+    code, said = machine.run(config, NEXP="2", DATADIR=None, COCO_DIR=str(machine.data))
+    assert code == 0, said
+    preflight = next(call for call in machine.calls() if "preflight.py" in call)
+    assert "--device cpu" in preflight and f"--data {machine.data}/set" in preflight
+    train = [call for call in machine.calls() if "ssd300.train" in call and "--print" not in call]
+    for k in (1, 2):
+        folder = f"{machine.logs}/S_{k}"
+        assert f"--save {folder}/checkpoints --json-summary {folder}/summary.json" in train[k - 1]
+        found = machine.trial_environ(k - 1)
+        assert found["SEED"] == str(41 + k) and found["DATASET_DIR"] == f"{machine.data}/set"
 
 
 @pytest.mark.parametrize("script, first", [("run.sub", "One job: "), ("run_with_docker.sh", "One machine ")])

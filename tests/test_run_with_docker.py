@@ -28,7 +28,8 @@ MACHINE = {"BENCHMARK": "single_stage_detector", "DGXSYSTEM": "ONE_001x08x032", 
            "WALLTIME_RUNANDTIME": "30", "CONT": "registry/detectors:1"}  # fmt: skip
 INSIDE = {"DATASET_DIR", "OUTPUT_DIR", "RESULT_INDEX", "CACHES_CLEARED"}  # set by run.sub, for each trial
 # Not passed on as they are.
-HOST = {"CONT", "DATADIR", "BACKBONE_DIR", "LOGDIR", "EXTRA_MOUNTS", "WORK_DIR", "PYTHON", "TORCH_HOME"}
+HOST = {"CONT", "DATADIR", "DATA_DIR", "COCO_DIR", "BACKBONE_DIR", "LOGDIR", "EXTRA_MOUNTS", "WORK_DIR", "PYTHON",
+        "TORCH_HOME"}  # fmt: skip
 
 
 class Sandbox:

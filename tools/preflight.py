@@ -45,8 +45,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--device", choices=("auto", "cpu"), default="auto", help="auto: each rank needs a GPU; cpu: none (%(default)s)"
-    )
+        "--device", choices=("auto", "cpu"), default="auto",
+        help="auto: each rank needs a GPU; cpu: none, as on a TPU (%(default)s)",
+    )  # fmt: skip
     add("--ranks-per-node", type=int, metavar="N", help="how many ranks each node should have")
     add("--data", type=Path, nargs="+", action="extend", default=[], metavar="DIR", help="data folders, on every node")
     add("--backbone", type=Path, metavar="DIR", help="folder of the pretrained weights, on every node; has no manifest")

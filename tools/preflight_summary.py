@@ -188,7 +188,7 @@ class Summary:
         names = list(nodes) if len(nodes) <= _NODES_SHOWN else [*list(nodes)[:_NODES_SHOWN], "..."]
         models: dict[str, int] = {}
         for one in facts.values():
-            name = one["gpu"]["name"] if "gpu" in one else "none, CPU only"
+            name = one["gpu"]["name"] if "gpu" in one else "none asked for"
             models[name] = models.get(name, 0) + 1
         each = sorted({len(here) for here in nodes.values()})
         rows = [

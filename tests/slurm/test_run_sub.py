@@ -74,9 +74,11 @@ def test_two_trials_succeed_and_equal_torchrun(submit, cluster, data, tmp_path):
 def test_ssd300_on_two_nodes(submit):
     words = "--dataset custom --backbone resnet18 --no-pretrained --optimizer adam --max-boxes 32 --augmentation flip "
     config = "source configs/config_ssd300_cpu_demo.sh; export DGXNNODES=2 DGXNGPU=2"
-    words += "--evaluation 0 --workers 1 --device cpu --target-map 0"
+    words += "--evaluation 0 --workers 1 --device cpu --target-map 0 "
+    words += "--save {output}/checkpoints --json-summary {output}/summary.json"
     job = submit(config=config, EXTRA_PARAMS=words, BATCHSIZE=4, NUMEPOCHS=1)
     assert job.wait() == 0, job.said()
+    assert (job.trial() / "checkpoints/epoch_0.pt").is_file() and (job.trial() / "summary.json").is_file()
     values = {event["key"]: event["value"] for event in job.events()}
     assert values["submission_benchmark"] == "ssd300" and values["global_batch_size"] == 16
     assert values["opt_base_learning_rate"] == pytest.approx(0.004 * 16 / 32)
