@@ -1,11 +1,12 @@
 """The settings that every detector shares: its data set, its loader, and what its modes look at."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detcore import UserError
-from detcore.config import at_least, between, option
+from detcore.config import DEFAULT, at_least, between, from_dict, option, to_dict
 from detcore.data.layouts import LAYOUTS, Layout
 from detcore.run_config import RunConfig
 
@@ -118,3 +119,26 @@ class DetectionConfig(RunConfig):
             return []
         parts = [path for name in ("train", "val") for path in self.split(name)]
         return [path.parent if path.suffix == ".json" else path for path in parts]  # with the index beside the JSON
+
+
+PLACES = (
+    "train_data_path", "train_annotations_file", "val_data_path", "val_annotations_file", "shards",
+)  # fmt: skip
+"""Where the parts of a data set are that do not lie in its folder."""
+
+
+def adopt(config: Any, known: Mapping[str, Any], names: Collection[str], sources: dict[str, str]) -> Any:
+    """A benchmark's config with those of `names` that its checkpoint knows, wherever the user said nothing else.
+
+    known: the checkpoint's settings. sources: where each of the config's values comes from; is told what comes from the
+    checkpoint. Where the user names a data set or its folder, its parts are not taken from elsewhere. Raises UserError
+    for values that are none.
+    """
+    own_data = any(sources[name] != DEFAULT for name in ("dataset", "dataset_path"))
+    free = [name for name in names if sources.get(name) == DEFAULT and not (own_data and name in PLACES)]
+    adopted = {name: known[name] for name in free if known.get(name) is not None}
+    sources |= dict.fromkeys(adopted, config.checkpoint.name)
+    try:
+        return from_dict(type(config), to_dict(config) | adopted)
+    except UserError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from error

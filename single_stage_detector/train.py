@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from mlperf_logging.mllog import constants as keys
 
-from detcore import UserError, engine, inference, optim
+from detcore import engine, inference, optim
 from detcore.benchmark import benchmark
 from detcore.cli import run_main
-from detcore.config import describe, format_config, from_dict, load, to_dict
+from detcore.config import describe, format_config, load
 from detcore.data import Batch, synthetic
 from detcore.detection import Inference
+from detcore.detection_config import adopt
 from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
@@ -106,14 +107,8 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
 
     So `--mode evaluate --checkpoint best.pt` needs no further option. A checkpoint of another program has no config.
     """
-    saved = inference.load_checkpoint(config.checkpoint).get("config")
-    if not saved:
-        return config
-    adopted = {name: saved[name] for name in ADOPTED if sources[name] == "default" and name in saved}
-    try:
-        return from_dict(Config, to_dict(config) | adopted)
-    except UserError as error:
-        raise UserError(f"{config.checkpoint}: {error}") from error
+    known = inference.load_checkpoint(config.checkpoint).get("config")
+    return adopt(config, known, ADOPTED, sources) if known else config
 
 
 def main(argv: Sequence[str]) -> int:

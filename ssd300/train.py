@@ -14,9 +14,10 @@ from mlperf_logging.mllog import constants as keys
 from detcore import UserError, checkpoint, engine, inference, optim, state
 from detcore.benchmark import PARTS, benchmark
 from detcore.cli import run_main
-from detcore.config import describe, format_config, from_dict, load, to_dict
+from detcore.config import describe, format_config, load
 from detcore.data import Batch, synthetic
 from detcore.detection import Inference
+from detcore.detection_config import adopt
 from detcore.launcher import World, discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_decay
@@ -29,6 +30,7 @@ from ssd300.config import (
     FIRST_WEIGHTS_ALONE,
     IGNORED_FLAGS,
     LR_BATCH,
+    TRAINING_MODES,
     Config,
     own_words,
     refuse_missing_weights,
@@ -135,22 +137,16 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
     """The config with what its checkpoint knows, wherever the user said nothing else.
 
     So `--mode evaluation --checkpoint epoch_64.pt` needs no further option, and a training that goes on with such a
-    file has its settings; `sources` tells then where they come from. With --weights-only it is the network alone. The
-    original's checkpoints have no config; their weights tell the backbone.
+    file of --save has its settings. Where training takes the weights alone, it is the network alone. The original's
+    checkpoints have no config; their weights tell the backbone.
     """
     saved = inference.load_checkpoint(config.checkpoint)
     known = saved.get("config") or {"backbone": known_backbone(saved.get("model", saved))}
     names = ADOPTED
-    if config.weights_only:
-        names = ("backbone", "predictor_norm")
-    elif config.mode == "train" and _goes_on(config.checkpoint, saved):
-        names = known.keys() - config.FREE_ON_RESUME - {"mode"}
-    adopted = {name: known[name] for name in names if sources.get(name) == "default" and known.get(name) is not None}
-    sources |= dict.fromkeys(adopted, config.checkpoint.name)
-    try:
-        return from_dict(Config, to_dict(config) | adopted)
-    except UserError as error:
-        raise UserError(f"{config.checkpoint}: {error}") from error
+    if config.mode in TRAINING_MODES:
+        whole = config.mode == "train" and not config.weights_only and _goes_on(config.checkpoint, saved)
+        names = known.keys() - config.FREE_ON_RESUME - {"mode"} if whole else ("backbone", "predictor_norm")
+    return adopt(config, known, names, sources)
 
 
 def _goes_on(path: Path, saved: dict) -> bool:

@@ -145,3 +145,7 @@ def test_evaluation_takes_the_model_and_the_data_over_from_the_checkpoint(tmp_pa
         shown = dict(re.findall(r"^(\w+) += (\S+)", capsys.readouterr().out, re.M))
         expected = stored | ({"backbone": "resnet18"} if more else {})
         assert [shown[name] for name in expected] == [str(value).lower() for value in expected.values()]
+    assert train.main([*words, "--data", "/own"]) == 0
+    shown = dict(re.findall(r"^(\w+) += (\S+)", capsys.readouterr().out, re.M))
+    assert (shown["dataset"], shown["dataset_path"], shown["backbone"]) == ("custom", "/own", "resnet34")
+    assert all(shown[name] == "none" for name in (*paths, "shards")), "parts of another data set"

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     generators = torch.zeros(1, 8, dtype=torch.uint8)
     state = {"model": model, "config": then, "world_size": 1, "step": 3, "generators": generators, "evaluations": []}
     checkpoint.save(folder / "epoch_0.pt", state)
+    checkpoint.save(folder / "best.pt", state)
     theirs = {f"module.{name}": value for name, value in model.items()}
     torch.save({"epoch": 13, "iteration": 9, "optimizer": {}, "model": theirs}, folder / "epoch_12.pt")
     return folder
@@ -62,6 +63,8 @@ def test_other_uses_take_the_network_alone(folder):
     for name in ("epoch_0.pt", "epoch_12.pt"):
         ours = adopted(folder, name, weights_only=True)
         assert (ours.backbone, ours.batch_size) == ("resnet18", 32)
+    own = adopted(folder, "best.pt")
+    assert (own.backbone, own.batch_size, own.dataset) == ("resnet18", 32, "coco")
     assert adopted(folder, "epoch_12.pt").backbone == "resnet18" and adopted(folder, "epoch_12.pt").batch_size == 32
     assert adopted(folder, "epoch_12.pt", mode="evaluation").backbone == "resnet18"
 
