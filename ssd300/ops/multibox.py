@@ -120,7 +120,7 @@ def multibox_loss(
     counted itself: its `empty_negatives` hardest priors, divided by 1. The original skips such images: 0 does.
     The native op computes the gradients in the forward pass and keeps them, in float16 times `_kept_in_float16`. It
     allows one backward pass for each loss and forward pass; a second one raises RuntimeError. A label that is no class
-    makes its loss NaN. NaN among the logits of a prior that does not count: its gradient is 0, without the native op NaN.
+    makes its loss NaN. A prior that does not count has gradient 0; with NaN logits, without the native op, NaN.
     """
     truth = (priors, boxes, labels, matched)
     if native.runs(LOSS, deltas, logits) and native.runs(LOSS, *truth, dtypes=(torch.float32,)):

@@ -34,7 +34,7 @@ def test_equal_runs_are_right(check):
         ({"loss_dtype": ["torch.bfloat16"]}, "loss, type"),
         ({"statistics": ["torch.bfloat16", [0.5, 1.0], [2.0, 3.0]]}, "running statistics, type"),
         ({"statistics": ["torch.float32", [0.5, 1.1], [2.0, 3.0]]}, "running statistics (at most"),
-        ({"scores": [0.9, 0.7]}, "ten best scores"),
+        ({"scores": [0.9, 0.7]}, "best scores, evaluation"),
         ({"refused": ""}, "a batch of another shape"),
         ({"checkpoint": False}, "checkpoint"),
         ({"compiled": [2, 3, 4]}, "programs compiled"),
