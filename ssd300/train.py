@@ -45,7 +45,7 @@ from ssd300.model import (
     known_classes,
     load_original_state,
     scale_as_the_originals_inference,
-)  # fmt: skip
+)
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
 from ssd300.records import RATES, Records, Summary, coco_lines, epoch_file
 
