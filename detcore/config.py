@@ -9,6 +9,7 @@ dashes), the one variable that sets it, its aliases and its limits. The field's 
 | bool                         | `--amp`, `--no-amp`                    | 1, 0, true or false                 |
 | tuple[int, int] (or float)   | `--image-size 800 800`, `800,800`      | `800,800` or `800 800`              |
 | tuple[int, ...] (or float)   | `--sizes 32 64 128`, `32,64,128`       | the same                            |
+| tuple[str, ...]              | `--names a,b`                          | the same, or `a b`                  |
 | any of these `| None`        | the word `none` clears the value       | the same                            |
 
 An empty variable counts as not set. A flag given twice: the last one holds. Relations between fields are checked by the
@@ -60,7 +61,7 @@ class _Option(NamedTuple):
     @property
     def expected(self) -> str:
         if self.choices:
-            words = "one of " + ", ".join(map(str, self.choices))
+            words = ("one of " if self.count is None else "any of ") + ", ".join(map(str, self.choices))
         elif self.count is None:
             words = _WORDS[self.kind]
         else:
@@ -191,7 +192,7 @@ def _resolve(hint, where: str) -> tuple[type, int | None, bool]:
     if hint in _WORDS:
         return hint, None, optional
     args = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple and args and args[0] in (int, float) and set(args[1:]) <= {args[0], ...}:
+    if typing.get_origin(hint) is tuple and args and args[0] in (int, float, str) and set(args[1:]) <= {args[0], ...}:
         return args[0], 0 if args[-1] is ... else len(args), optional
     raise TypeError(f"{where}: no rule for the annotation {hint}")
 
@@ -305,9 +306,10 @@ def _scalar(kind: type, text: str):
 def _checked(opt: _Option, value, where: str, given):
     expected = opt.expected
     if value is not None:
-        wrong = f"expected {expected}" if opt.choices and value not in opt.choices else None
+        strange = [part for part in _each(value) if opt.choices and part not in opt.choices]
+        wrong = f"expected {expected}" if strange else None
         if wrong and opt.kind is str:
-            wrong += _suggest(value, opt.choices)
+            wrong += _suggest(strange[0], opt.choices)
         needed = opt.check(value) if opt.check and not wrong else None
         if not wrong and not needed:
             return value

@@ -2,9 +2,12 @@
 
 One rule for all ops: native if the library is built and has the op for the tensors' device and dtype, else the
 reference. Config field `ops` says auto, reference or native; native raises where auto would take the reference.
+
+Beside it the variants: faster ways to compute the same, each calculated to win and off until a GPU has confirmed it.
+Config field `variants` names those to use.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -19,27 +22,51 @@ POLICIES = ("auto", "reference", "native")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 """What a kernel computes with; float64, for checks of gradients, is the reference's alone."""
 
+VARIANTS = {
+    "merged_groups": "grouped convolutions as ones of 64 channels a group, whose weights are block-diagonal",
+    "conv_epilogues": "bias, residual and ReLU inside the convolution's own kernel, also where gradients flow",
+    "frozen_stage": "the same only in layers that do not train",
+    "residual_gradient": "the gradient of the shortcut is added in the kernel that masks it",
+    "class_bias": "the class convolution's bias and its gradient inside focal loss and candidates",
+    "stem": "the stem's pooling, bias and ReLU in one pass without indices, from images padded to 4 channels",
+    "multi_cast": "all folded and narrow copies of the weights made in one pass",
+    "small_levels": "the heads' small pyramid levels on a stream of their own",
+    "fp8_heads": "the heads' convolutions in 8-bit floating point: other numbers, not only another order",
+}
+"""What each variant does."""
+
 ROOT = Path(__file__).parents[1]
 _policy = "auto"
+_variants: frozenset[str] = frozenset()
 
 
-def choose(policy: str) -> None:
-    """Sets the rule of this process: one of POLICIES."""
-    global _policy
+def choose(policy: str, variants: Collection[str] = ()) -> None:
+    """Sets the rule of this process: one of POLICIES, and which of VARIANTS are on."""
+    global _policy, _variants
     if policy not in POLICIES:
         raise UserError(f"--ops {policy}: choose one of {', '.join(POLICIES)}")
-    _policy = policy
+    if unknown := set(variants) - set(VARIANTS):
+        raise UserError(f"--variants {','.join(sorted(unknown))}: choose among {', '.join(VARIANTS)}")
+    _policy, _variants = policy, frozenset(variants)
 
 
 @contextmanager
-def using(policy: str) -> Iterator[None]:
+def using(policy: str, *variants: str) -> Iterator[None]:
     """`choose` for the length of a block."""
-    before = _policy
-    choose(policy)
+    before = _policy, _variants
+    choose(policy, variants)
     try:
         yield
     finally:
-        choose(before)
+        choose(*before)
+
+
+@torch.compiler.assume_constant_result
+def variant(name: str) -> bool:
+    """Whether one of VARIANTS is on; never with the references alone, which are what the others are measured by."""
+    if name not in VARIANTS:
+        raise KeyError(name)
+    return name in _variants and _policy != "reference"
 
 
 def library_file(program: str) -> Path:

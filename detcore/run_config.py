@@ -7,7 +7,7 @@ from typing import ClassVar
 from detcore import UserError
 from detcore.backend import DEVICES, GRAPHS, PRECISIONS
 from detcore.config import above, at_least, between, option
-from detcore.native import POLICIES
+from detcore.native import POLICIES, VARIANTS
 
 MODES = ("train", "evaluate", "predict", "benchmark")
 
@@ -40,6 +40,14 @@ class RunConfig:
     ops: str = option(
         "auto", "the program's own kernels where they are built for the device (auto), never (reference), or always, "
         "an error where one is missing (native)", env="OPS", choices=POLICIES, group="Run",
+    )  # fmt: skip
+    variants: tuple[str, ...] = option(
+        (), "faster ways to compute the same that no GPU has confirmed yet, separated by commas; docs/LOG.md has what "
+        "each is expected to win", env="VARIANTS", choices=tuple(VARIANTS), group="Run",
+    )  # fmt: skip
+    cudnn_benchmark_limit: int = option(
+        10, "algorithms that cuDNN tries for each convolution before the first step; 0: all of them",
+        env="CUDNN_BENCHMARK_LIMIT", check=at_least(0), group="Run",
     )  # fmt: skip
     graphs: str = option(
         "auto", "record a training step, and inference, once and replay them as a whole, which spares a GPU the wait "
@@ -130,6 +138,7 @@ class RunConfig:
         {"output_dir", "overwrite", "resume", "checkpoint", "checkpoint_interval", "log_interval", "hang_timeout"}
         | {"dead_timeout", "epochs", "eval_batch_size", "mlperf_org", "mlperf_platform", "mlperf_division"}
         | {"mlperf_status", "result_index", "drop_file_cache", "caches_cleared", "graphs", "num_cores", "device"}
+        | {"cudnn_benchmark_limit"}
     )
 
     def __post_init__(self) -> None:

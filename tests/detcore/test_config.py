@@ -28,6 +28,7 @@ class Config:
     image_size: tuple[int, int] = option((800, 800), "height width", env="IMAGE_SIZE", check=at_least(32))
     anchor_sizes: tuple[int, ...] = option((32, 64), "sizes")
     weights: tuple[float, ...] | None = option(None, "loss weights")
+    colours: tuple[str, ...] = option((), "to paint with", env="COLOURS", choices=("red", "green", "blue"))
 
     def __post_init__(self):
         if self.epochs > 100 and self.batch_size == 1:
@@ -72,6 +73,8 @@ def test_defaults_then_environment_then_command_line():
         ("--seed 5 --seed none", {"seed": None}),
         ("--weights 1 .5 --weights none --amp", {"weights": None}),
         ("--weights 1 .5", {"weights": (1.0, 0.5)}),
+        ("--colours red,blue --lr 1", {"colours": ("red", "blue"), "lr": 1.0}),
+        ("--colours=", {"colours": ()}),
         ("--output-dir none --epochs -3", {"output_dir": None, "epochs": -3}),
         ("--no-mixed", {"amp": False}),
         ("--note=--strange", {"note": "--strange"}),
@@ -101,6 +104,7 @@ def test_pairs_in_the_environment(text):
         ("--dali-cm 3", ["did you mean --dali-cmn"]),
         ("-x", ["unknown flag -x"]),
         ("--batch-size abc", ["--batch-size", "'abc'", "whole number"]),
+        ("--colours red,gren", ["--colours", "'red,gren'", "any of red, green, blue", "did you mean green"]),
         ("--batch-size 1.5", ["'1.5'", "whole number"]),
         ("--batch-size 0", ["--batch-size", "'0'", "1 or more"]),
         ("--batch-size 99999999999999999999999", ["whole number"]),

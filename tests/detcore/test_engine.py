@@ -434,6 +434,17 @@ def test_resume_with_other_settings_is_refused(tmp_path):
         run(tmp_path, make_task(), epochs=2, resume=True, accumulate=2)
 
 
+def test_a_setting_younger_than_the_checkpoint_was_at_its_default(tmp_path):
+    run(tmp_path, make_task(target=None), epochs=1)
+    saved = checkpoint.load(last := tmp_path / "out" / "last.pt")
+    del saved["config"]["variants"]
+    checkpoint.save(last, saved)
+    with pytest.raises(UserError, match=r"variants was \[\], is \['stem'\]"):
+        run(tmp_path, make_task(), epochs=2, resume=True, variants=("stem",))
+    outcome, _ = run(tmp_path, make_task(target=None), epochs=2, resume=True)
+    assert outcome.code == cli.OK
+
+
 def test_an_earlier_run_is_not_lost(tmp_path):
     run(tmp_path, make_task(target=None), epochs=1)
     with pytest.raises(UserError, match=r"--resume.*--overwrite"):

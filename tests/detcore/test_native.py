@@ -41,6 +41,20 @@ def test_an_unknown_rule_is_an_error():
         native.choose("fast")
 
 
+def test_variants_are_named_and_never_on_with_the_references():
+    with pytest.raises(UserError, match="--variants fast: choose among merged_groups"):
+        native.choose("auto", ["fast"])
+    with native.using("auto", "stem"):
+        assert native.variant("stem") and not native.variant("merged_groups")
+        with native.using("reference", "stem"):
+            assert not native.variant("stem")
+        with native.using("auto"):
+            assert not native.variant("stem")
+        assert native.variant("stem")
+    with pytest.raises(KeyError):
+        native.variant("fast")
+
+
 def test_using_restores_the_rule_also_after_an_error():
     with native.using("reference"), pytest.raises(ZeroDivisionError), native.using("native"):
         _ = 1 / 0
