@@ -164,7 +164,7 @@ def differing_settings(saved: dict[str, Any], config: RunConfig, world: World) -
     """In words, the settings that decide the weights and are others than those of a checkpoint of a training run."""
     now, then = to_dict(config), saved["config"]
     decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
-    if then:
+    if "mode" in then:  # else it is no config of ours, and all differs
         then = to_dict(type(config)()) | then  # a setting that is younger than the checkpoint was at its default
     differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
     if saved["world_size"] != world.size:
