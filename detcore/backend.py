@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detcore import UserError, distributed, graphs
-from detcore.data import Batch
 from detcore.data.ahead import one_ahead
+from detcore.data.batch import Batch
 
 DEVICES = ("auto", "cpu", "cuda", "tpu")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
@@ -128,7 +128,7 @@ class Backend:
         """Copies a batch to the device, on a GPU without waiting for the copy (the loader pins the memory)."""
         if not self.is_gpu:
             return batch
-        return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+        return batch.map(lambda t: t.to(self.device, non_blocking=True))
 
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches on the device, each copied one step before it is asked for; on the CPU the stream itself.
@@ -149,7 +149,7 @@ class Backend:
             torch.cuda.set_device(self.device)  # a thread begins with the first GPU, and would open a context there
             with torch.cuda.stream(side):
                 batch = next(source)
-                batch = Batch(*(t.pin_memory() if t.device.type == "cpu" and not t.is_pinned() else t for t in batch))
+                batch = batch.map(lambda t: t.pin_memory() if t.device.type == "cpu" and not t.is_pinned() else t)
                 return self.to_device(batch), side.record_event()
 
         def receive(sent: tuple[Batch, torch.cuda.Event]) -> Batch:

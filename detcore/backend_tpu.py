@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from detcore import UserError
 from detcore.backend import Backend
-from detcore.data import Batch
 from detcore.data.ahead import one_ahead
+from detcore.data.batch import Batch
 
 INSTALL = (
     "Install torch-tpu on a TPU machine (pip install .[tpu]); where it does not load, torch-xla 2.9 in an environment "
@@ -85,7 +85,7 @@ class TpuBackend(Backend):
 
     def to_device(self, batch: Batch) -> Batch:
         """Copies a batch to the device as it is, the images as bytes; padding stays, for the shapes must."""
-        return Batch(*(t.to(self.device) for t in batch))
+        return batch.map(lambda t: t.to(self.device))
 
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches on the device, each fetched and sent one step before it is asked for, while the device works."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from detcore import cli, detection, distributed, engine, launcher, native, optim
-from detcore.data import Batch, synthetic
+from detcore.data import synthetic
+from detcore.data.batch import Batch
 from detcore.detection import Detector
 from detcore.detection_config import DetectionConfig
 from detcore.inference import write_json
@@ -125,7 +126,8 @@ def _stream(
     """
     if part == "training":
         index = detection.open_index(config, "train")
-        return detection.train_stream(detector, config, index, context, 0, 0), config.batch_size * context.world.size
+        plan = detection.train_plan(detector, config, index, context)
+        return detection.train_stream(config, plan, context.backend, 0, 0), config.batch_size * context.world.size
     world, device, index = context.world, context.backend, detection.open_index(config, "val")
     images = detection.eval_batch_size(detector, config, task.model.eval(), index, world, device)
     together = images * world.size
@@ -133,7 +135,7 @@ def _stream(
 
     def again() -> Iterator[Batch]:
         while True:
-            with contextlib.closing(detection.eval_stream(config, index, world, device, images)) as batches:
+            with contextlib.closing(detection.eval_stream(detector, config, index, world, device, images)) as batches:
                 yield from itertools.islice(batches, complete)
 
     return again(), min(together, len(index))

@@ -1,11 +1,11 @@
 """What all detectors do with their data: open it, stream it, and come from a model to its COCO metrics.
 
-A benchmark brings a `Detector`; its own data module gives these functions its name.
+A benchmark brings a `Detector`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from detcore import UserError, distributed
 from detcore.backend import LEAD, Backend
-from detcore.data import Batch, loader, nvjpeg, synthetic
+from detcore.data import nvjpeg, synthetic, torch_loader
+from detcore.data.batch import Batch, whole_images
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
+from detcore.data.plan import EvalPlan, TrainPlan
+from detcore.data.recipes import Recipe
 from detcore.data.shards import ReadAhead
 from detcore.detection_config import DetectionConfig
 from detcore.distributed import World
@@ -27,19 +30,17 @@ LARGEST_EVAL_BATCH = 128  # images; a larger one only takes memory
 
 
 class Detector(NamedTuple):
-    """What tells one detector's data from another's.
+    """What tells one detector from another.
 
-    postprocess(model, its outputs): boxes [N, D, 4] (x1, y1, x2, y2 in pixels of the resized image), scores [N, D] and
-    labels int64 [N, D] (class index, -1 where unused); fixed shapes. train_options(config): what the loaders'
-    train_batches is told beside the usual. synthetic_classes: of random data, where nobody says how many.
-    window(config, height, width): top, left, height and width of what prediction shows the model of an image.
+    recipe(config): what happens to its images. infer(model, batch, autocast): boxes [N, D, 4] (x1, y1, x2, y2 in pixels
+    of the canvas), scores [N, D] and labels int64 [N, D] (class index, -1 where unused), of fixed shapes; autocast() is
+    the context of the network's forward pass. classes: of random data, where nobody says how many.
     scores_empty(config): whether detections on validation images without any annotation count.
     """
 
-    postprocess: Callable[[nn.Module, Any], tuple[Tensor, Tensor, Tensor]]
-    train_options: Callable[[Any], dict[str, Any]]
-    synthetic_classes: int
-    window: Callable[[Any, int, int], tuple[int, int, int, int]] = lambda config, height, width: (0, 0, height, width)
+    recipe: Callable[[Any], Recipe]
+    infer: Callable[[nn.Module, Batch, Callable[[], AbstractContextManager]], tuple[Tensor, Tensor, Tensor]]
+    classes: int
     scores_empty: Callable[[Any], bool] = lambda config: True
 
 
@@ -63,71 +64,47 @@ def class_count(detector: Detector, config: DetectionConfig) -> int:
     Raises UserError if --num-classes says another number.
     """
     if config.synthetic:
-        return config.num_classes or config.layout.classes or detector.synthetic_classes
+        return config.num_classes or config.layout.classes or detector.classes
     count = config.layout.classes or open_index(config, "train").num_classes
     if config.num_classes not in (0, count):
         raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
     return count
 
 
+def train_plan(detector: Detector, config: DetectionConfig, index: CocoIndex, context: Context) -> TrainPlan:
+    """This rank's plan of training batches."""
+    world = context.world
+    shard = (config.batch_size, config.max_boxes, context.seed, world.rank, world.size, config.drop_last)
+    return TrainPlan(index, detector.recipe(config), *shard, config.layout.crowd)
+
+
 def train_stream(
-    detector: Detector,
-    config: DetectionConfig,
-    index: CocoIndex,
-    context: Context,
-    epoch: int,
-    step: int,
-    pace: Pace | None = None,
+    config: DetectionConfig, plan: TrainPlan, backend: Backend, epoch: int, step: int, pace: Pace | None = None
 ) -> Iterator[Batch]:
     """The loader's endless stream of training batches from a position on. pace: told how long each part takes."""
-    world = context.world
-    chosen, extra = _loader(config, context.backend)
-    return chosen.train_batches(
-        index,
-        image_size=config.image_size,
-        batch_size=config.batch_size,
-        max_boxes=config.max_boxes,
-        seed=context.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        epoch=epoch,
-        step=step,
-        drop_last=config.drop_last,
-        antialias=config.antialias,
-        crowd=config.layout.crowd,
-        pace=pace,
-        **detector.train_options(config),
-        **extra,
-    )
+    return _loader(config)(plan, plan.keys(epoch, step), _options(config, backend)._replace(pace=pace))
 
 
 def eval_stream(
-    config: DetectionConfig, index: CocoIndex, world: World, backend: Backend, batch_size: int | None = None
+    detector: Detector, config: DetectionConfig, index: CocoIndex, world: World, backend: Backend, batch_size: int = 0
 ) -> Iterator[Batch]:
-    """This rank's batches of one pass over an index, by the loader of the config. batch_size: none, the config's."""
-    chosen, extra = _loader(config, backend)
-    return chosen.eval_batches(
-        index,
-        image_size=config.image_size,
-        batch_size=batch_size or config.eval_batch_size or config.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        antialias=config.antialias,
-        **extra,
-    )
+    """This rank's batches of one pass over an index. batch_size: 0, the config's."""
+    size = batch_size or config.eval_batch_size or config.batch_size
+    plan = EvalPlan(index, detector.recipe(config), size, world.rank, world.size)
+    return _loader(config)(plan, plan.keys(), _options(config, backend))
 
 
-def _loader(config: DetectionConfig, backend: Backend) -> tuple[ModuleType, dict[str, Any]]:
-    """The module whose train_batches and eval_batches make the batches, and what they want beside the usual."""
+def _loader(config: DetectionConfig) -> Callable[..., Iterator[Batch]]:
+    """What makes the batches of a plan."""
     if config.loader == "dali":
         from detcore.data import dali
 
-        return dali, {"device_id": backend.device.index if backend.is_gpu else None}
-    if config.loader == "nvjpeg":
-        return nvjpeg, {"device": backend.device}
-    return loader, {"pin_memory": backend.is_gpu}
+        return dali.batches
+    return nvjpeg.batches if config.loader == "nvjpeg" else torch_loader.batches
+
+
+def _options(config: DetectionConfig, backend: Backend) -> torch_loader.Options:
+    return torch_loader.Options(config.workers, backend.own or torch.device("cpu"), config.antialias)
 
 
 def eval_batch_size(
@@ -164,7 +141,7 @@ def _black(config: DetectionConfig, images: int) -> Batch:
     """An evaluation batch without anything to see."""
     pixels = torch.zeros(images, *config.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
-    return Batch(pixels, boxes, labels, torch.arange(images), torch.ones(images, 2, dtype=torch.int64))
+    return whole_images(pixels, boxes, labels, torch.arange(images), torch.ones(images, 2, dtype=torch.int64))
 
 
 def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
@@ -173,11 +150,8 @@ def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend,
     Boxes are in pixels of the original image, categories are the file's own ids. Unused rows, and all rows of padding
     images, have score 0. category_ids: int64 [K] on the device.
     """
-    with backend.autocast():
-        outputs = model(batch.images)
-    boxes, scores, labels = detector.postprocess(model, outputs)
-    height, width = batch.images.shape[2:]  # no tensor is made of it: a copy from the host can't be recorded
-    scale = torch.stack((batch.size[:, 1].double() / width, batch.size[:, 0].double() / height), 1)
+    boxes, scores, labels = detector.infer(model, batch, backend.autocast)
+    scale = (batch.size.double() / batch.extent).flip(1)
     corners = boxes.double().unflatten(2, (2, 2)) * scale[:, None, None]
     corner, extent = corners[:, :, 0], corners[:, :, 1] - corners[:, :, 0]
     real = (batch.image_id >= 0)[:, None] & (labels >= 0)
@@ -251,7 +225,7 @@ class Inference:
         too_large = self.images > max(share, self.config.batch_size) and not self.config.eval_batch_size
         if not self.images or too_large:
             self.images = eval_batch_size(self.detector, self.config, model, val, world, backend)
-        stream = eval_stream(self.config, val, world, backend, self.images)
+        stream = eval_stream(self.detector, self.config, val, world, backend, self.images)
         return detect_all(find, stream, backend, beat)
 
     def _finder(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Tensor]]:
@@ -279,7 +253,8 @@ def open_data(
     if list(train.category_ids) != list(val.category_ids):
         files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
         raise UserError(f"{files} list different categories; training and validation need the same ids")
-    per_rank = loader.steps_per_epoch(len(train), config.batch_size, world.size, config.drop_last)
+    plan = train_plan(detector, config, train, context)
+    per_rank = plan.steps
     steps = -(-per_rank // config.accumulate)  # the last of an epoch takes the micro-batches that are left
     if config.max_iters_per_epoch:
         steps = min(steps, config.max_iters_per_epoch)
@@ -292,9 +267,9 @@ def open_data(
 
     def train_batches(epoch: int, step: int) -> Iterator[Batch]:
         if micro_batches == per_rank:
-            yield from train_stream(detector, config, train, context, epoch, step, pace)
+            yield from train_stream(config, plan, context.backend, epoch, step, pace)
         while True:  # an epoch ends before the loader's: go on with the next one from its beginning
-            stream = train_stream(detector, config, train, context, epoch, step, pace)
+            stream = train_stream(config, plan, context.backend, epoch, step, pace)
             yield from islice(stream, micro_batches - step)
             epoch, step = epoch + 1, 0
 
@@ -329,9 +304,11 @@ def open_data(
 
 def _pace(config: DetectionConfig, context: Context, index: CocoIndex) -> Pace:
     """The clocks of the training loader, and what its advice has to know."""
-    world, torch_loader = context.world, config.loader == "torch"
+    world, by_processes = context.world, config.loader == "torch"
     more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
-    workers = loader.usable_workers(config.workers) if torch_loader else 1  # the others' threads are measured as one
+    workers = (
+        torch_loader.usable_workers(config.workers) if torch_loader else 1
+    )  # the others' threads are measured as one
     return Pace(workers, world.size, world.local_size, index.shards is not None, config.loader, more)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detcore import UserError
-from detcore.data import Batch
+from detcore.data.batch import Batch
 
 T = TypeVar("T")  # what a recorded function returns: a tensor, or a dictionary of them
 
@@ -50,7 +50,7 @@ def recorded(
     """
     # Inference and training share this: buffers of inference mode could not be filled outside of it.
     with torch.inference_mode(False):
-        inputs = [Batch(*(torch.empty_like(t) for t in batch)) for batch in example]
+        inputs = [batch.map(torch.empty_like) for batch in example]
     _fill(inputs, example)
     with recorder.aside():
         for _ in range(warm_ups):

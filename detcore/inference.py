@@ -20,8 +20,10 @@ from torchvision.utils import draw_bounding_boxes
 
 from detcore import UserError, backend, cli, detection, distributed, engine, launcher, native
 from detcore.checkpoint import load_checkpoint
-from detcore.data import Batch, transforms
+from detcore.data import torch_loader, transforms
+from detcore.data.batch import whole_images
 from detcore.data.coco import CocoIndex
+from detcore.data.recipes import Recipe
 from detcore.detection import Detector, class_names, open_index
 from detcore.detection_config import DetectionConfig
 from detcore.evaluation.coco import evaluate as coco_metrics
@@ -50,7 +52,7 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         start = time.perf_counter()
         images = detection.eval_batch_size(detector, config, model, index, world, device)
         find = detection.finder(detector, model, index.category_ids.tolist(), device)
-        stream = detection.eval_stream(config, index, world, device, images)
+        stream = detection.eval_stream(detector, config, index, world, device, images)
         found = detection.detect_all(find, stream, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.exchange))
         if everyone is None:
@@ -187,18 +189,23 @@ def look(
 
     By falling score, in pixels of the image; unused rows have score 0.
     """
-    top, left, height, width = detector.window(config, *image.shape[-2:])
-    part = image[:, top : top + height, left : left + width]
-    resized = transforms.resize(part, config.image_size, flip=False, antialias=config.antialias)
-    batch = Batch(
-        images=resized.permute(2, 0, 1)[None],
+    recipe, size = detector.recipe(config), np.array([image.shape[-2:]])
+    view = (recipe.predict_view or recipe.eval_view)(size, _canvas(recipe, size))
+    left, top, right, bottom = view.windows[0].tolist()
+    batch = whole_images(
+        images=torch_loader.render(image, view, 0, config.antialias).permute(2, 0, 1)[None],
         boxes=torch.zeros(1, 1, 4),
         labels=torch.full((1, 1), -1),
         image_id=torch.tensor([0]),
-        size=torch.tensor([[height, width]]),
-    )
+        size=torch.tensor([[bottom - top, right - left]]),
+    )._replace(extent=torch.from_numpy(view.extents))
     rows = detection.detect(detector, model, device.to_device(batch), device, category_ids).cpu()[:, 1:]
     return rows + torch.tensor([left, top, 0, 0, 0, 0], dtype=rows.dtype)
+
+
+def _canvas(recipe: Recipe, size: np.ndarray) -> tuple[int, int]:
+    """The canvas of one image of int64 [1, 2] height and width."""
+    return recipe.canvases[int(recipe.canvas_of(size)[0]) if recipe.canvas_of else 0]
 
 
 def _image_paths(source: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore.backend import Backend
-from detcore.data import Batch
+from detcore.data.batch import Batch
 from detcore.run_config import RunConfig
 from detcore.state import State
 from detcore.task import Task

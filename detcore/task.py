@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detcore import cli
 from detcore.backend import Backend
-from detcore.data import Batch
+from detcore.data.batch import Batch
 from detcore.launcher import World
 from detcore.progress import duration
 

@@ -10,15 +10,16 @@ from detcore import engine, inference, optim
 from detcore.benchmark import benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, load
-from detcore.data import Batch, synthetic
-from detcore.detection import Inference
+from detcore.data import synthetic
+from detcore.data.batch import Batch
+from detcore.detection import Inference, class_count, open_data
 from detcore.detection_config import adopt
 from detcore.launcher import discover, spread
 from detcore.resnet import load_backbone
 from detcore.schedule import warmup_then_constant
 from detcore.task import Context, Task
 from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, TRANSLATED_FLAGS, Config
-from single_stage_detector.data import DETECTOR, class_count, open_data
+from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet, load_reference_state
 
@@ -52,7 +53,7 @@ def build_model(config: Config, num_classes: int) -> RetinaNet:
 
 def build_task(config: Config, context: Context) -> Task:
     """RetinaNet as the training loop sees it."""
-    place = context.backend.place(build_model(config, class_count(config)))
+    place = context.backend.place(build_model(config, class_count(DETECTOR, config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
     evaluation = Inference(DETECTOR, config, context)
 
@@ -67,7 +68,7 @@ def build_task(config: Config, context: Context) -> Task:
             step, config.lr, config.warmup_epochs * per_epoch, config.warmup_factor
         ),
         loss=loss,
-        open_data=lambda: open_data(config, context, evaluation),
+        open_data=lambda: open_data(DETECTOR, config, context, evaluation),
         prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
         metric="AP",
         target=config.target_map,

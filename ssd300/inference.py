@@ -19,10 +19,10 @@ from torch import Tensor
 from detcore import UserError, backend
 from detcore.checkpoint import load_checkpoint
 from detcore.config import from_dict
-from detcore.data import transforms
+from detcore.data import torch_loader, transforms
+from detcore.data.recipes import central_square, stretched
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
-from ssd300.data import DETECTOR
 from ssd300.model import SSD300, known_backbone, known_classes, load_original_state, scale_as_the_originals_inference
 from ssd300.postprocess import postprocess
 
@@ -80,10 +80,8 @@ def read_image(uri: str | Path) -> Tensor:
 
 def prepare(image: Tensor, legacy: bool = False) -> np.ndarray:
     """A uint8 image [3, h, w] as the model wants it: uint8 [300, 300, 3]."""
-    config = Config(legacy=legacy)
-    top, left, height, width = DETECTOR.window(config, *image.shape[-2:])
-    part = image[:, top : top + height, left : left + width]
-    return transforms.resize(part, (IMAGE_SIZE, IMAGE_SIZE), flip=False, antialias=config.antialias).numpy()
+    view = (central_square if legacy else stretched)(np.array([image.shape[-2:]]), (IMAGE_SIZE, IMAGE_SIZE))
+    return torch_loader.render(image, view, 0, Config.antialias).numpy()
 
 
 def decode(outputs: tuple[Tensor, Tensor], most: int = MOST) -> list[Detections]:

@@ -15,8 +15,9 @@ from detcore import UserError, checkpoint, engine, inference, optim, state
 from detcore.benchmark import PARTS, benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, load
-from detcore.data import Batch, synthetic
-from detcore.detection import Inference
+from detcore.data import synthetic
+from detcore.data.batch import Batch
+from detcore.detection import Inference, class_count, open_data
 from detcore.detection_config import adopt
 from detcore.launcher import World, discover, spread
 from detcore.resnet import load_backbone
@@ -35,7 +36,7 @@ from ssd300.config import (
     own_words,
     refuse_missing_weights,
 )
-from ssd300.data import DETECTOR, class_count, open_data
+from ssd300.data import DETECTOR
 from ssd300.inference import class_entries
 from ssd300.loss import losses
 from ssd300.model import (
@@ -76,7 +77,7 @@ def build_model(config: Config, num_classes: int) -> SSD300:
 
 def build_task(config: Config, context: Context, records: Records | None = None) -> Task:
     """SSD300 as the training loop sees it. records: of a training, on rank 0."""
-    place = context.backend.place(build_model(config, class_count(config)))
+    place = context.backend.place(build_model(config, class_count(DETECTOR, config)))
     model = context.backend.sync_batch_norm(place) if config.sync_bn else place
     evaluation = Inference(DETECTOR, config, context)
     images = config.batch_size * config.accumulate * context.world.size
@@ -94,7 +95,7 @@ def build_task(config: Config, context: Context, records: Records | None = None)
             step, per_epoch, rate, config.warmup or 0, config.decay_epochs, DECAY
         ),
         loss=loss,
-        open_data=lambda: open_data(config, context, evaluation),
+        open_data=lambda: open_data(DETECTOR, config, context, evaluation),
         prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
         metric="AP",
         target=config.target_map,
@@ -170,7 +171,7 @@ def go_on(config: Config, world: World) -> Config:
             print(f"{path}: its weights alone are taken; training starts with epoch 0", file=sys.stderr)
         return config
     differ = state.differing_settings(saved, config, world)
-    then, now = known_classes(saved["model"]), class_count(config)
+    then, now = known_classes(saved["model"]), class_count(DETECTOR, config)
     if differ or then != now:
         words = "; ".join(differ or [f"classes were {then}, are {now}"])
         raise UserError(

@@ -10,10 +10,11 @@ import torch
 
 from detcore import backend, engine, native, optim
 from detcore.data.synthetic import synthetic_batches
+from detcore.detection import detect
 from detcore.state import State
 from detcore.task import Task
 from single_stage_detector.anchors import anchors, grids
-from single_stage_detector.data import detect
+from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
 from single_stage_detector.postprocess import postprocess
@@ -83,7 +84,7 @@ def test_native_detections_are_those_of_the_references(precision):
     found = []
     for policy in ("native", "reference"):
         with native.using(policy), torch.no_grad():
-            found.append(detect(model.eval(), batch, chosen, ids).cpu())
+            found.append(detect(DETECTOR, model.eval(), batch, chosen, ids).cpu())
     ours, theirs = found
     assert ours.shape == theirs.shape and (theirs[:, 5] > 0).any()
     loose = 1e-3 if precision == "fp32" else 3e-2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from detcore.data.loader import steps_per_epoch
+from detcore.data.plan import steps_per_epoch
 from detcore.task import Data
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,6 @@ Usage: python tools/bench_loader.py [--images 128] [--rounds 5] [--json PATH]
 """
 
 import argparse
-import functools
 import itertools
 import json
 import resource
@@ -27,8 +26,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detcore import UserError, backend
-from detcore.data import Batch, dali, loader, nvjpeg
+from detcore.data import dali, nvjpeg, torch_loader
+from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
+from detcore.data.plan import TrainPlan
+from detcore.data.recipes import stretch
+from detcore.data.torch_loader import Options
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -54,10 +57,10 @@ def make(folder: Path, images: int) -> CocoIndex:
     return CocoIndex.open(folder / "annotations.json", folder / "images")
 
 
-def pillow_batch(plan: loader.TrainPlan, step: int, size: tuple[int, int], uint8: bool) -> Batch:
+def pillow_batch(plan: TrainPlan, step: int, size: tuple[int, int], uint8: bool) -> Batch:
     """One batch as a loader on Pillow makes it; float32 and normalised unless uint8."""
     choice = plan.choose(0, step)
-    images, flips = choice.images, choice.flips
+    images, flips = choice.images, choice.view.mirrored
     pixels = []
     for i, flip in zip(images.tolist(), flips.tolist()):
         image = Image.open(plan.index.path(i)).convert("RGB")
@@ -73,15 +76,12 @@ def pillow_batch(plan: loader.TrainPlan, step: int, size: tuple[int, int], uint8
     return Batch(images=torch.stack(pixels), **plan.targets(choice))
 
 
-def on_gpu(index: CocoIndex, stream: dict, with_dali: bool) -> dict[str, Callable]:
+def on_gpu(plan: TrainPlan, with_dali: bool) -> dict[str, Callable]:
     """The loaders that decode on the GPU, with four threads."""
     gpu = backend.select("cuda", "bf16")
-    make: dict[str, Callable] = {
-        "nvjpeg": functools.partial(nvjpeg.train_batches, index, workers=4, device=gpu.device, **stream)
-    }
-    if with_dali:
-        make["DALI GPU"] = functools.partial(dali.train_batches, index, workers=4, device_id=gpu.device.index, **stream)
-    return {name: functools.partial(lambda start: gpu.ahead(start()), start) for name, start in make.items()}
+    modules = {"nvjpeg": nvjpeg} | ({"DALI GPU": dali} if with_dali else {})
+    options = Options(workers=4, device=gpu.device)
+    return {name: lambda by=by: gpu.ahead(by.batches(plan, plan.keys(0, 0), options)) for name, by in modules.items()}
 
 
 def cpu_seconds() -> float:
@@ -100,27 +100,25 @@ def main() -> None:
     size, steps = tuple(args.size), args.images // args.batch_size
     with tempfile.TemporaryDirectory(prefix="bench_loader_") as folder:
         index = make(Path(folder), args.images)
-        shared = {"batch_size": args.batch_size, "max_boxes": 20, "seed": 0, "rank": 0, "world_size": 1}
-        stream = {"image_size": size, "epoch": 0, "step": 0, **shared}
-        plan = loader.TrainPlan(index, size, **shared, drop_last=True, hflip=0.5, crowd="keep", min_box=0.0)
+        plan = TrainPlan(index, stretch(size), args.batch_size, max_boxes=20, seed=0)
         pillow, pillow_uint8 = (
             (lambda uint8=uint8: (pillow_batch(plan, step, size, uint8) for step in range(steps + 1)))
             for uint8 in (False, True)
         )
         loaders: dict[str, Callable] = {
-            "ours": lambda: loader.train_batches(index, workers=0, **stream),
-            "ours, antialias": lambda: loader.train_batches(index, workers=0, antialias=True, **stream),
+            "ours": lambda: torch_loader.batches(plan, plan.keys(0, 0), Options()),
+            "ours, antialias": lambda: torch_loader.batches(plan, plan.keys(0, 0), Options(antialias=True)),
             "pillow": pillow,
             "pillow, uint8": pillow_uint8,
-            "DALI CPU": lambda: dali.train_batches(index, workers=1, **stream),
+            "DALI CPU": lambda: dali.batches(plan, plan.keys(0, 0), Options(workers=1)),
         }
         try:
-            dali.train_batches(index, workers=1, **stream)
+            loaders["DALI CPU"]()
         except UserError as error:
             print(f"without DALI: {error}")
             del loaders["DALI CPU"]
         if torch.cuda.is_available():
-            loaders |= on_gpu(index, stream, with_dali="DALI CPU" in loaders)
+            loaders |= on_gpu(plan, with_dali="DALI CPU" in loaders)
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
         for _ in range(args.rounds):
             for name, start in loaders.items():

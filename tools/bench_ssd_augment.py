@@ -27,9 +27,12 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detcore import UserError
-from detcore.data import Batch, dali, loader
+from detcore.data import dali, torch_loader
 from detcore.data.augment import Augment
 from detcore.data.coco import CocoIndex
+from detcore.data.plan import TrainPlan
+from detcore.data.recipes import ssd_crop, stretch
+from detcore.data.torch_loader import Options
 
 WIDTH, HEIGHT, SIZE = 640, 480, 300
 OPTIONS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
@@ -77,7 +80,7 @@ def original_image(image: Image.Image, boxes: np.ndarray, draw: random.Random) -
     return JITTER(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)), boxes
 
 
-def pillow_batches(plan: loader.TrainPlan, uint8: bool) -> Iterator[Batch]:
+def pillow_batches(plan: TrainPlan, uint8: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The plan's images, with draws of their own, float32 and normalised unless uint8."""
     draw = random.Random(0)
     for key in plan.keys(0, 0):
@@ -89,7 +92,7 @@ def pillow_batches(plan: loader.TrainPlan, uint8: bool) -> Iterator[Batch]:
             image, kept = original_image(image, truth, draw)
             boxes[row, : len(kept)] = torch.from_numpy(kept)
             pixels.append(torch.from_numpy(np.array(image)) if uint8 else TO_TENSOR(image))
-        yield Batch(images=torch.stack(pixels), boxes=boxes, labels=None, image_id=None, size=None)
+        yield torch.stack(pixels), boxes
 
 
 def make(folder: Path, images: int) -> CocoIndex:
@@ -143,17 +146,18 @@ def main() -> None:
     steps = args.images // args.batch_size
     with tempfile.TemporaryDirectory(prefix="bench_ssd_augment_") as folder:
         index = make(Path(folder), args.images)
-        shared = {"batch_size": args.batch_size, "max_boxes": 40, "seed": 0, "rank": 0, "world_size": 1}
-        stream = {"image_size": (SIZE, SIZE), "epoch": 0, "step": 0, "antialias": True, "augment": Augment(), **shared}
-        plan = loader.TrainPlan(index, (SIZE, SIZE), **shared, drop_last=True, hflip=0.5, crowd="keep", min_box=0.0)
+        shared = {"batch_size": args.batch_size, "max_boxes": 40, "seed": 0}
+        plan = TrainPlan(index, ssd_crop((SIZE, SIZE), Augment()), **shared)
+        plain = TrainPlan(index, stretch((SIZE, SIZE)), **shared)
+        options = Options(antialias=True)
         loaders: dict[str, Callable[[], Iterator]] = {
-            "ours": lambda: loader.train_batches(index, workers=0, **stream),
-            "Pillow": lambda: pillow_batches(plan, uint8=False),
-            "Pillow, uint8": lambda: pillow_batches(plan, uint8=True),
-            "DALI CPU": lambda: dali.train_batches(index, workers=1, **stream),
+            "ours": lambda: torch_loader.batches(plan, plan.keys(0, 0), options),
+            "Pillow": lambda: pillow_batches(plain, uint8=False),
+            "Pillow, uint8": lambda: pillow_batches(plain, uint8=True),
+            "DALI CPU": lambda: dali.batches(plan, plan.keys(0, 0), options._replace(workers=1)),
         }
         try:
-            dali.train_batches(index, workers=1, **stream)
+            loaders["DALI CPU"]()
         except UserError as error:
             print(f"without DALI: {error}")
             del loaders["DALI CPU"]

@@ -78,9 +78,9 @@ def train(folder: Path, steps: int, options: list[str], how: list[str]) -> None:
 def length(options: list[str], steps: int) -> list[str]:
     """The options that make a run so many steps long, or a little longer: it ends with an epoch."""
     from detcore.config import load
-    from detcore.data.loader import steps_per_epoch
+    from detcore.data.plan import steps_per_epoch
+    from detcore.detection import open_index
     from single_stage_detector.config import Config
-    from single_stage_detector.data import open_index
 
     config = load(Config, options, {}, {})[0]
     if config.synthetic:

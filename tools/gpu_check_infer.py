@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from detcore import backend, checkpoint, detection
-from detcore.data import Batch
+from detcore.data.batch import Batch
 from detcore.data.synthetic import synthetic_batches
 from detcore.state import State
 from single_stage_detector.data import DETECTOR
@@ -123,7 +123,8 @@ def infer(config: Any, what: str, mode: str, context: Context, watch: Stopwatch)
     batch, step = config.batch_size, TrainStep(config)
     recording = backend.select(context.device.type, config.precision, graphs="on") if mode == "graph" else step.backend
     model, device, fixed = step.task.model.eval(), step.backend, step.batch
-    detect, category_ids = import_module(f"{config.program}.data").detect, torch.arange(step.classes).to(device.device)
+    detector = import_module(f"{config.program}.data").DETECTOR
+    category_ids = torch.arange(step.classes).to(device.device)
 
     def forward(batch: Batch) -> Tensor:
         with device.autocast():
@@ -131,7 +132,7 @@ def infer(config: Any, what: str, mode: str, context: Context, watch: Stopwatch)
         return torch.stack([part.flatten()[0].float() for part in tree_leaves(outputs)])
 
     def both(batch: Batch) -> Tensor:
-        return detect(model, batch, device, category_ids)
+        return detection.detect(detector, model, batch, device, category_ids)
 
     run = recording.compile_inference(forward if what == "forward" else both)
     try:

@@ -61,6 +61,7 @@ class TrainStep:
     def __init__(self, config: Any):
         from detcore import engine, optim
         from detcore.data.synthetic import synthetic_batches
+        from detcore.detection import class_count
         from detcore.launcher import World
         from detcore.state import State
         from detcore.task import Context as RunContext
@@ -76,7 +77,7 @@ class TrainStep:
         self.step = engine.make_train_step(self.task, state, self.task.model, config, self.backend)
         optim.set_lr(self.task.optimizer, 1e-6)  # weights stay near where they are, as long as the clock runs
         self.task.model.train()
-        self.classes = import_module(f"{config.program}.data").class_count(config)
+        self.classes = class_count(import_module(f"{config.program}.data").DETECTOR, config)
         shape = (config.image_size, config.batch_size, config.max_boxes)
         self.batch = self.backend.to_device(next(synthetic_batches(self.classes, *shape, 1)))
 

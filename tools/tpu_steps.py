@@ -133,7 +133,13 @@ def best_scores(given: argparse.Namespace, task, device) -> list[float]:
     from ssd300.postprocess import postprocess
 
     task.model.eval()
-    detector = DETECTOR._replace(postprocess=lambda model, outputs: postprocess(outputs, model.priors, detections=20))
+
+    def infer(model, batch, autocast) -> tuple:
+        with autocast():
+            outputs = model(batch.images)
+        return postprocess(outputs, model.priors, detections=20)
+
+    detector = DETECTOR._replace(infer=infer)
     find = detection.finder(detector, task.model, range(1, 6), device)
     rows = detection.detect_all(find, itertools.islice(batches_of(given), 2), device, lambda phase, count: None)
     image, ids = next(batches_of(given)).images[0], torch.arange(1, 6).to(device.device)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from detcore.data import Batch
+from detcore.data.batch import Batch
 
 
 def one_ahead(

@@ -120,13 +120,6 @@ def has_centre(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     return ((centre > windows[..., :2]) & (centre < windows[..., 2:])).all(-1)
 
 
-def cut_boxes(boxes: np.ndarray, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n, 4]: the boxes clipped to a window, from its corner on; bool [n]: whether their centre is in it."""
-    x1, y1, x2, y2 = window
-    low, high = np.array([x1, y1] * 2, np.float32), np.array([x2, y2] * 2, np.float32)
-    return np.clip(boxes, low, high) - low, has_centre(boxes, np.array(window))
-
-
 def colour_map(brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray) -> np.ndarray:
     """float32 [n, 3, 4]: the matrix and the offset of each set of factors, float64 [n] each, hue in degrees."""
     turn = np.deg2rad(hue)

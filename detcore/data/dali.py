@@ -1,11 +1,11 @@
 """The loader's batches through NVIDIA DALI (extra `dali`): all of the pixels' way on CPU or GPU.
 
 Order, mirroring, crops, colours, boxes and labels come from the same `TrainPlan` and `EvalPlan` as those of
-`detcore.data.loader`; all but the pixels is equal to the bit. The pixels differ by at most one grey level with the CPU
-decoder, which is the same library: only the resize rounds differently. A change of colours enlarges that to five at
-most. The GPU decoder's inverse transform and colour upsampling differ by a few levels more.
-Files are read ahead by a few threads and handed to DALI as bytes; DALI's own shuffling is not used. DALI works two
-batches ahead in threads and streams of its own.
+`detcore.data.torch_loader`; all but the pixels is equal to the bit. The pixels differ by at most one grey level with
+the CPU decoder, which is the same library: only the resize rounds differently. A change of colours enlarges that to
+five at most. The GPU decoder's inverse transform and colour upsampling differ by a few levels more. Files are read
+ahead by a few threads and handed to DALI as bytes; DALI's own shuffling is not used. DALI works two batches ahead in
+threads and streams of its own.
 """
 
 import time
@@ -18,85 +18,55 @@ import torch
 from torchvision.io import encode_png
 
 from detcore import UserError
-from detcore.data import Batch, transforms
-from detcore.data.augment import Augment
-from detcore.data.coco import CocoIndex
+from detcore.data import transforms
+from detcore.data.batch import Batch
 from detcore.data.encoded import EncodedFiles
-from detcore.data.loader import Choice, EvalPlan, TrainPlan
-from detcore.data.pace import Pace
+from detcore.data.plan import Choice, EvalPlan, TrainPlan
+from detcore.data.torch_loader import Options
 
 
-def train_batches(
-    index: CocoIndex,
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    max_boxes: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    epoch: int,
-    step: int,
-    drop_last: bool = True,
-    hflip: float = 0.5,
-    antialias: bool = False,
-    crowd: str = "keep",
-    min_box: float = 0.0,
-    augment: Augment | None = None,
-    device_id: int | None = None,
-    pace: Pace | None = None,
-) -> Iterator[Batch]:
-    """As `detcore.data.loader.train_batches`. workers: DALI's CPU threads. device_id: the GPU that decodes and holds
-    the images (the other fields stay in host memory); None does all on the CPU. UserError where DALI is missing."""
-    shard = (batch_size, max_boxes, seed, rank, world_size, drop_last)
-    plan = TrainPlan(index, image_size, *shard, hflip, crowd, min_box, augment)
-    return _stream(plan, plan.keys(epoch, step), image_size, workers, antialias, device_id, pace)
-
-
-def eval_batches(
-    index: CocoIndex,
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    antialias: bool = False,
-    device_id: int | None = None,
-) -> Iterator[Batch]:
-    """As `detcore.data.loader.eval_batches`; workers and device_id as for `train_batches`."""
-    plan = EvalPlan(index, batch_size, rank, world_size)
-    return _stream(plan, plan.keys(), image_size, workers, antialias, device_id)
+def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options: Options) -> Iterator[Batch]:
+    """As `torch_loader.batches`. The options' workers are DALI's CPU threads; where their device is a GPU, it decodes
+    and holds the images (the other fields stay in host memory), else all is done on the CPU. UserError where DALI is
+    missing.
+    """
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the DALI loader wants NVIDIA DALI ({error}): pip install .[dali], or take --loader torch."
+        ) from error
+    return _batches(_Source(EncodedFiles(plan, keys, max(options.workers, 1))), options)
 
 
 class _Source:
     """Feeds DALI the encoded files of one batch after the other and what to do to each, and remembers what it fed.
 
-    That are the files and the mirror flags; with crops and colours also begin and end of the window as y, x, and matrix
-    and offset of the colours.
+    These are the files and the mirror flags, then what the plan's steps (`_Plan.cuts` and so on) need: begin and end of
+    the window as y, x; size, begin of the canvas on the scaled image and canvas as y, x; matrix and offset of the
+    colours.
     """
 
     def __init__(self, files: EncodedFiles) -> None:
         self.files, self.plan = files, files.plan
         self.fed: deque[Choice] = deque()
-        self.augmented = isinstance(self.plan, TrainPlan) and self.plan.augment is not None
-        self.blank = encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)).numpy()
+        self.fill = self.plan.choose(0, 0).view.fill
 
     def __call__(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         choice, data = next(self.files)
-        padding = self.plan.batch_size - len(data)
         self.fed.append(choice)
-        fed = (data + [self.blank] * padding, np.pad(choice.flips.astype(np.int32), (0, padding)))
-        if not self.augmented:
-            return fed
-        changes = (
-            choice.windows[:, 1::-1].astype(np.int32),
-            choice.windows[:, :1:-1].astype(np.int32),
-            choice.colours[..., :3],
-            choice.colours[..., 3],
-        )
-        return *fed, *(np.ascontiguousarray(part) for part in changes)
+        view, padding = choice.view, self.plan.batch_size - len(data)
+        blank = [encode_png(torch.tensor(self.fill, dtype=torch.uint8)[:, None, None]).numpy()] * padding
+        changes = [view.mirrored.astype(np.int32)]
+        if self.plan.cuts:
+            changes += [view.windows[:, 1::-1].astype(np.int32), view.windows[:, :1:-1].astype(np.int32)]
+        if self.plan.places:
+            canvas = np.tile(view.canvas, (len(data), 1))
+            changes += [view.sizes.astype(np.float32), -view.offsets.astype(np.int32), canvas.astype(np.int32)]
+        if self.plan.recolours:
+            changes += [view.colours[..., :3], view.colours[..., 3]]
+        whole = [np.pad(part, [(0, padding), *[(0, 0)] * (part.ndim - 1)], mode="edge") for part in changes]
+        return data + blank, *(np.ascontiguousarray(part) for part in whole)
 
     def check(self, images: np.ndarray, shapes: np.ndarray) -> None:
         """UserError if an image has not the size that the annotation file gives. shapes: int [N, 3]."""
@@ -114,39 +84,12 @@ class _Source:
         return UserError(f"DALI failed, though every file of the batch decodes without it: {error}")
 
 
-def _stream(
-    plan: TrainPlan | EvalPlan,
-    keys: Iterator[tuple[int, int]],
-    image_size: tuple[int, int],
-    workers: int,
-    antialias: bool,
-    device_id: int | None,
-    pace: Pace | None = None,
-) -> Iterator[Batch]:
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the DALI loader wants NVIDIA DALI ({error}): pip install .[dali], or take --loader torch."
-        ) from error
-    threads = max(workers, 1)
-    return _batches(_Source(EncodedFiles(plan, keys, threads)), image_size, threads, antialias, device_id, pace)
-
-
-def _batches(
-    source: _Source,
-    image_size: tuple[int, int],
-    threads: int,
-    antialias: bool,
-    device_id: int | None,
-    pace: Pace | None,
-) -> Iterator[Batch]:
+def _batches(source: _Source, options: Options) -> Iterator[Batch]:
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    device = "cpu" if device_id is None else f"cuda:{device_id}"
-    batch_size = source.plan.batch_size
+    plan, device, pace = source.plan, options.device, options.pace
     try:
-        pipeline = _pipeline(source, image_size, threads, antialias, device_id)
+        pipeline = _pipeline(source, options)
         while True:
             begin = time.perf_counter()
             try:
@@ -157,46 +100,48 @@ def _batches(
                 raise source.blame(error) from error
             if pace:  # what DALI does beside the training step does not hold it back and is not seen here
                 size, reading, awaited = source.files.spent()
-                pace.add(batch_size, size, [reading, max(time.perf_counter() - begin - awaited, 0.0), 0.0], 0.0)
+                pace.add(plan.batch_size, size, [reading, max(time.perf_counter() - begin - awaited, 0.0), 0.0], 0.0)
             choice = source.fed.popleft()
             source.check(choice.images, np.asarray(shapes.as_tensor()))
             # DALI reuses its buffers, so the values are copied out: on torch's stream, whose memory `out` is. Work that
             # still reads what was there before would race with a copy on another.
-            out = torch.empty(batch_size, *image_size, 3, dtype=torch.uint8, device=device)
-            stream = None if device_id is None else torch.cuda.current_stream(out.device)
+            out = torch.empty(plan.batch_size, *choice.view.canvas, 3, dtype=torch.uint8, device=device)
+            stream = None if device.type == "cpu" else torch.cuda.current_stream(device)
             feed_ndarray(pixels.as_tensor(), out, cuda_stream=stream)
-            yield Batch(images=out.permute(0, 3, 1, 2), **source.plan.targets(choice))
+            yield Batch(images=out.permute(0, 3, 1, 2), **plan.targets(choice))
     finally:
         source.files.close()
 
 
-def _pipeline(
-    source: _Source, image_size: tuple[int, int], threads: int, antialias: bool, device_id: int | None
-) -> Any:
+def _pipeline(source: _Source, options: Options) -> Any:
     from nvidia.dali import Pipeline, fn, types
 
-    pipeline = Pipeline(batch_size=source.plan.batch_size, num_threads=threads, device_id=device_id)
+    plan, gpu = source.plan, options.device.type != "cpu"
+    device_id = options.device.index or 0 if gpu else None
+    pipeline = Pipeline(batch_size=plan.batch_size, num_threads=max(options.workers, 1), device_id=device_id)
     with pipeline:
-        decoder = {"device": "cpu" if device_id is None else "mixed", "output_type": types.RGB}
-        fed = fn.external_source(source=source, num_outputs=6 if source.augmented else 2, batch=True)
-        encoded, flips, *changes = fed
+        decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        outputs = 2 + 2 * plan.cuts + 3 * plan.places + 2 * plan.recolours
+        encoded, mirrored, *changes = fn.external_source(source=source, num_outputs=outputs, batch=True)
         shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-        if changes:
-            begin, end, matrix, offset = changes
-            window = {"start": begin, "end": end, "axes": [0, 1]}
-            image = fn.decoders.image_slice(encoded, **window, adjust_orientation=False, **decoder)
+        if plan.cuts:
+            begin, end, *changes = changes
+            image = fn.decoders.image_slice(encoded, start=begin, end=end, axes=[0, 1], **decoder)
         else:
-            image = fn.decoders.image(encoded, adjust_orientation=False, **decoder)
-        image = fn.flip(image, horizontal=flips)
-        image = fn.resize(
-            image,
-            resize_y=image_size[0],
-            resize_x=image_size[1],
-            interp_type=types.INTERP_LINEAR,
-            antialias=antialias,
-        )
-        if changes:
-            image = fn.coord_transform(image, M=matrix, T=offset, dtype=types.UINT8)
+            image = fn.decoders.image(encoded, **decoder)
+        image = fn.flip(image, horizontal=mirrored)
+        scaled = {"interp_type": types.INTERP_LINEAR, "antialias": options.antialias}
+        if plan.places:
+            size, begin, canvas, *changes = changes
+            image = fn.resize(image, size=size, **scaled)
+        else:
+            height, width = plan.recipe.canvases[0]
+            image = fn.resize(image, resize_y=height, resize_x=width, **scaled)
+        if plan.recolours:
+            image = fn.coord_transform(image, M=changes[0], T=changes[1], dtype=types.UINT8)
+        if plan.places:
+            fill = {"out_of_bounds_policy": "pad", "fill_values": list(source.fill)}
+            image = fn.slice(image, start=begin, shape=canvas, axes=[0, 1], **fill)
         pipeline.set_outputs(image, shape)
     pipeline.build()
     return pipeline

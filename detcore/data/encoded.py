@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from detcore.data.loader import Choice, EvalPlan, TrainPlan
+from detcore.data.plan import Choice, EvalPlan, TrainPlan
 
 AHEAD = 2
 

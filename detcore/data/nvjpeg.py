@@ -1,8 +1,8 @@
 """The loader's batches with the JPEG files decoded by torchvision on the device: for a GPU machine without DALI.
 
 Order, mirroring, crops, colours, boxes and labels come from the same `TrainPlan` and `EvalPlan` as those of
-`detcore.data.loader` and are equal to the bit; the pixels go through the same functions, on the device. On the CPU they
-are equal too; a GPU's inverse transform, colour upsampling and rounding differ by a few grey levels.
+`detcore.data.torch_loader` and are equal to the bit; the pixels go through the same functions, on the device. On the
+CPU they are equal too; a GPU's inverse transform, colour upsampling and rounding differ by a few grey levels.
 
 A few threads read the files ahead; decoding itself happens in the training process, when a batch is asked for. Files
 that a GPU's decoder does not take (other formats, grey, CMYK or RGB-coded JPEG, incomplete ones) are decoded by the
@@ -19,81 +19,31 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from detcore import UserError
-from detcore.data import Batch, transforms
-from detcore.data.augment import Augment, jitter
-from detcore.data.coco import CocoIndex
+from detcore.data import transforms
+from detcore.data.batch import Batch
 from detcore.data.encoded import EncodedFiles
-from detcore.data.loader import EvalPlan, TrainPlan
-from detcore.data.pace import Pace
+from detcore.data.plan import EvalPlan, TrainPlan
+from detcore.data.torch_loader import Options, blank, render
 
 
-def train_batches(
-    index: CocoIndex,
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    max_boxes: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    epoch: int,
-    step: int,
-    device: torch.device,
-    drop_last: bool = True,
-    hflip: float = 0.5,
-    antialias: bool = False,
-    crowd: str = "keep",
-    min_box: float = 0.0,
-    augment: Augment | None = None,
-    pace: Pace | None = None,
-) -> Iterator[Batch]:
-    """As `detcore.data.loader.train_batches`. workers: threads that read files. device: decodes and holds the images;
-    the other fields stay in host memory. UserError where torchvision cannot decode there."""
-    shard = (batch_size, max_boxes, seed, rank, world_size, drop_last)
-    plan = TrainPlan(index, image_size, *shard, hflip, crowd, min_box, augment)
-    return _stream(plan, plan.keys(epoch, step), image_size, workers, antialias, device, pace)
+def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options: Options) -> Iterator[Batch]:
+    """As `torch_loader.batches`, decoded and held by the options' device; the other fields stay in host memory.
 
-
-def eval_batches(
-    index: CocoIndex,
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    device: torch.device,
-    antialias: bool = False,
-) -> Iterator[Batch]:
-    """As `detcore.data.loader.eval_batches`; workers and device as for `train_batches`."""
-    plan = EvalPlan(index, batch_size, rank, world_size)
-    return _stream(plan, plan.keys(), image_size, workers, antialias, device)
-
-
-def _stream(
-    plan: TrainPlan | EvalPlan,
-    keys: Iterator[tuple[int, int]],
-    image_size: tuple[int, int],
-    workers: int,
-    antialias: bool,
-    device: torch.device,
-    pace: Pace | None = None,
-) -> Iterator[Batch]:
+    UserError where torchvision cannot decode there.
+    """
+    some = [encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))]
     try:
-        decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], mode=ImageReadMode.RGB, device=device)
+        decode_jpeg(some, mode=ImageReadMode.RGB, device=options.device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--loader nvjpeg: this torchvision does not decode on the device ({reason}); take --loader torch or dali."
         ) from error
-    return _batches(EncodedFiles(plan, keys, max(workers, 1)), image_size, antialias, device, pace)
+    return _batches(EncodedFiles(plan, keys, max(options.workers, 1)), options)
 
 
-def _batches(
-    files: EncodedFiles, image_size: tuple[int, int], antialias: bool, device: torch.device, pace: Pace | None
-) -> Iterator[Batch]:
-    blank = torch.zeros(*image_size, 3, dtype=torch.uint8, device=device)
+def _batches(files: EncodedFiles, options: Options) -> Iterator[Batch]:
+    device, pace = options.device, options.pace
     try:
         for choice, data in files:
             if device.type != "cpu":
@@ -102,14 +52,8 @@ def _batches(
             times, cpu = [time.perf_counter()], time.thread_time()
             decoded = _decode(files, choice.images, data, device)
             times.append(time.perf_counter())
-            pixels = [
-                transforms.resize(image, image_size, flip=flip, antialias=antialias, window=window)
-                for image, (flip, window, _) in zip(decoded, choice.views())
-            ]
-            if choice.colours is not None:
-                colours = torch.from_numpy(choice.colours).to(device)
-                pixels = [jitter(image, colour) for image, colour in zip(pixels, colours)]
-            pixels += [blank] * (files.plan.batch_size - len(pixels))
+            pixels = [render(image, choice.view, k, options.antialias) for k, image in enumerate(decoded)]
+            pixels += [blank(choice.view, device)] * (files.plan.batch_size - len(pixels))
             batch = torch.stack(pixels).permute(0, 3, 1, 2)
             times.append(time.perf_counter())
             if pace:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from detcore.data import Batch
+from detcore.data.batch import Batch, whole_images
 
 
 def synthetic_batches(
@@ -24,7 +24,7 @@ def synthetic_batches(
     labels = torch.randint(0, num_classes, (batch_size, max_boxes), generator=random)
     count = torch.randint(1, min(max_boxes, 20) + 1, (batch_size, 1), generator=random)
     padding = torch.arange(max_boxes) >= count
-    batch = Batch(
+    batch = whole_images(
         images=images.permute(0, 3, 1, 2),
         boxes=boxes.masked_fill(padding[..., None], 0),
         labels=labels.masked_fill(padding, -1),

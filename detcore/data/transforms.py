@@ -1,4 +1,4 @@
-"""From an image file and its boxes to fixed-shape arrays: decode, cut, flip, resize, all in uint8.
+"""From an image file to pixels of a given size: decode, cut, flip, resize, all in uint8.
 
 The order is that of the reference recipes: flip, then bilinear resize to exactly (height, width) without keeping the
 aspect ratio. Normalisation comes later, on the device: a quarter of the bytes to move and of the work here.
@@ -11,7 +11,7 @@ notices, it prints a warning and goes on), BMP, GIF, TIFF, WebP. The checksums o
 import io
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +166,7 @@ def check_size(found_height: int, found_width: int, *, path: Path, image_id: int
 
 def resize(
     image: Tensor,
-    image_size: tuple[int, int],
+    image_size: Sequence[int],
     *,
     flip: bool,
     antialias: bool,
@@ -185,20 +185,3 @@ def resize(
         image = image.flip(-1)
     resized = functional.resize(image, list(image_size), antialias=antialias)
     return resized.permute(1, 2, 0).contiguous()
-
-
-def resize_boxes(
-    boxes: np.ndarray, size: tuple[int, int], image_size: tuple[int, int], *, flip: bool, min_box: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take boxes through the same flip and resize, and find those too small to keep.
-
-    boxes: float32 [n, 4] x1, y1, x2, y2 in pixels of the original image of size (height, width).
-    Returns float32 [n, 4] in pixels of the resized image of image_size (height, width), and bool [n]: whether width
-    and height both exceed min_box pixels of the resized image.
-    """
-    height, width = size
-    if flip:
-        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-    across, down = image_size[1] / width, image_size[0] / height
-    boxes = boxes * np.array([across, down, across, down], np.float32)
-    return boxes, (boxes[:, 2:] - boxes[:, :2] > min_box).all(1)

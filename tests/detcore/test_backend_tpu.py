@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detcore import UserError, backend, backend_tpu, launcher
-from detcore.data import Batch
+from detcore.data.batch import Batch, whole_images
 
 ROOT = Path(__file__).parents[2]
 GRADIENTS = """
@@ -132,7 +132,7 @@ def test_statistics_that_a_device_forgets_are_learned_as_torch_does(core, monkey
 
 
 def batch(images: int = 2, boxes: int = 4) -> Batch:
-    return Batch(
+    return whole_images(
         torch.zeros(images, 3, 8, 8, dtype=torch.uint8),
         torch.zeros(images, boxes, 4),
         torch.full((images, boxes), -1),

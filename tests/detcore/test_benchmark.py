@@ -20,8 +20,8 @@ def test_inference_counts_no_padding(monkeypatch, images, batch, processes, real
     monkeypatch.setattr(detection, "open_index", lambda config, split: index)
     monkeypatch.setattr(detection, "eval_batch_size", lambda *given: batch)
 
-    def stream(config, index, world, device, size):
-        """Rank 0's batches, as `detcore.data.loader.eval_batches` has them; -1 is padding."""
+    def stream(detector, config, index, world, device, size):
+        """Rank 0's batches, as `detcore.data.plan.EvalPlan` has them; -1 is padding."""
         for first in range(0, len(index), size * world.size):
             yield [i if i < len(index) else -1 for i in range(first, first + size)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from detcore import UserError, backend, checkpoint, cli, engine, optim
-from detcore.data import Batch
+from detcore.data.batch import Batch, whole_images
 from detcore.run_config import RunConfig
 from detcore.state import State
 from detcore.task import Data, Task
@@ -38,7 +38,7 @@ class Line(nn.Module):
 
 def batch(value: int, image_id: int = 0) -> Batch:
     images = torch.full((1, 3, 1, 1), value, dtype=torch.uint8)
-    return Batch(
+    return whole_images(
         images, torch.zeros(1, 1, 4), torch.full((1, 1), -1), torch.tensor([image_id]), torch.ones(1, 2, dtype=int)
     )
 

@@ -7,10 +7,11 @@ import torch
 
 from detcore import backend, checkpoint, engine, optim
 from detcore.data.synthetic import synthetic_batches
+from detcore.detection import detect
 from detcore.run_config import RunConfig
 from detcore.state import State
 from detcore.task import Task
-from single_stage_detector.data import detect
+from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
 from tests.detcore.test_graphs import same
@@ -126,7 +127,7 @@ def test_evaluation_in_between_is_recorded_too_and_disturbs_nothing():
     plain, recorded = Run("off", "bf16"), Run("on", "bf16")
     finders = []
     for run in (plain, recorded):
-        finders.append(run.device.compile_inference(lambda b, run=run: detect(run.model, b, run.device, ids)))
+        finders.append(run.device.compile_inference(lambda b, run=run: detect(DETECTOR, run.model, b, run.device, ids)))
     kept = []
     for part in range(3):
         assert recorded.go_on(4) == plain.go_on(4)

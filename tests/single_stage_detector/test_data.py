@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from detcore import UserError
+from detcore.detection import class_count, open_data, open_index
 from single_stage_detector.config import Config
-from single_stage_detector.data import class_count, open_data, open_index
+from single_stage_detector.data import DETECTOR
 
 
 def test_coco_by_name_with_its_own_sparse_ids(shared_data, tmp_path):
     config = Config(dataset="coco", dataset_path=shared_data / "coco_permissive", cache_dir=tmp_path)
     index = open_index(config, "train")
-    assert class_count(config) == index.num_classes == 80
+    assert class_count(DETECTOR, config) == index.num_classes == 80
     assert index.category_ids[0] == 1 and index.category_ids[-1] == 90 and len(index) == 26
 
 
@@ -58,5 +59,5 @@ def test_coco_with_another_number_of_classes_is_refused(tmp_path):
 @pytest.mark.parametrize(("loader", "told"), [("torch", ""), ("nvjpeg", "; --loader nvjpeg is not used, ")])
 def test_synthetic_data_says_that_a_loader_is_not_used(loader, told):
     context = SimpleNamespace(seed=1, world=SimpleNamespace(rank=0))
-    data = open_data(Config(synthetic=True, loader=loader), context)
+    data = open_data(DETECTOR, Config(synthetic=True, loader=loader), context)
     assert data.summary.partition("no evaluation")[2].startswith(told) and bool(told) == ("--loader" in data.summary)

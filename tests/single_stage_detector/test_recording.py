@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from detcore import backend
-from detcore.data import Batch
 from detcore.data.synthetic import synthetic_batches
-from single_stage_detector.data import detect
+from detcore.detection import detect
+from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
 
@@ -36,7 +36,7 @@ def setting():
         on_cpu = next(synthetic_batches(CLASSES, SIZE, 2, 10, 0))
         with torch.device("cuda"):
             model = RetinaNet("resnet18", CLASSES, SIZE, "batch", 5, 32, 1, (16, 32, 64, 128, 256))
-        batch = Batch(*(torch.empty_like(t, device="cuda") for t in on_cpu))
+        batch = on_cpu.map(lambda t: torch.empty_like(t, device="cuda"))
         yield model, batch, backend.Backend(torch.device("cuda"), "fp32")
 
 
@@ -54,5 +54,5 @@ def test_detection_stays_on_the_device(setting):
     model.eval()
     ids = torch.empty(CLASSES, dtype=torch.int64, device="cuda")
     with OnDeviceOnly():
-        found = detect(model, batch, device, ids)
+        found = detect(DETECTOR, model, batch, device, ids)
     assert found.shape == (2 * 300, 7)

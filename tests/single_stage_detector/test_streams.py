@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from detcore import backend, detection
-from detcore.data import dali, loader, nvjpeg
+from detcore.data import dali, nvjpeg, torch_loader
 from detcore.data.ahead import one_ahead
 from detcore.launcher import World
 from detcore.task import Context
@@ -54,46 +54,54 @@ class Ahead(backend.Backend):
         return one_ahead(batches, next, lambda batch: batch, in_thread=True)
 
 
+def train_stream(config, index, context, epoch, step):
+    plan = detection.train_plan(data.DETECTOR, config, index, context)
+    return detection.train_stream(config, plan, context.backend, epoch, step)
+
+
+def eval_stream(config, index, world, device, size=0):
+    return detection.eval_stream(data.DETECTOR, config, index, world, device, size)
+
+
 def equal(ours, theirs) -> bool:
     pairs = zip(ours, theirs, strict=True)
     return all(torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True))
 
 
 def test_nvjpeg_is_chosen_by_name_and_gives_the_same_on_the_cpu(config, monkeypatch):
-    index, context = data.open_index(config, "train"), Context(CPU, ALONE, 3)
-    plain = list(islice(data.train_stream(config, index, context, 0, 2), 8))
-    val = list(detection.eval_stream(config, index, ALONE, CPU, 4))
+    index, context = detection.open_index(config, "train"), Context(CPU, ALONE, 3)
+    plain = list(islice(train_stream(config, index, context, 0, 2), 8))
+    val = list(eval_stream(config, index, ALONE, CPU, 4))
     assert [len(batch.image_id) for batch in val] == [4, 4, 4] and val[-1].image_id[-1] == -1
-    monkeypatch.setattr(loader, "train_batches", None)
-    monkeypatch.setattr(loader, "eval_batches", None)
+    monkeypatch.setattr(torch_loader, "batches", None)
     other = dataclasses.replace(config, loader="nvjpeg")
-    assert equal(list(islice(data.train_stream(other, index, context, 0, 2), 8)), plain)
-    assert equal(list(detection.eval_stream(other, index, ALONE, CPU, 4)), val)
+    assert equal(list(islice(train_stream(other, index, context, 0, 2), 8)), plain)
+    assert equal(list(eval_stream(other, index, ALONE, CPU, 4)), val)
 
 
-@pytest.mark.parametrize(("name", "module", "key"), [("dali", dali, "device_id"), ("nvjpeg", nvjpeg, "device")])
-def test_the_gpu_of_a_loader_is_the_backends_also_where_each_process_sees_one_only(
-    config, monkeypatch, name, module, key
-):
+@pytest.mark.parametrize("module", [dali, nvjpeg])
+def test_the_gpu_of_a_loader_is_the_backends_also_where_each_process_sees_one_only(config, monkeypatch, module):
     """The process with local rank 3 then computes on device 0."""
     asked = []
-    monkeypatch.setattr(module, "train_batches", lambda index, **more: asked.append(more[key]))
-    monkeypatch.setattr(module, "eval_batches", lambda index, **more: asked.append(more[key]))
+    monkeypatch.setattr(module, "batches", lambda plan, keys, options: asked.append(options.device))
     gpu, world = backend.Backend(torch.device("cuda", 0), "bf16"), World(3, 4, 3, 4)
-    config, index = dataclasses.replace(config, loader=name), data.open_index(config, "train")
-    data.train_stream(config, index, Context(gpu, world, 0), 0, 0)
-    detection.eval_stream(config, index, world, gpu)
-    assert asked == [0 if name == "dali" else torch.device("cuda", 0)] * 2
+    config, index = (
+        dataclasses.replace(config, loader=module.__name__.rpartition(".")[2]),
+        detection.open_index(config, "train"),
+    )
+    train_stream(config, index, Context(gpu, world, 0), 0, 0)
+    eval_stream(config, index, world, gpu)
+    assert asked == [torch.device("cuda", 0)] * 2
 
 
 def test_a_stream_one_ahead_goes_on_exactly_from_any_step(config):
-    index, ahead = data.open_index(config, "train"), Context(Ahead(CPU.device, "fp32"), ALONE, 3)
-    whole = list(islice(data.train_stream(config, index, ahead, 0, 0), 12))
+    index, ahead = detection.open_index(config, "train"), Context(Ahead(CPU.device, "fp32"), ALONE, 3)
+    whole = list(islice(train_stream(config, index, ahead, 0, 0), 12))
     for used in (1, 4, 5):
-        first = ahead.backend.ahead(data.train_stream(config, index, ahead, 0, 0))
+        first = ahead.backend.ahead(train_stream(config, index, ahead, 0, 0))
         assert equal(list(islice(first, used)), whole[:used])
         first.close()  # the run ends; one batch more had been fetched
-        again = ahead.backend.ahead(data.train_stream(config, index, ahead, *divmod(used, 5)))
+        again = ahead.backend.ahead(train_stream(config, index, ahead, *divmod(used, 5)))
         assert equal(list(islice(again, 12 - used)), whole[used:])
 
 
@@ -102,11 +110,11 @@ def test_detections_are_the_same_one_ahead(config, model):
         for name, value in model.named_parameters():
             if name.endswith("cls_logits.bias"):
                 value.fill_(-1)
-    index = data.open_index(config, "val")
+    index = detection.open_index(config, "val")
     found = [
         detection.detect_all(
             detection.finder(data.DETECTOR, model, index.category_ids.tolist(), device),
-            detection.eval_stream(config, index, ALONE, device, 4),
+            eval_stream(config, index, ALONE, device, 4),
             device,
             lambda *told: None,
         )
@@ -118,10 +126,16 @@ def test_detections_are_the_same_one_ahead(config, model):
 class TestEvalBatchSize:
     def test_what_the_config_says(self, config, model):
         config = dataclasses.replace(config, eval_batch_size=3)
-        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU) == 3
+        assert (
+            detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, CPU)
+            == 3
+        )
 
     def test_on_the_cpu_that_of_training(self, config, model):
-        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU) == 2
+        assert (
+            detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, CPU)
+            == 2
+        )
 
     @pytest.mark.parametrize(("world", "limit"), [(ALONE, 11), (World(1, 2, 1, 2), 6)])
     def test_what_fits_on_all_ranks(self, config, model, monkeypatch, world, limit):
@@ -140,7 +154,10 @@ class TestEvalBatchSize:
             detection.distributed, "agree", lambda values, device: [max(*values, -4)]
         )  # another rank's is 4
         gpu = Doubles(torch.device("cpu"), "fp32")
-        assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), world, gpu) == 4
+        assert (
+            detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), world, gpu)
+            == 4
+        )
         assert asked == [(2, limit)] and seen == [(n, 3, *SIZE) for n in (2, 4, 8)]
 
     def test_never_more_than_the_largest(self, config, model, monkeypatch):
@@ -149,7 +166,7 @@ class TestEvalBatchSize:
         monkeypatch.setattr(
             backend.Backend, "largest_batch", lambda self, tried, start, limit: limits.append(limit) or 1
         )
-        detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, CPU)
+        detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, CPU)
         assert limits == [4]
 
     def test_found_once_and_used_in_every_evaluation(self, config, model, monkeypatch):
@@ -159,7 +176,7 @@ class TestEvalBatchSize:
         monkeypatch.setattr(
             detection, "eval_stream", lambda *arguments: sizes.append(arguments[-1]) or inner(*arguments)
         )
-        opened = data.open_data(config, Context(CPU, ALONE, 0))
+        opened = detection.open_data(data.DETECTOR, config, Context(CPU, ALONE, 0))
         try:
             for _ in range(2):
                 pending = opened.evaluate(model, lambda *told: None)
@@ -177,7 +194,7 @@ def test_inference_is_made_before_there_is_data(config, model, images):
         for name, value in model.named_parameters():
             if name.endswith("cls_logits.bias"):
                 value.fill_(-1)
-    config, val = dataclasses.replace(config, eval_batch_size=images), data.open_index(config, "val")
+    config, val = dataclasses.replace(config, eval_batch_size=images), detection.open_index(config, "val")
     recorder = TapeRecorder()
     found = []
     for device in (CPU, dataclasses.replace(CPU, recorder=recorder)):
@@ -193,7 +210,9 @@ def test_inference_is_made_before_there_is_data(config, model, images):
 def test_a_recording_takes_no_memory_from_steps_that_are_not(config, model, monkeypatch):
     monkeypatch.setattr(backend.Backend, "largest_batch", None)
     device = dataclasses.replace(CPU, recorder=TapeRecorder(), eager="several GPUs")
-    assert detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, device) == 2
+    assert (
+        detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, device) == 2
+    )
 
 
 @pytest.mark.parametrize("size, kept", [(128, 11), (8, 8), (11, 11)])
@@ -204,7 +223,7 @@ def test_a_size_found_without_data_is_found_again_for_few_images(config, model, 
     monkeypatch.setattr(detection, "eval_stream", lambda *arguments: sizes.append(arguments[-1]) or inner(*arguments))
     made = detection.Inference(data.DETECTOR, config, Context(CPU, ALONE, 0))
     made.images = size
-    made.evaluate(model, data.open_index(config, "val"), lambda *told: None)
+    made.evaluate(model, detection.open_index(config, "val"), lambda *told: None)
     assert sizes == [kept]
 
 
@@ -214,7 +233,7 @@ def test_a_size_found_without_data_is_found_again_for_few_images(config, model, 
 )
 def test_an_epoch_of_eleven_images_gives_all_micro_batches_to_its_steps(config, accumulate, most, expected):
     config = dataclasses.replace(config, accumulate=accumulate, max_iters_per_epoch=most)
-    opened = data.open_data(config, Context(CPU, ALONE, 3))
+    opened = detection.open_data(data.DETECTOR, config, Context(CPU, ALONE, 3))
     try:
         steps = opened.steps_per_epoch
         assert [opened.passes(step, accumulate) for step in range(2 * steps)] == 2 * expected

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import nn
 
 from detcore import backend, detection
 from detcore.data import transforms
+from detcore.data.batch import Batch
+from detcore.data.recipes import central_square
 from detcore.launcher import World
 from detcore.task import Context
 from ssd300 import data
@@ -51,7 +54,8 @@ def equal(ours, theirs) -> bool:
 
 
 def stream(config: Config, epoch: int, step: int, count: int) -> list:
-    return list(islice(data.train_stream(config, data.open_index(config, "train"), CONTEXT, epoch, step), count))
+    plan = detection.train_plan(data.DETECTOR, config, detection.open_index(config, "train"), CONTEXT)
+    return list(islice(detection.train_stream(config, plan, CPU, epoch, step), count))
 
 
 def test_an_epoch_has_every_image_cropped_and_recoloured(config):
@@ -66,9 +70,10 @@ def test_an_epoch_has_every_image_cropped_and_recoloured(config):
 
 
 def test_legacy_hardly_turns_the_hue(config):
-    options = [data.DETECTOR.train_options(dataclasses.replace(config, legacy=legacy)) for legacy in (False, True)]
-    assert [one["augment"].hue for one in options] == [18.0, 0.5]
-    assert options[0]["augment"].hue == 360 * 0.05 and options[0]["hflip"] == 0.5
+    recipes = [data.recipe(dataclasses.replace(config, legacy=legacy)) for legacy in (False, True)]
+    known = [recipe.view.keywords for recipe in recipes]
+    assert [one["augment"].hue for one in known] == [18.0, 0.5] and known[0]["augment"].hue == 360 * 0.05
+    assert known[0]["mirror"] == 0.5 and recipes[0].predict_view is None and recipes[1].predict_view is central_square
     ours, theirs = (stream(dataclasses.replace(config, legacy=legacy), 0, 0, 5) for legacy in (False, True))
     for a, b in zip(ours, theirs, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True)) and not torch.equal(a[0], b[0])
@@ -98,8 +103,8 @@ def test_dali_gives_the_same_batches(config):
 
 
 def test_validation_shows_the_whole_image_as_prediction_does(config):
-    index = data.open_index(config, "val")
-    batch = next(detection.eval_stream(config, index, ALONE, CPU, 10))
+    index = detection.open_index(config, "val")
+    batch = next(detection.eval_stream(data.DETECTOR, config, index, ALONE, CPU, 10))
     assert batch.image_id.tolist() == list(range(10)) and batch.images.shape == (10, 3, 300, 300)
     image = transforms.decode(index.read(4), path=index.path(4), image_id=4)
     assert torch.equal(
@@ -107,14 +112,9 @@ def test_validation_shows_the_whole_image_as_prediction_does(config):
     )
 
 
-class Oracle(nn.Module):
+def oracle(model: nn.Module, batch: Batch, autocast: Callable):
     """Finds the two true boxes in every image, also where there is nothing, and there with more confidence."""
-
-    def forward(self, images):
-        return images.shape[0]
-
-
-def oracle(model: nn.Module, count: int):
+    count = len(batch.images)
     boxes = torch.tensor([[5.0, 8, 35, 48], [45, 8, 95, 48]]) * torch.tensor([300 / 96, 300 / 72] * 2)
     sure = torch.tensor([0.5 + 0.4 * (number % 2) for number in range(count)])
     return boxes.expand(count, 2, 4), sure[:, None].expand(count, 2), torch.zeros(count, 2, dtype=torch.int64)
@@ -123,10 +123,10 @@ def oracle(model: nn.Module, count: int):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_images_without_annotations_are_scored_but_by_legacy(config, legacy):
     config = dataclasses.replace(config, legacy=legacy, eval_batch_size=4)
-    opened = detection.open_data(data.DETECTOR._replace(postprocess=oracle), config, CONTEXT)
+    opened = detection.open_data(data.DETECTOR._replace(infer=oracle), config, CONTEXT)
     try:
         assert opened.train_samples == opened.eval_samples == 10 and opened.steps_per_epoch == 5
-        pending = opened.evaluate(Oracle(), quiet)
+        pending = opened.evaluate(nn.Identity(), quiet)
         while (result := pending.poll()) is None:
             continue
     finally:
@@ -137,8 +137,10 @@ def test_images_without_annotations_are_scored_but_by_legacy(config, legacy):
 
 def test_coco_by_name(shared_data, tmp_path):
     config = Config(dataset_path=shared_data / "coco_permissive", cache_dir=tmp_path, batch_size=4, workers=0)
-    index = data.open_index(config, "train")
-    assert data.class_count(config) == index.num_classes == 80 and len(index) == 26
-    batches = list(islice(data.train_stream(config, index, CONTEXT, 0, 0), 6))
+    index = detection.open_index(config, "train")
+    assert detection.class_count(data.DETECTOR, config) == index.num_classes == 80 and len(index) == 26
+    batches = stream(config, 0, 0, 6)
     assert max(int(batch.labels.max()) for batch in batches) < 80
-    assert Config(synthetic=True).num_classes == 0 and data.class_count(Config(synthetic=True)) == 80
+    assert (
+        Config(synthetic=True).num_classes == 0 and detection.class_count(data.DETECTOR, Config(synthetic=True)) == 80
+    )

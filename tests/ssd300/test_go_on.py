@@ -70,7 +70,7 @@ def test_other_uses_take_the_network_alone(folder):
 
 
 def test_another_data_set_under_the_same_settings_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(train, "class_count", lambda config: 5)
+    monkeypatch.setattr(train, "class_count", lambda detector, config: 5)
     with pytest.raises(UserError, match="classes were 2, are 5"):
         train.go_on(config(folder), ONE)
     assert not (folder / "out").exists()

@@ -1,6 +1,7 @@
 """Detections against an image by image, class by class oracle with torchvision's nms, and against the plain loop."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -211,7 +212,12 @@ def test_shapes_come_from_shapes_alone():
 
 def detected(*wanted: tuple[int, int, float, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What evaluation finds in one image: boxes, scores and labels without the unused places."""
-    boxes, scores, labels = DETECTOR.postprocess(SimpleNamespace(priors=PRIORS), firing(*wanted))
+
+    class Model(SimpleNamespace):
+        def __call__(self, images):
+            return firing(*wanted)
+
+    boxes, scores, labels = DETECTOR.infer(Model(priors=PRIORS), SimpleNamespace(images=None), nullcontext)
     assert labels.shape == (1, 200)
     return boxes[labels >= 0], scores[labels >= 0], labels[labels >= 0]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from detcore import backend
-from detcore.data import Batch
 from detcore.data.ahead import one_ahead
+from detcore.data.batch import Batch, whole_images
 from detcore.data.synthetic import synthetic_batches
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -19,7 +19,7 @@ def batch(value: int) -> Batch:
     """Everything holds `value`; two boxes of 40 rows are real."""
     labels = torch.full((2, 40), -1)
     labels[:, :2] = value
-    return Batch(
+    return whole_images(
         images=torch.full((2, 8, 8, 3), value, dtype=torch.uint8).permute(0, 3, 1, 2),
         boxes=torch.full((2, 40, 4), float(value)),
         labels=labels,
@@ -198,8 +198,8 @@ def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(tol
     assert told == []
     aside = ("own device", "in side", "fetch", "pinned", "side records", "out of side")
     of = lambda side: [words for words in told if words.startswith(aside) == side]  # noqa: E731
-    send = lambda n: ["own device", "in side", f"fetch {n}", *["pinned"] * 5, "side records", "out of side"]  # noqa: E731
-    receive = lambda n: [f"main asked {n}", "main waits", *["used on main"] * 5]  # noqa: E731
+    send = lambda n: ["own device", "in side", f"fetch {n}", *["pinned"] * len(Batch._fields), "side records", "out of side"]  # noqa: E731
+    receive = lambda n: [f"main asked {n}", "main waits", *["used on main"] * len(Batch._fields)]  # noqa: E731
     first = next(stream)
     assert soon(lambda: of(True) == [*send(0), *send(1)]) and of(False) == receive(0)
     assert first.boxes.shape == (2, 40, 4) and torch.equal(first.images, batch(0).images)

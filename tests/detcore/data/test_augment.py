@@ -18,9 +18,12 @@ import torch
 from PIL import Image
 
 from detcore import UserError
-from detcore.data import augment, dali, loader, nvjpeg
+from detcore.data import augment, dali, nvjpeg
 from detcore.data.augment import Augment, uniform
 from detcore.data.coco import CocoIndex
+from detcore.data.plan import TrainPlan
+from detcore.data.recipes import ssd_crop
+from tests.detcore.data.streams import train_batches
 
 _SPEC = importlib.util.spec_from_file_location(
     "bench_ssd_augment", Path(__file__).resolve().parents[3] / "tools" / "bench_ssd_augment.py"
@@ -106,6 +109,12 @@ def test_tries_tested_together_choose_what_one_by_one_would(monkeypatch):
     )
 
 
+def cut_boxes(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes clipped to a window, from its corner on, and whether their centre is in it."""
+    low, high = np.tile(window.reshape(2, 2), 2)
+    return np.clip(boxes, low, high) - low, augment.has_centre(boxes, window)
+
+
 @pytest.mark.parametrize("scene", SCENES)
 def test_windows_and_kept_boxes_are_distributed_as_in_the_original(scene):
     count, draw = 6000, random.Random(7)
@@ -127,7 +136,7 @@ def test_windows_and_kept_boxes_are_distributed_as_in_the_original(scene):
     whole = [(w == [0, 0, 1, 1]).all(1).mean() for w in (windows, their_windows)]
     assert abs(whole[0] - whole[1]) < 3.3 * (0.5 / count) ** 0.5
 
-    cut = [augment.cut_boxes(boxes.astype(np.float32), w) for w in draw_windows(SCENES[scene], count).tolist()]
+    cut = [cut_boxes(boxes, w) for w in draw_windows(SCENES[scene], count)]
     statistic, limit = chi_square(
         np.array([keep.sum() for _, keep in cut]), np.array([len(kept) for _, kept, _ in theirs])
     )
@@ -218,11 +227,11 @@ def take(stream, count: int = 9) -> list:
 
 
 def test_batches_follow_from_the_position_alone(index):
-    whole = take(loader.train_batches(index, workers=0, **ARGUMENTS))
-    later = take(loader.train_batches(index, workers=2, **ARGUMENTS | {"step": 5}), 4)
+    whole = take(train_batches(index, workers=0, **ARGUMENTS))
+    later = take(train_batches(index, workers=2, **ARGUMENTS | {"step": 5}), 4)
     for a, b in zip(whole[5:], later, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    plain = take(loader.train_batches(index, workers=0, **ARGUMENTS | {"augment": None}))
+    plain = take(train_batches(index, workers=0, **ARGUMENTS | {"augment": None}))
     assert all(torch.equal(a.image_id, b.image_id) for a, b in zip(whole, plain, strict=True))
     assert not any(torch.equal(a.images, b.images) for a, b in zip(whole, plain, strict=True))
 
@@ -239,7 +248,7 @@ def test_boxes_lie_where_the_picture_says(coco):
     index = CocoIndex.open(coco.file, coco.images)
     arguments = ARGUMENTS | {"image_size": (300, 300), "batch_size": 8, "augment": Augment(0, 0, 0, 0)}
     places = set()
-    for batch in take(loader.train_batches(index, workers=0, **arguments), 6):
+    for batch in take(train_batches(index, workers=0, **arguments), 6):
         for image, box, label in zip(batch.images, batch.boxes[:, 0].tolist(), batch.labels[:, 0].tolist()):
             down, across = (torch.nonzero((image[0] < 128).any(axis))[:, 0] for axis in (1, 0))
             painted = [across[0], down[0], across[-1] + 1, down[-1] + 1]
@@ -254,10 +263,9 @@ def test_crowd_boxes_that_are_dropped_do_not_limit_the_crop(coco):
     coco.add_box(1, 1, [0, 0, 10, 10], iscrowd=1)
     coco.write()
     index = CocoIndex.open(coco.file, coco.images)
-    shard = (1, 6, 0, 0, 1, True, 0.5)
-    plans = {crowd: loader.TrainPlan(index, SIZE, *shard, crowd, 0.0, Augment()) for crowd in ("keep", "drop")}
+    plans = {crowd: TrainPlan(index, ssd_crop(SIZE, Augment()), 1, 6, 0, crowd=crowd) for crowd in ("keep", "drop")}
     chosen = {
-        crowd: [plan.choose(epoch, 0).windows[0].tolist() for epoch in range(300)] for crowd, plan in plans.items()
+        crowd: [plan.choose(epoch, 0).view.windows[0].tolist() for epoch in range(300)] for crowd, plan in plans.items()
     }
     expected = [one_by_one(0, epoch, 0, (480, 640), np.array([[300, 200, 500, 400]])) for epoch in range(300)]
     assert chosen["drop"] == expected != chosen["keep"]
@@ -266,8 +274,8 @@ def test_crowd_boxes_that_are_dropped_do_not_limit_the_crop(coco):
 
 
 def test_nvjpeg_batches_are_the_same(index):
-    ours = take(loader.train_batches(index, workers=0, **ARGUMENTS))
-    for a, b in zip(ours, take(nvjpeg.train_batches(index, workers=1, device=torch.device("cpu"), **ARGUMENTS))):
+    ours = take(train_batches(index, workers=0, **ARGUMENTS))
+    for a, b in zip(ours, take(train_batches(index, by=nvjpeg, workers=1, device=torch.device("cpu"), **ARGUMENTS))):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -332,7 +340,7 @@ PICTURES = ARGUMENTS | {"image_size": (original.SIZE, original.SIZE), "batch_siz
 
 
 def test_pictures_of_the_torch_loader_are_distributed_as_in_the_original(scenes):
-    check_pictures(scenes, take(loader.train_batches(scenes, workers=0, **PICTURES), 100))
+    check_pictures(scenes, take(train_batches(scenes, workers=0, **PICTURES), 100))
 
 
 @pytest.mark.dali
@@ -343,8 +351,8 @@ class TestWithDali:
 
     @pytest.mark.parametrize("changes", [{}, {"step": 3, "antialias": False, "crowd": "drop"}])
     def test_batches_are_the_torch_loaders(self, index, changes):
-        ours = take(loader.train_batches(index, workers=0, **ARGUMENTS | changes))
-        theirs = take(dali.train_batches(index, workers=2, **ARGUMENTS | changes))
+        ours = take(train_batches(index, workers=0, **ARGUMENTS | changes))
+        theirs = take(train_batches(index, by=dali, workers=2, **ARGUMENTS | changes))
         for a, b in zip(ours, theirs, strict=True):
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS[1:])
             difference = (a.images.int() - b.images.int()).abs()
@@ -352,7 +360,7 @@ class TestWithDali:
             assert difference.float().mean() < 0.5
 
     def test_pictures_are_distributed_as_in_the_original(self, scenes):
-        check_pictures(scenes, take(dali.train_batches(scenes, workers=1, **PICTURES), 100))
+        check_pictures(scenes, take(train_batches(scenes, by=dali, workers=1, **PICTURES), 100))
 
     def test_an_image_of_another_size_is_named(self, thirteen, tmp_path):
         content = json.loads(thirteen.file.read_text())
@@ -360,4 +368,4 @@ class TestWithDali:
         (tmp_path / "wrong.json").write_text(json.dumps(content))
         index = CocoIndex.open(tmp_path / "wrong.json", thirteen.images)
         with pytest.raises(UserError, match=str(content["images"][7]["file_name"])):
-            take(dali.train_batches(index, workers=1, **ARGUMENTS), 30)
+            take(train_batches(index, by=dali, workers=1, **ARGUMENTS), 30)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from detcore import UserError
-from detcore.data import dali, loader, pack
+from detcore.data import dali, pack, torch_loader
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
+from tests.detcore.data.streams import eval_batches, train_batches
 
 SIZE = (48, 64)
 TRAIN = {"image_size": SIZE, "max_boxes": 6, "seed": 11, "epoch": 0, "workers": 2}
@@ -34,7 +35,7 @@ def assert_close(ours, theirs) -> None:
 def test_without_dali_the_error_says_what_to_install(index, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"pip install \.\[dali\]"):
-        dali.train_batches(index, batch_size=2, rank=0, world_size=1, step=0, **TRAIN)
+        train_batches(index, by=dali, batch_size=2, rank=0, world_size=1, step=0, **TRAIN)
 
 
 @pytest.mark.dali
@@ -54,16 +55,16 @@ class TestWithDali:
     )
     def test_training_batches(self, index, changes):
         arguments = {**TRAIN, "batch_size": 3, "rank": 0, "world_size": 1, "step": 0} | changes
-        theirs = list(itertools.islice(dali.train_batches(index, **arguments), 9))
-        ours = list(itertools.islice(loader.train_batches(index, **arguments | {"workers": 0}), 9))
+        theirs = list(itertools.islice(train_batches(index, by=dali, **arguments), 9))
+        ours = list(itertools.islice(train_batches(index, **arguments | {"workers": 0}), 9))
         assert_close(ours, theirs)
 
     @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (2, 3), (4, 5)])
     def test_evaluation_batches(self, index, rank, world_size):
         arguments = {"image_size": SIZE, "batch_size": 4, "rank": rank, "world_size": world_size}
-        theirs = list(dali.eval_batches(index, workers=1, **arguments))
-        assert len(theirs) == loader.eval_steps(13, 4, world_size)
-        assert_close(list(loader.eval_batches(index, workers=0, **arguments)), theirs)
+        theirs = list(eval_batches(index, by=dali, workers=1, **arguments))
+        assert len(theirs) == -(-13 // (4 * world_size))
+        assert_close(list(eval_batches(index, workers=0, **arguments)), theirs)
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_shards_give_the_batches_of_the_files(self, thirteen, index, tmp_path, workers):
@@ -71,8 +72,8 @@ class TestWithDali:
         packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
         arguments = {**TRAIN, "batch_size": 3, "rank": 1, "world_size": 2, "step": 0, "workers": workers}
         clock = Pace(1, loader="dali")
-        first = list(itertools.islice(dali.train_batches(index, **arguments), 9))
-        second = list(itertools.islice(dali.train_batches(packed, **arguments, pace=clock), 9))
+        first = list(itertools.islice(train_batches(index, by=dali, **arguments), 9))
+        second = list(itertools.islice(train_batches(packed, by=dali, **arguments, pace=clock), 9))
         for a, b in zip(first, second, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         assert clock.images == 27 and clock.bytes and "DALI could give reading" not in clock.words(1.0, 0.5)
@@ -82,7 +83,7 @@ class TestWithDali:
         path = tmp_path / "shards" / "00004.tar"
         path.write_bytes(path.read_bytes().replace(b"\xff\xda", b"\xff\xdb"))
         packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
-        stream = dali.eval_batches(packed, image_size=SIZE, batch_size=3, rank=0, world_size=1, workers=2)
+        stream = eval_batches(packed, by=dali, image_size=SIZE, batch_size=3, rank=0, world_size=1, workers=2)
         with pytest.raises(UserError, match=r"00004\.tar: member 000128\.jpg \(image 128\).*CRC-32"):
             list(stream)
 
@@ -100,7 +101,7 @@ class TestWithDali:
         coco.write()
         index = CocoIndex.open(coco.file, coco.images)
         arguments = {"image_size": SIZE, "batch_size": 4, "rank": 0, "world_size": 1, "workers": 1}
-        ours, theirs = (list(module.eval_batches(index, **arguments | {"workers": 0})) for module in (loader, dali))
+        ours, theirs = (list(eval_batches(index, by=by, **arguments | {"workers": 0})) for by in (torch_loader, dali))
         assert_close(ours, theirs)
 
     @pytest.mark.parametrize("mistake", ["truncated", "text", "empty", "gone", "size"])
@@ -116,6 +117,6 @@ class TestWithDali:
             path.unlink()
         elif mistake != "size":
             path.write_bytes({"truncated": path.read_bytes()[:300], "text": b"hello" * 20, "empty": b""}[mistake])
-        stream = dali.eval_batches(index, image_size=SIZE, batch_size=3, rank=0, world_size=1, workers=1)
+        stream = eval_batches(index, by=dali, image_size=SIZE, batch_size=3, rank=0, world_size=1, workers=1)
         with pytest.raises(UserError, match=r"000007\.jpg.*image 7"):
             list(stream)

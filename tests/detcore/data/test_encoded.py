@@ -6,7 +6,8 @@ import pytest
 from detcore import UserError
 from detcore.data.coco import CocoIndex
 from detcore.data.encoded import AHEAD, EncodedFiles
-from detcore.data.loader import EvalPlan, TrainPlan
+from detcore.data.plan import EvalPlan, TrainPlan
+from detcore.data.recipes import stretch
 
 
 @pytest.fixture
@@ -15,18 +16,20 @@ def index(thirteen) -> CocoIndex:
 
 
 def test_files_are_those_of_the_plan_in_its_order(index):
-    plan = TrainPlan(index, (48, 64), 3, 6, 1, 0, 2, False, 0.5, "keep", 0.0)
+    plan = TrainPlan(index, stretch((48, 64)), 3, 6, 1, 0, 2, drop_last=False)
     files = EncodedFiles(plan, plan.keys(0, 1), threads=3)
-    other = TrainPlan(index, (48, 64), 3, 6, 1, 0, 2, False, 0.5, "keep", 0.0)
+    other = TrainPlan(index, stretch((48, 64)), 3, 6, 1, 0, 2, drop_last=False)
     for key, (choice, data), _ in zip(other.keys(0, 1), files, range(7), strict=False):
         expected = other.choose(*key)
-        assert np.array_equal(choice.images, expected.images) and np.array_equal(choice.flips, expected.flips)
+        assert np.array_equal(choice.images, expected.images) and np.array_equal(
+            choice.view.mirrored, expected.view.mirrored
+        )
         assert [one.tobytes() for one in data] == [index.path(i).read_bytes() for i in choice.images.tolist()]
     files.close()
 
 
 def test_the_end_and_what_was_spent(index):
-    plan = EvalPlan(index, 4, 1, 2)
+    plan = EvalPlan(index, stretch((48, 64)), 4, 1, 2)
     files = EncodedFiles(plan, plan.keys(), threads=2)
     assert [len(data) for _, data in files] == [4, 1]
     size, seconds, waited = files.spent()
@@ -38,7 +41,7 @@ def test_the_end_and_what_was_spent(index):
 def test_two_more_batches_are_read_and_nothing_before_the_first(index, monkeypatch):
     read = []
     monkeypatch.setattr(CocoIndex, "read", lambda self, i: read.append(i) or np.zeros(1, np.uint8))
-    plan = EvalPlan(index, 2, 0, 1)
+    plan = EvalPlan(index, stretch((48, 64)), 2, 0, 1)
     files = EncodedFiles(plan, plan.keys(), threads=1)
     assert read == []
     next(files)
@@ -47,7 +50,7 @@ def test_two_more_batches_are_read_and_nothing_before_the_first(index, monkeypat
 
 
 def test_an_error_comes_with_its_own_batch(index):
-    plan = EvalPlan(index, 4, 0, 1)
+    plan = EvalPlan(index, stretch((48, 64)), 4, 0, 1)
     files = EncodedFiles(plan, plan.keys(), threads=2)
     index.path(9).unlink()
     next(files), next(files)

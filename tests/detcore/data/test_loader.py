@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from detcore import UserError
-from detcore.data import Batch, loader
+from detcore.data import plan, torch_loader
+from detcore.data.augment import uniform
+from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
+from tests.detcore.data.streams import eval_batches, train_batches
 
 SIZE = (48, 64)
 
@@ -37,7 +40,7 @@ def train(index, **changes):
         "epoch": 0,
         "step": 0,
     }
-    return loader.train_batches(index, **arguments | changes)
+    return train_batches(index, **arguments | changes)
 
 
 def take(stream, count: int) -> list[Batch]:
@@ -98,7 +101,7 @@ def test_any_number_of_workers_gives_the_same(index, workers):
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_any_restart_gives_the_same(index, drop_last):
     whole = take(train(index, drop_last=drop_last), 20)
-    steps = loader.steps_per_epoch(13, 2, 1, drop_last)
+    steps = plan.steps_per_epoch(13, 2, 1, drop_last)
     assert steps == (6 if drop_last else 7)
     for at in (0, 1, 5, 6, 7, 13, 14):
         assert_same(whole[at:], take(train(index, epoch=at // steps, step=at % steps, drop_last=drop_last), 20 - at))
@@ -112,27 +115,27 @@ def test_epochs_and_seeds_differ_in_order_and_mirroring(index):
     assert len({frozenset(order) for order in epochs}) > 1, "another image is left out each epoch"
     assert ids(take(train(index, seed=12), 6)) != epochs[0]
     every = np.arange(13)
-    flips = [tuple(loader.uniform(seed, epoch, every) < 0.5) for seed in (1, 2) for epoch in (0, 1)]
+    flips = [tuple(uniform(seed, epoch, every) < 0.5) for seed in (1, 2) for epoch in (0, 1)]
     assert len(set(flips)) == 4
 
 
 def test_uniform_is_uniform_and_independent():
     images = np.arange(100_000)
-    draws = np.stack([loader.uniform(seed, epoch, images) for seed, epoch in ((0, 0), (0, 1), (1, 0), (2**63, 7))])
+    draws = np.stack([uniform(seed, epoch, images) for seed, epoch in ((0, 0), (0, 1), (1, 0), (2**63, 7))])
     assert draws.min() >= 0 and draws.max() < 1
     counts = np.stack([np.histogram(row, 20, (0, 1))[0] for row in draws])
     # 5,000 expected in each of 80 bins, standard deviation 69: five of them are far out.
     assert np.abs(counts - 5000).max() < 5 * 69
     correlation = np.corrcoef(np.concatenate([draws, draws[:, ::-1][:1], np.roll(draws, 1, axis=1)[:1]]))
     assert np.abs(correlation - np.eye(6)).max() < 5 / np.sqrt(100_000)
-    few = loader.uniform(0, 1, np.array([77, 5]))
+    few = uniform(0, 1, np.array([77, 5]))
     assert few.tolist() == [draws[1, 77], draws[1, 5]], "a draw depends on the image alone, not on its batch"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_shards_are_disjoint_and_complete(index, world_size, drop_last):
-    steps = loader.steps_per_epoch(13, 2, world_size, drop_last)
+    steps = plan.steps_per_epoch(13, 2, world_size, drop_last)
     ranks = [
         ids(take(train(index, rank=r, world_size=world_size, drop_last=drop_last), steps)) for r in range(world_size)
     ]
@@ -142,7 +145,7 @@ def test_shards_are_disjoint_and_complete(index, world_size, drop_last):
         assert len(set(seen)) == len(seen) == 13 // (2 * world_size) * 2 * world_size
         return
     assert set(seen) == set(index.image_ids.tolist())
-    order = index.image_ids[loader.epoch_order(13, 11, 0)].tolist()
+    order = index.image_ids[plan.epoch_order(13, 11, 0)].tolist()
     extra = -(-13 // (2 * world_size)) * 2 * world_size - 13
     assert sorted(order + (order * 2)[:extra]) == seen, "the rest comes from the beginning of the same permutation"
 
@@ -164,7 +167,7 @@ def test_the_global_batch_does_not_depend_on_how_it_is_split(index):
     ],
 )
 def test_steps_per_epoch(n, batch, world, drop, steps):
-    assert loader.steps_per_epoch(n, batch, world, drop) == steps
+    assert plan.steps_per_epoch(n, batch, world, drop) == steps
 
 
 def test_too_few_images(index):
@@ -179,11 +182,9 @@ def test_evaluation_sees_each_image_once(index, world_size, batch_size):
     seen = []
     for rank in range(world_size):
         batches = list(
-            loader.eval_batches(
-                index, image_size=SIZE, batch_size=batch_size, rank=rank, world_size=world_size, workers=0
-            )
+            eval_batches(index, image_size=SIZE, batch_size=batch_size, rank=rank, world_size=world_size, workers=0)
         )
-        assert len(batches) == loader.eval_steps(13, batch_size, world_size)
+        assert len(batches) == -(-13 // (batch_size * world_size))
         for batch in batches:
             assert batch.images.shape == (batch_size, 3, *SIZE) and batch.boxes.shape == (batch_size, 1, 4)
             assert batch.labels.eq(-1).all() and batch.labels.dtype == torch.int64
@@ -196,8 +197,8 @@ def test_evaluation_sees_each_image_once(index, world_size, batch_size):
 
 def test_evaluation_never_mirrors_and_workers_change_nothing(index):
     arguments = {"image_size": SIZE, "batch_size": 4, "rank": 0, "world_size": 1}
-    alone = list(loader.eval_batches(index, workers=0, **arguments))
-    assert_same(alone, list(loader.eval_batches(index, workers=2, **arguments)))
+    alone = list(eval_batches(index, workers=0, **arguments))
+    assert_same(alone, list(eval_batches(index, workers=2, **arguments)))
     plain = {int(b.image_id[k]): b.images[k] for b in take(train(index, hflip=0.0), 6) for k in range(2)}
     for batch in alone:
         for image_id, image in zip(batch.image_id.tolist(), batch.images, strict=True):
@@ -264,7 +265,7 @@ def test_missing_images(coco):
     again = CocoIndex.open(coco.file, coco.images)
     for start in (
         lambda: train(again),
-        lambda: loader.eval_batches(again, image_size=SIZE, batch_size=2, rank=0, world_size=1, workers=0),
+        lambda: eval_batches(again, image_size=SIZE, batch_size=2, rank=0, world_size=1, workers=0),
     ):
         with pytest.raises(UserError, match="1 of the 4 images"):
             start()
@@ -272,16 +273,18 @@ def test_missing_images(coco):
 
 PROGRAM = """
 import os, signal, sys, time
-from detcore.data import loader
+from detcore.data import torch_loader
 from detcore.data.coco import CocoIndex
+from detcore.data.plan import TrainPlan
+from detcore.data.recipes import stretch
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGUSR2, lambda *_: sys.exit("asked to fail"))
     index = CocoIndex.open(sys.argv[1], sys.argv[2])
-    stream = loader.train_batches(index, image_size=(32, 32), batch_size=2, max_boxes=6, seed=1, rank=0, world_size=1,
-                                  workers=2, epoch=0, step=0)
+    plan = TrainPlan(index, stretch((32, 32)), batch_size=2, max_boxes=6, seed=1)
+    stream = torch_loader.batches(plan, plan.keys(0, 0), torch_loader.Options(workers=2))
     next(stream)
     print("ready", flush=True)
     for _ in stream:
@@ -355,9 +358,9 @@ def test_a_worker_killed_while_it_hands_a_batch_over(error, monkeypatch):
             raise error
             yield
 
-    monkeypatch.setattr(loader, "DataLoader", Broken)
+    monkeypatch.setattr(torch_loader, "DataLoader", Broken)
     with pytest.raises(UserError, match="a loader worker was killed"):
-        next(loader._stream(None, iter([(0, 0)]), 0, False))
+        next(torch_loader.batches(None, iter([(0, 0)]), torch_loader.Options()))
 
 
 def test_an_exit_with_the_stream_still_open_does_not_hang(program):

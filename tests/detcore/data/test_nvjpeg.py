@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from detcore import UserError
-from detcore.data import loader, nvjpeg, pack
+from detcore.data import nvjpeg, pack
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
+from tests.detcore.data.streams import eval_batches, train_batches
 
 CPU, SIZE = torch.device("cpu"), (48, 64)
 TRAIN = {"image_size": SIZE, "max_boxes": 6, "seed": 11, "epoch": 0, "workers": 2}
@@ -53,23 +54,23 @@ def assert_same(ours, theirs) -> None:
 )
 def test_training_batches(index, decoded, changes):
     arguments = {**TRAIN, "batch_size": 3, "rank": 0, "world_size": 1, "step": 0} | changes
-    ours = list(itertools.islice(nvjpeg.train_batches(index, device=CPU, **arguments), 9))
-    assert_same(ours, list(itertools.islice(loader.train_batches(index, **arguments | {"workers": 0}), 9)))
+    ours = list(itertools.islice(train_batches(index, by=nvjpeg, device=CPU, **arguments), 9))
+    assert_same(ours, list(itertools.islice(train_batches(index, **arguments | {"workers": 0}), 9)))
     assert decoded == [1, *[3] * 9]
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (2, 3), (4, 5)])
 def test_evaluation_batches(index, rank, world_size):
     arguments = {**EVAL, "batch_size": 4, "rank": rank, "world_size": world_size}
-    ours = list(nvjpeg.eval_batches(index, workers=1, device=CPU, **arguments))
-    assert len(ours) == loader.eval_steps(13, 4, world_size)
-    assert_same(ours, list(loader.eval_batches(index, workers=0, **arguments)))
+    ours = list(eval_batches(index, by=nvjpeg, workers=1, device=CPU, **arguments))
+    assert len(ours) == -(-13 // (4 * world_size))
+    assert_same(ours, list(eval_batches(index, workers=0, **arguments)))
 
 
 def test_a_start_in_the_middle_gives_the_rest(index):
     arguments = {**TRAIN, "batch_size": 3, "rank": 0, "world_size": 1, "device": CPU}
-    whole = list(itertools.islice(nvjpeg.train_batches(index, step=0, **arguments), 9))
-    assert_same(list(itertools.islice(nvjpeg.train_batches(index, step=5, **arguments), 4)), whole[5:])
+    whole = list(itertools.islice(train_batches(index, by=nvjpeg, step=0, **arguments), 9))
+    assert_same(list(itertools.islice(train_batches(index, by=nvjpeg, step=5, **arguments), 4)), whole[5:])
 
 
 def test_shards_and_the_clock(thirteen, index, tmp_path):
@@ -77,8 +78,8 @@ def test_shards_and_the_clock(thirteen, index, tmp_path):
     packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
     arguments = {**TRAIN, "batch_size": 3, "rank": 0, "world_size": 1, "step": 0, "device": CPU}
     clock = Pace(1, loader="nvjpeg")
-    ours = list(itertools.islice(nvjpeg.train_batches(packed, **arguments, pace=clock), 9))
-    assert_same(ours, list(itertools.islice(nvjpeg.train_batches(index, **arguments), 9)))
+    ours = list(itertools.islice(train_batches(packed, by=nvjpeg, **arguments, pace=clock), 9))
+    assert_same(ours, list(itertools.islice(train_batches(index, by=nvjpeg, **arguments), 9)))
     assert clock.images == 27 and clock.bytes and all(clock.seconds) and clock.cpu
     assert "torchvision's decoder in the training process could give" in clock.words(1.0, 0.5)
 
@@ -98,8 +99,8 @@ def test_other_formats_go_the_common_way(coco, decoded):
     coco.write()
     index = CocoIndex.open(coco.file, coco.images)
     arguments = {**EVAL, "batch_size": 7}
-    ours = list(nvjpeg.eval_batches(index, workers=1, device=CPU, **arguments))
-    assert_same(ours, list(loader.eval_batches(index, workers=0, **arguments)))
+    ours = list(eval_batches(index, by=nvjpeg, workers=1, device=CPU, **arguments))
+    assert_same(ours, list(eval_batches(index, workers=0, **arguments)))
     assert decoded == [1, 3]
 
 
@@ -120,8 +121,8 @@ def test_a_bad_image_is_named_in_the_same_words(coco, mistake):
         path.write_bytes({"truncated": path.read_bytes()[:300], "text": b"hello" * 20, "empty": b""}[mistake])
     words = []
     for stream in (
-        nvjpeg.eval_batches(index, workers=1, device=CPU, **EVAL),
-        loader.eval_batches(index, workers=0, **EVAL),
+        eval_batches(index, by=nvjpeg, workers=1, device=CPU, **EVAL),
+        eval_batches(index, workers=0, **EVAL),
     ):
         with pytest.raises(UserError, match=r"000007\.jpg.*image 7|image 7 .*000007\.jpg") as caught:
             list(stream)
@@ -132,7 +133,7 @@ def test_a_bad_image_is_named_in_the_same_words(coco, mistake):
 def test_only_files_that_the_decoder_refuses_go_the_common_way(index, monkeypatch):
     """A stand-in for a GPU's decoder, which fails as a whole where it cannot decode one file of a batch."""
     inner, asked, refused = nvjpeg.decode_jpeg, [], len(index.read(4))
-    stream = nvjpeg.eval_batches(index, workers=1, device=CPU, **EVAL)
+    stream = eval_batches(index, by=nvjpeg, workers=1, device=CPU, **EVAL)
 
     def decode_jpeg(files, **more):
         asked.append(len(files))
@@ -141,12 +142,12 @@ def test_only_files_that_the_decoder_refuses_go_the_common_way(index, monkeypatc
         return inner(files, **more)
 
     monkeypatch.setattr(nvjpeg, "decode_jpeg", decode_jpeg)
-    assert_same(list(stream), list(loader.eval_batches(index, workers=0, **EVAL)))
+    assert_same(list(stream), list(eval_batches(index, workers=0, **EVAL)))
     assert asked[:6] == [3, 3, 1, 1, 1, 3]
 
 
 def test_memory_that_ends_is_no_damaged_file(index, monkeypatch):
-    stream = nvjpeg.eval_batches(index, workers=1, device=CPU, **EVAL)
+    stream = eval_batches(index, by=nvjpeg, workers=1, device=CPU, **EVAL)
 
     def decode_jpeg(files, **more):
         raise torch.OutOfMemoryError("out of memory")
@@ -162,7 +163,7 @@ def test_a_torchvision_that_cannot_says_so_before_training(index, monkeypatch):
 
     monkeypatch.setattr(nvjpeg, "decode_jpeg", decode_jpeg)
     with pytest.raises(UserError, match=r"not compiled with nvJPEG support\); take --loader torch or dali"):
-        nvjpeg.eval_batches(index, workers=1, device=CPU, **EVAL)
+        eval_batches(index, by=nvjpeg, workers=1, device=CPU, **EVAL)
 
 
 @pytest.mark.gpu
@@ -180,8 +181,8 @@ def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
     index, device = CocoIndex.open(coco.file, coco.images), backend.select("cuda", "fp32")
     arguments = {**TRAIN, "image_size": (320, 320), "batch_size": 5, "rank": 0, "world_size": 1, "step": 0}
     arguments["antialias"] = antialias
-    ours = device.ahead(itertools.islice(nvjpeg.train_batches(index, device=device.device, **arguments), 10))
-    theirs = itertools.islice(loader.train_batches(index, **arguments | {"workers": 0}), 10)
+    ours = device.ahead(itertools.islice(train_batches(index, by=nvjpeg, device=device.device, **arguments), 10))
+    theirs = itertools.islice(train_batches(index, **arguments | {"workers": 0}), 10)
     for a, b in zip(ours, theirs, strict=True):
         assert a.images.device == device.device and a.images.stride() == b.images.stride()
         assert torch.equal(a.image_id.cpu(), b.image_id) and torch.equal(a.boxes.cpu(), b.boxes)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from detcore.data import loader
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
+from tests.detcore.data.streams import train_batches
 
 
 def pace(reading: float, decoding: float, resizing: float, workers: int = 2, **more) -> Pace:
@@ -95,7 +95,7 @@ def test_too_little_was_measured():
 def test_the_loader_measures(thirteen, workers):
     index = CocoIndex.open(thirteen.file, thirteen.images)
     made = Pace(1)
-    stream = loader.train_batches(
+    stream = train_batches(
         index, image_size=(48, 64), batch_size=13, max_boxes=6, seed=1, rank=0, world_size=1, workers=workers, epoch=0,
         step=0, pace=made,
     )  # fmt: skip

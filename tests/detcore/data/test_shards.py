@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from detcore import UserError
-from detcore.data import Batch, loader, pack, shards
+from detcore.data import pack, shards
+from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
+from tests.detcore.data.streams import eval_batches, train_batches
 
 SIZE = (48, 64)
 COMMON = {"image_size": SIZE, "batch_size": 2, "rank": 0, "world_size": 1, "workers": 0}
@@ -56,13 +58,13 @@ def assert_same(first, second, count: int | None = None) -> None:
 @pytest.mark.parametrize("more", [{}, {"rank": 1, "world_size": 2}, {"drop_last": False, "step": 5, "antialias": True}])
 def test_training_batches_of_several_epochs(files, packed, workers, more):
     more = more | {"workers": workers}
-    assert_same(loader.train_batches(files, **TRAIN | more), loader.train_batches(packed, **TRAIN | more), 20)
+    assert_same(train_batches(files, **TRAIN | more), train_batches(packed, **TRAIN | more), 20)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (2, 3)])
 def test_evaluation_batches(files, packed, rank, world_size):
     more = COMMON | {"rank": rank, "world_size": world_size}
-    assert_same(loader.eval_batches(files, **more), loader.eval_batches(packed, **more))
+    assert_same(eval_batches(files, **more), eval_batches(packed, **more))
 
 
 def test_the_index_is_that_of_the_files(files, packed, folder):
@@ -104,7 +106,7 @@ def test_images_that_the_shards_do_not_hold(own, coco, thirteen):
     index = CocoIndex.open(coco.file, own)
     assert index.counts["missing images"] == 1 and index.counts["unlisted files"] == 0
     with pytest.raises(UserError, match=r"1 of the 14 images .*seven\.jpg"):
-        next(loader.train_batches(index, **TRAIN))
+        next(train_batches(index, **TRAIN))
     coco.content = {**thirteen.content, "images": thirteen.content["images"][:12], "annotations": []}
     coco.write()
     assert CocoIndex.open(coco.file, own).counts["unlisted files"] == 1
@@ -117,7 +119,7 @@ def test_a_changed_byte_is_named_with_shard_and_member(own, thirteen, files, wor
     data[700] ^= 1
     path.write_bytes(data)
     index = CocoIndex.open(thirteen.file, own)
-    stream = loader.train_batches(index, **TRAIN | {"workers": workers})
+    stream = train_batches(index, **TRAIN | {"workers": workers})
     with pytest.raises(UserError, match=r"00002\.tar: member 000114\.jpg \(image 114\).*CRC-32.*pack_dataset"):
         list(itertools.islice(stream, 7))
 

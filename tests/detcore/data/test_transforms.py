@@ -9,6 +9,8 @@ from PIL import Image
 
 from detcore import UserError
 from detcore.data import transforms
+from detcore.data.recipes import stretched
+from detcore.data.view import View
 
 WIDTH, HEIGHT = 61, 47
 
@@ -178,6 +180,10 @@ def test_antialias_makes_a_difference_when_shrinking(picture):
     assert (plain - smooth).abs().max() > 5
 
 
+def view_of(size: tuple[int, int], target: tuple[int, int], flip: bool) -> View:
+    return stretched(np.array([size]), target)._replace(mirrored=np.array([flip]))
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_boxes_follow_the_pixels(flip):
     """Paint each box into an image, take both through the same steps, and look where the paint is."""
@@ -192,31 +198,10 @@ def test_boxes_follow_the_pixels(flip):
         painted = transforms.resize(image, target, flip=flip, antialias=False)[..., 0].numpy() > 127
         rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
         boxes = np.array([[x1, y1, x2, y2]], np.float32)
-        got, keep = transforms.resize_boxes(boxes, (int(height), int(width)), target, flip=flip, min_box=0)
-        assert keep.all() and got.dtype == np.float32
+        got = view_of((height, width), target, flip).boxes(0, boxes)
+        assert got.dtype == np.float32
         found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         np.testing.assert_allclose(got[0], found, atol=1)
-
-
-def test_box_arithmetic_in_float64():
-    rng = np.random.default_rng(3)
-    corners = np.sort(rng.uniform(0, 1, (500, 2, 2)), 1).reshape(500, 4) * [640, 480, 640, 480]
-    boxes = corners.astype(np.float32)
-    for flip in (False, True):
-        exact = boxes.astype(np.float64) * [800 / 640, 800 / 480, 800 / 640, 800 / 480]
-        if flip:
-            exact[:, [0, 2]] = 800 - exact[:, [2, 0]]
-        got, keep = transforms.resize_boxes(boxes, (480, 640), (800, 800), flip=flip, min_box=10)
-        np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-3)
-        sides = exact[:, 2:] - exact[:, :2]
-        clear = (np.abs(sides - 10) > 1e-3).all(1)
-        assert 0 < keep.sum() < 500
-        np.testing.assert_array_equal(keep[clear], (sides > 10).all(1)[clear])
-
-
-def test_no_boxes():
-    got, keep = transforms.resize_boxes(np.empty((0, 4), np.float32), (5, 6), (7, 8), flip=True, min_box=0)
-    assert got.shape == (0, 4) and keep.shape == (0,)
 
 
 class TestIsPlainJpeg:

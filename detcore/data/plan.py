@@ -1,0 +1,233 @@
+"""Which images each batch takes, on which rank, what is done to each and what their targets become.
+
+What a batch holds follows from (seed, epoch, step, rank, world size) and nothing else. The order of an epoch is the
+permutation drawn from (seed, epoch). Micro-batch s of rank r takes the r-th batch_size images of the s-th world x
+batch_size images of the permutation: the ranks share an epoch without overlap. `drop_last` leaves out the images that
+do not fill a micro-batch on every rank, others each epoch; without it the last micro-batches are filled from the
+beginning of the same permutation. Where a recipe has several canvases, each has its own images in the order of the
+permutation, and a step comes when its last image does: the same canvas on all ranks.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from detcore import UserError
+from detcore.data.augment import has_centre
+from detcore.data.coco import CocoIndex
+from detcore.data.recipes import Draws, Recipe
+from detcore.data.view import View
+
+_NONE = -1  # no image: padding of an evaluation's last batches
+
+
+class Choice(NamedTuple):
+    """Which images a batch takes, int64 [n] positions in the file, and what is done to each."""
+
+    images: np.ndarray
+    view: View
+
+
+def steps_per_epoch(n_images: int, batch_size: int, world_size: int, drop_last: bool) -> int:
+    """Micro-batches that each rank yields an epoch, of one canvas. UserError where drop_last leaves none."""
+    steps = _steps(n_images, batch_size * world_size, drop_last)
+    if not steps:
+        raise UserError(
+            f"{n_images} images do not fill one batch of {batch_size} on each of {world_size} processes; lower "
+            "--batch-size or the number of processes, or take some images twice with --no-drop-last."
+        )
+    return steps
+
+
+def _steps(n_images: int, together: int, drop_last: bool) -> int:
+    return n_images // together if drop_last else -(-n_images // together)
+
+
+def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [n_images]: the permutation of one epoch."""
+    return np.random.default_rng([seed % 2**64, epoch]).permutation(n_images)
+
+
+class _Plan:
+    """What both plans share: images by canvas, a table of an epoch's steps, and which steps their pixels take.
+
+    cuts, recolours, places: as `Recipe` has them.
+    """
+
+    def __init__(self, index: CocoIndex, recipe: Recipe, batch_size: int, rank: int, world_size: int) -> None:
+        self.index, self.recipe, self.batch_size = index, recipe, batch_size
+        self.rank, self.world_size = rank, world_size
+        index.check_images()
+        self._canvas = recipe.canvas_of(self._sizes(np.arange(len(index)))) if recipe.canvas_of else None
+        self.cuts, self.recolours, self.places = False, False, recipe.places
+
+    @property
+    def together(self) -> int:
+        """Images of a step on all ranks."""
+        return self.batch_size * self.world_size
+
+    def _sizes(self, images: np.ndarray) -> np.ndarray:
+        """int64 [n, 2]: height and width."""
+        return np.stack([self.index.heights[images], self.index.widths[images]], 1).astype(np.int64)
+
+    def _by_canvas(self, images: np.ndarray) -> list[np.ndarray]:
+        """The images of each canvas, in their order."""
+        if self._canvas is None:
+            return [images]
+        of = self._canvas[images]
+        return [images[of == canvas] for canvas in range(len(self.recipe.canvases))]
+
+    def _mine(self, row: np.ndarray) -> np.ndarray:
+        """This rank's images of a step's."""
+        mine = row[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return mine[mine != _NONE]
+
+
+class TrainPlan(_Plan):
+    """Which images a training micro-batch takes, what is done to each, and what their boxes become.
+
+    crowd: "keep" crowd boxes as ordinary ones or "drop" them. All loaders read it, so that they agree on everything but
+    the pixels. Raises UserError for missing images, more boxes than max_boxes and too few images for a batch.
+    """
+
+    def __init__(
+        self, index: CocoIndex, recipe: Recipe, batch_size: int, max_boxes: int, seed: int, rank: int = 0,
+        world_size: int = 1, drop_last: bool = True, crowd: str = "keep",
+    ) -> None:  # fmt: skip
+        if crowd not in ("keep", "drop"):
+            raise ValueError(f"crowd is {crowd!r}, neither keep nor drop")
+        super().__init__(index, recipe, batch_size, rank, world_size)
+        self.cuts, self.recolours = recipe.cuts, recipe.recolours
+        self.max_boxes, self.seed, self.drop_last, self.crowd = max_boxes, seed, drop_last, crowd
+        self._trained = np.flatnonzero(recipe.trains(index)) if recipe.trains else None
+        groups = self._by_canvas(np.arange(len(index)) if self._trained is None else self._trained)
+        self.steps = sum(_steps(len(group), self.together, drop_last) for group in groups)
+        self.steps = self.steps or steps_per_epoch(
+            max(map(len, groups)), batch_size, world_size, drop_last
+        )  # it raises
+        self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, *([np.empty(0, np.int64)] * 2))
+        suspects = np.flatnonzero(index.box_count() > max_boxes).tolist()
+        counts = [(self._whole_count(i), i) for i in suspects]
+        self._refuse(*max(counts, default=(0, 0), key=lambda found: found[0]))  # the fullest: one error tells enough
+
+    def choose(self, epoch: int, step: int) -> Choice:
+        """What batch_size images are taken, and what is done to each."""
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._table(epoch))
+        _, table, canvases = self._epoch
+        images, canvas = self._mine(table[step]), self.recipe.canvases[canvases[step]]
+        boxes = [self._boxes(i)[0] for i in images.tolist()] if self.recipe.centred else []
+        return Choice(images, self.recipe.view(Draws(self.seed, epoch, images), self._sizes(images), boxes, canvas))
+
+    def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [steps, together], an epoch's images, and int64 [steps], their canvases."""
+        trained = self._trained
+        order = epoch_order(len(self.index) if trained is None else len(trained), self.seed, epoch)
+        order = order if trained is None else trained[order]
+        rows, canvases, last = [], [], []
+        place = np.empty(len(self.index), np.int64)
+        place[order] = np.arange(len(order))
+        for canvas, images in enumerate(self._by_canvas(order)):
+            if steps := _steps(len(images), self.together, self.drop_last):
+                rows.append(np.resize(images, (steps, self.together)))  # what is missing is taken from the beginning
+                ends = np.minimum(np.arange(1, steps + 1) * self.together, len(images)) - 1
+                last.append(place[images[ends]])
+                canvases.append(np.full(steps, canvas))
+        by_place = np.argsort(np.concatenate(last), kind="stable")
+        return np.concatenate(rows)[by_place], np.concatenate(canvases)[by_place]
+
+    def targets(self, choice: Choice) -> dict[str, torch.Tensor]:
+        """The fields of `Batch` other than the images."""
+        images = choice.images
+        boxes = np.zeros((len(images), self.max_boxes, 4), np.float32)
+        labels = np.full((len(images), self.max_boxes), -1, np.int64)
+        for row, i in enumerate(images.tolist()):
+            kept, classes = self._kept_boxes(i, choice.view, row)
+            self._refuse(len(kept), i)
+            boxes[row, : len(kept)], labels[row, : len(kept)] = kept, classes
+        facts = self.index.image_ids[images], self._sizes(images), choice.view.extents
+        return _targets(boxes, labels, *facts)
+
+    def _boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        boxes, labels, crowd = self.index.boxes(i)
+        return (boxes[~crowd], labels[~crowd]) if self.crowd == "drop" else (boxes, labels)
+
+    def _kept_boxes(self, i: int, view: View, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes of an image that the view leaves, on the canvas, and their labels."""
+        boxes, labels = self._boxes(i)
+        if self.recipe.centred:
+            boxes, labels = (part[has_centre(boxes, view.windows[row])] for part in (boxes, labels))
+        if self.recipe.clip:
+            low, high = (np.tile(corner, 2).astype(np.float32) for corner in view.windows[row].reshape(2, 2))
+            boxes = np.clip(boxes, low, high)
+        boxes = view.boxes(row, boxes)
+        if self.recipe.clip and not view.covers(row):
+            boxes = np.clip(boxes, 0, np.tile(view.extents[row, ::-1], 2).astype(np.float32))
+        keep = (boxes[:, 2:] - boxes[:, :2] > self.recipe.min_box).all(1)
+        return boxes[keep], labels[keep]
+
+    def _whole_count(self, i: int) -> int:
+        """How many boxes of an image are kept where all of it is seen."""
+        images = np.array([i])
+        canvas = self.recipe.canvases[self._canvas[i] if self._canvas is not None else 0]
+        return len(self._kept_boxes(i, self.recipe.eval_view(self._sizes(images), canvas), 0)[0])
+
+    def _refuse(self, count: int, i: int) -> None:
+        """UserError if so many boxes are too many of an image."""
+        if count > self.max_boxes:
+            raise UserError(
+                f"{self.index.path(i)}: image {self.index.image_ids[i]} has {count} boxes, more than "
+                f"{self.max_boxes}; raise --max-boxes to at least that."
+            )
+
+    def keys(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        """(epoch, step) from there on without end; steps beyond an epoch's count go on into the next."""
+        epoch, step = epoch + step // self.steps, step % self.steps
+        while True:
+            yield from ((epoch, s) for s in range(step, self.steps))
+            epoch, step = epoch + 1, 0
+
+
+class EvalPlan(_Plan):
+    """Which images an evaluation batch takes: each once over all ranks, in the file's order within a canvas.
+
+    Each rank has the same number of batches; the rest of the last ones is padding (image_id -1, size 1x1, fill). Boxes
+    are one empty row an image, labels -1: the truth stays in `CocoIndex.ground_truth`.
+    """
+
+    def __init__(self, index: CocoIndex, recipe: Recipe, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(index, recipe, batch_size, rank, world_size)
+        rows, canvases = [], []
+        for canvas, images in enumerate(self._by_canvas(np.arange(len(index)))):
+            steps = -(-len(images) // self.together)
+            rows.append(np.pad(images, (0, steps * self.together - len(images)), constant_values=_NONE))
+            canvases += [canvas] * steps
+        self._rows, self._canvases = np.concatenate(rows).reshape(-1, self.together), canvases
+        self.steps = len(canvases)
+
+    def choose(self, epoch: int, step: int) -> Choice:
+        """As `TrainPlan.choose`, but fewer images, or none, where the file ends."""
+        images = self._mine(self._rows[step])
+        return Choice(images, self.recipe.eval_view(self._sizes(images), self.recipe.canvases[self._canvases[step]]))
+
+    def targets(self, choice: Choice) -> dict[str, torch.Tensor]:
+        """The fields of `Batch` other than the images, padded to the batch size."""
+        images, n = choice.images, self.batch_size
+        image_id, size, extent = np.full(n, -1, np.int64), np.ones((n, 2), np.int64), np.ones((n, 2), np.int64)
+        image_id[: len(images)], size[: len(images)] = self.index.image_ids[images], self._sizes(images)
+        extent[: len(images)] = choice.view.extents
+        return _targets(np.zeros((n, 1, 4), np.float32), np.full((n, 1), -1), image_id, size, extent)
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        return ((0, step) for step in range(self.steps))
+
+
+def _targets(
+    boxes: np.ndarray, labels: np.ndarray, image_id: np.ndarray, size: np.ndarray, extent: np.ndarray
+) -> dict[str, torch.Tensor]:
+    count = len(boxes)
+    found = {"boxes": boxes, "labels": labels, "image_id": image_id, "size": size, "extent": extent}
+    found |= {"edges": np.zeros((count, 0, 4), np.float32), "edge_of": np.zeros((count, 0, 2), np.int64)}
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}

@@ -1,0 +1,178 @@
+"""What each kind of detector does to its images: a recipe makes the `View` of a batch, for training and for evaluation.
+
+All that is random is drawn by `Draws` from seed, epoch and position in the file, so that it depends neither on the
+batch nor on the process that an image is seen in. Recipes can be pickled: their functions are partial ones of this
+module's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from detcore.data.augment import Augment, uniform
+from detcore.data.coco import CocoIndex
+from detcore.data.view import View, whole
+
+
+class Draws(NamedTuple):
+    """The random numbers of a batch. images: int64 [n] positions in the file."""
+
+    seed: int
+    epoch: int
+    images: np.ndarray
+
+    def uniform(self, *numbers: int) -> np.ndarray:
+        """float64 in [0, 1): [n] without numbers, else [n, draws], one for each number."""
+        if not numbers:
+            return uniform(self.seed, self.epoch, self.images)
+        return uniform(self.seed, self.epoch, self.images[:, None], np.array(numbers))
+
+
+TrainView = Callable[[Draws, np.ndarray, list[np.ndarray], tuple[int, int]], View]
+EvalView = Callable[[np.ndarray, tuple[int, int]], View]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a detector sees its images.
+
+    canvases: (height, width) of each kind of batch that there is. view(draws, sizes, boxes, canvas): the training view
+    of images of sizes int64 [n, 2] (height, width) with boxes, each float32 [m, 4], in pixels of the original;
+    eval_view(sizes, canvas): the one of evaluation; predict_view: of prediction, where that differs. canvas_of(sizes):
+    int64 [n], which canvas each image belongs on. trains(index): bool [n], which images are trained with; None: all.
+    clip: boxes end where the visible part of their image does. centred: those whose centre is not visible are left out.
+    Boxes not wider and higher than min_box pixels of the canvas are left out. cuts: training windows may be parts of
+    the images; recolours: training views have colours; places: images do not just cover their canvas.
+    """
+
+    canvases: tuple[tuple[int, int], ...]
+    view: TrainView
+    eval_view: EvalView
+    predict_view: EvalView | None = None
+    canvas_of: Callable[[np.ndarray], np.ndarray] | None = None
+    trains: Callable[[CocoIndex], np.ndarray] | None = None
+    clip: bool = False
+    centred: bool = False
+    min_box: float = 0.0
+    cuts: bool = False
+    recolours: bool = False
+    places: bool = False
+
+
+def stretched(sizes: np.ndarray, canvas: tuple[int, int]) -> View:
+    """All of each image, scaled to the canvas whatever its aspect."""
+    n = len(sizes)
+    return View(whole(sizes), np.zeros(n, bool), np.tile(canvas, (n, 1)), np.zeros((n, 2), np.int64), canvas)
+
+
+def central_square(sizes: np.ndarray, canvas: tuple[int, int]) -> View:
+    """The largest square in the middle of each image, scaled to the canvas."""
+    side = sizes.min(1, keepdims=True)
+    corner = ((sizes - side) // 2)[:, ::-1]
+    return stretched(sizes, canvas)._replace(windows=np.concatenate([corner, corner + side], 1))
+
+
+def _stretch(draws: Draws, sizes: np.ndarray, boxes: list[np.ndarray], canvas: tuple[int, int], *, mirror: float):
+    return stretched(sizes, canvas)._replace(mirrored=draws.uniform() < mirror)
+
+
+def stretch(canvas: tuple[int, int], mirror: float = 0.5, min_box: float = 0.0) -> Recipe:
+    """RetinaNet's: the whole image, mirrored with probability `mirror`, scaled to the canvas."""
+    return Recipe((canvas,), partial(_stretch, mirror=mirror), stretched, min_box=min_box)
+
+
+def _ssd_crop(
+    draws: Draws,
+    sizes: np.ndarray,
+    boxes: list[np.ndarray],
+    canvas: tuple[int, int],
+    *,
+    mirror: float,
+    augment: Augment,
+) -> View:
+    view = _stretch(draws, sizes, boxes, canvas, mirror=mirror)
+    windows = augment.windows(*draws, sizes, boxes)
+    return view._replace(windows=windows, colours=augment.colours(*draws))
+
+
+def ssd_crop(canvas: tuple[int, int], augment: Augment, mirror: float = 0.5) -> Recipe:
+    """SSD's: a random window by `augment`, mirrored with probability `mirror`, scaled to the canvas, recoloured."""
+    view = partial(_ssd_crop, mirror=mirror, augment=augment)
+    return Recipe((canvas,), view, stretched, clip=True, centred=True, cuts=True, recolours=True)
+
+
+def letterboxed(
+    sizes: np.ndarray, canvas: tuple[int, int], fill: tuple[int, int, int], scale: np.ndarray | float = 1.0
+):
+    """All of each image, its aspect kept, as large as fits into `scale` canvases, from the top left corner on."""
+    factor = np.min(np.array(canvas) * np.reshape(scale, (-1, 1)) / sizes, 1, keepdims=True)
+    scaled = np.maximum((sizes * factor).astype(np.int64), 1)
+    return stretched(sizes, canvas)._replace(sizes=scaled, fill=fill)
+
+
+def _letterbox(
+    draws: Draws, sizes: np.ndarray, boxes: list[np.ndarray], canvas: tuple[int, int], *, mirror: float,
+    scales: tuple[float, float], fill: tuple[int, int, int],
+) -> View:  # fmt: skip
+    scale, *place = draws.uniform(0, 1, 2).T
+    view = letterboxed(sizes, canvas, fill, scales[0] + (scales[1] - scales[0]) * scale)
+    crop = (np.maximum(view.sizes - canvas, 0) * np.stack(place, 1)).astype(np.int64)
+    return view._replace(mirrored=draws.uniform() < mirror, offsets=-crop)
+
+
+def letterbox(
+    canvas: tuple[int, int], fill: tuple[int, int, int], mirror: float = 0.5, scales: tuple[float, float] = (0.1, 2.0)
+) -> Recipe:
+    """EfficientDet's: aspect kept; in training a random scale of the canvas, cropped at random where it is larger."""
+    view = partial(_letterbox, mirror=mirror, scales=scales, fill=fill)
+    return Recipe((canvas,), view, partial(letterboxed, fill=fill), clip=True, places=True)
+
+
+def shortest_edge_sizes(sizes: np.ndarray, short: int, longest: int) -> np.ndarray:
+    """int64 [n, 2]: height and width whose shorter side is `short`, less where the longer one would pass `longest`.
+
+    The arithmetic of maskrcnn-benchmark: a capped short side is rounded (halves to even), the long side cut off.
+    """
+    least, most = sizes.min(1), sizes.max(1)
+    capped = np.round(longest * least / most).astype(np.int64)
+    side = np.where(most / least * short > longest, capped, short)[:, None]
+    along = (side * sizes / least[:, None]).astype(np.int64)
+    return np.maximum(np.where(sizes == least[:, None], side, along), 1)
+
+
+def _fitted(sizes: np.ndarray, canvas: tuple[int, int], *, short: int, longest: int) -> View:
+    return stretched(sizes, canvas)._replace(sizes=shortest_edge_sizes(sizes, short, longest))
+
+
+def _shortest_edge(
+    draws: Draws, sizes: np.ndarray, boxes: list[np.ndarray], canvas: tuple[int, int], *, mirror: float, short: int,
+    longest: int,
+) -> View:  # fmt: skip
+    return _fitted(sizes, canvas, short=short, longest=longest)._replace(mirrored=draws.uniform() < mirror)
+
+
+def _smallest(sizes: np.ndarray, *, canvases: tuple[tuple[int, int], ...], short: int, longest: int) -> np.ndarray:
+    fits = (shortest_edge_sizes(sizes, short, longest)[:, None] <= np.array(canvases)).all(2)
+    return np.where(fits, np.prod(canvases, 1), np.iinfo(np.int64).max).argmin(1)
+
+
+def shortest_edge(short: int = 800, longest: int = 1333, mirror: float = 0.5, multiple: int = 32) -> Recipe:
+    """Mask R-CNN's: the short side `short`, the long one at most `longest`, on the smallest of four canvases.
+
+    With the defaults 800x1088, 800x1344 and their transposes: sides are multiples of `multiple`, and the smaller one
+    holds pictures of up to 4 : 3.
+    """
+
+    def up(side: float) -> int:
+        return int(-(-side // multiple) * multiple)
+
+    wide = ((up(short), up(4 / 3 * short)), (up(short), up(longest)))
+    canvases = (*wide, *(canvas[::-1] for canvas in wide))
+    how = {"short": short, "longest": longest}
+    return Recipe(
+        canvases, partial(_shortest_edge, mirror=mirror, **how), partial(_fitted, **how),
+        canvas_of=partial(_smallest, canvases=canvases, **how), clip=True, places=True,
+    )  # fmt: skip
