@@ -307,7 +307,7 @@ def _pace(config: DetectionConfig, context: Context, index: CocoIndex) -> Pace:
     world, by_processes = context.world, config.loader == "torch"
     more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
     workers = (
-        torch_loader.usable_workers(config.workers) if torch_loader else 1
+        torch_loader.usable_workers(config.workers) if by_processes else 1
     )  # the others' threads are measured as one
     return Pace(workers, world.size, world.local_size, index.shards is not None, config.loader, more)
 

@@ -134,7 +134,8 @@ def letterbox(
 def shortest_edge_sizes(sizes: np.ndarray, short: int, longest: int) -> np.ndarray:
     """int64 [n, 2]: height and width whose shorter side is `short`, less where the longer one would pass `longest`.
 
-    The arithmetic of maskrcnn-benchmark: a capped short side is rounded (halves to even), the long side cut off.
+    The arithmetic of maskrcnn-benchmark: a capped short side is rounded (halves to even), the long side cut off. So the
+    long side of very long images can pass `longest`.
     """
     least, most = sizes.min(1), sizes.max(1)
     capped = np.round(longest * least / most).astype(np.int64)
@@ -144,7 +145,8 @@ def shortest_edge_sizes(sizes: np.ndarray, short: int, longest: int) -> np.ndarr
 
 
 def _fitted(sizes: np.ndarray, canvas: tuple[int, int], *, short: int, longest: int) -> View:
-    return stretched(sizes, canvas)._replace(sizes=shortest_edge_sizes(sizes, short, longest))
+    scaled = np.minimum(shortest_edge_sizes(sizes, short, longest), canvas)  # where rounding made it longer
+    return stretched(sizes, canvas)._replace(sizes=scaled)
 
 
 def _shortest_edge(
@@ -155,7 +157,8 @@ def _shortest_edge(
 
 
 def _smallest(sizes: np.ndarray, *, canvases: tuple[tuple[int, int], ...], short: int, longest: int) -> np.ndarray:
-    fits = (shortest_edge_sizes(sizes, short, longest)[:, None] <= np.array(canvases)).all(2)
+    scaled = np.minimum(shortest_edge_sizes(sizes, short, longest), np.max(canvases))
+    fits = (scaled[:, None] <= np.array(canvases)).all(2)
     return np.where(fits, np.prod(canvases, 1), np.iinfo(np.int64).max).argmin(1)
 
 

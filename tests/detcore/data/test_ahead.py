@@ -198,8 +198,9 @@ def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(tol
     assert told == []
     aside = ("own device", "in side", "fetch", "pinned", "side records", "out of side")
     of = lambda side: [words for words in told if words.startswith(aside) == side]  # noqa: E731
-    send = lambda n: ["own device", "in side", f"fetch {n}", *["pinned"] * len(Batch._fields), "side records", "out of side"]  # noqa: E731
-    receive = lambda n: [f"main asked {n}", "main waits", *["used on main"] * len(Batch._fields)]  # noqa: E731
+    pinned, used = (words * len(Batch._fields) for words in (["pinned"], ["used on main"]))
+    send = lambda n: ["own device", "in side", f"fetch {n}", *pinned, "side records", "out of side"]  # noqa: E731
+    receive = lambda n: [f"main asked {n}", "main waits", *used]  # noqa: E731
     first = next(stream)
     assert soon(lambda: of(True) == [*send(0), *send(1)]) and of(False) == receive(0)
     assert first.boxes.shape == (2, 40, 4) and torch.equal(first.images, batch(0).images)
