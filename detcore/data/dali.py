@@ -61,12 +61,16 @@ class _Source:
         if self.plan.cuts:
             changes += [view.windows[:, 1::-1].astype(np.int32), view.windows[:, :1:-1].astype(np.int32)]
         if self.plan.places:
-            canvas = np.tile(view.canvas, (len(data), 1))
-            changes += [view.sizes.astype(np.float32), -view.offsets.astype(np.int32), canvas.astype(np.int32)]
+            canvas = np.tile(view.canvas, (self.plan.batch_size, 1))
+            sizes = np.concatenate([view.sizes, canvas[len(data) :]])  # padding covers its canvas
+            changes += [sizes.astype(np.float32), -view.offsets.astype(np.int32), canvas.astype(np.int32)]
         if self.plan.recolours:
             changes += [view.colours[..., :3], view.colours[..., 3]]
-        whole = [np.pad(part, [(0, padding), *[(0, 0)] * (part.ndim - 1)], mode="edge") for part in changes]
-        return data + blank, *(np.ascontiguousarray(part) for part in whole)
+        return data + blank, *(self._padded(part) for part in changes)
+
+    def _padded(self, part: np.ndarray) -> np.ndarray:
+        """With zeros for the places of the batch that have no image."""
+        return np.pad(part, [(0, self.plan.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)])
 
     def check(self, images: np.ndarray, shapes: np.ndarray) -> None:
         """UserError if an image has not the size that the annotation file gives. shapes: int [N, 3]."""
