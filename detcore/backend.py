@@ -182,9 +182,10 @@ class Backend:
             except RuntimeError as error:
                 failure = _first_line(error)
         if failure:  # only here, outside the handler, is what the trial held free
-            self._still_works(f"batches of {2 * size} failed ({failure})", f"--eval-batch-size {size}")
+            self._still_works(f"evaluation batches of {2 * size} failed ({failure})", f"--eval-batch-size {size}")
             torch.cuda.empty_cache()
-            print(f"batches of {2 * size} do not fit, so that {size} are taken: {failure}", file=sys.stderr, flush=True)
+            said = f"evaluation batches of {2 * size} do not fit, so that {size} are taken: {failure}"
+            print(said, file=sys.stderr, flush=True)
         return size
 
     def _still_works(self, after: str, instead: str) -> None:
