@@ -11,8 +11,8 @@ from ssd300.ops.candidates import candidates, candidates_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = 5e-6
-"""Largest relative error of a score. A GPU's exponential rounds x log2(e), at x = -25 by 1.8e-6 of the result, and is off
-by 2.4e-7 itself, in the numerator and in the sum; the difference of the logits is rounded as well, by 1e-6 there."""
+"""Largest relative error of a score. A GPU's exponential rounds x log2(e), at x = -25 by 1.8e-6 of the result, and is
+off by 2.4e-7 itself, in the numerator and in the sum; the difference of the logits is rounded, too, by 1e-6 there."""
 
 
 def outputs(images: int, count: int, classes: int, dtype=torch.float32, seed: int = 0, background: float = 2.0):
