@@ -138,7 +138,8 @@ def length(options: list[str], steps: int) -> list[str]:
         return ["--epochs", "1", "--max-iters-per-epoch", str(steps)]
     index = open_index(config, "train")
     each = steps_per_epoch(len(index), config.batch_size, 1, config.drop_last) // config.accumulate
-    return ["--epochs", str(max(1, math.ceil(steps / max(each, 1))))]
+    each = max(min(each, steps), 1)
+    return ["--epochs", str(math.ceil(steps / each)), "--max-iters-per-epoch", str(each)]
 
 
 def figure(path: Path, names: tuple[str, str], curves: tuple[Curve, Curve], said: str) -> None:
