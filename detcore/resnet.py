@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detcore import UserError
-from detcore.ops.bias_relu import bias_relu, conv2d, conv_bias_relu, leaves_bias
+from detcore import UserError, native
+from detcore.ops.bias_relu import bias_relu, conv_bias_relu, leaves_bias
+from detcore.ops.conv import conv2d
+from detcore.ops.pool_bias_relu import pool_bias_relu
 
 
 class FrozenNorm(FrozenBatchNorm2d):
@@ -66,7 +68,7 @@ def _conv_norm_relu(
     are one more (`conv_bias_relu`), for which both convolutions' biases become one.
     """
     if not isinstance(norm, FrozenNorm):
-        out = norm(conv(x))
+        out = norm(conv2d(x, conv, conv.weight, conv.bias))
         if shortcut is not None:
             out += shortcut if downsample is None else downsample[1](downsample[0](shortcut))
         return F.relu(out, inplace=True)
@@ -108,7 +110,8 @@ NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
 class ResNet(resnet.ResNet):
     """A residual network without its classifier.
 
-    forward: float [N, 3, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with s = 8, 16, 32.
+    forward: float [N, image_channels, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with
+    s = 8, 16, 32.
 
     name: one of `BACKBONES`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
     parameters) or "batch" (BatchNorm2d). trainable_layers: how many of layer4, layer3, layer2, layer1 and
@@ -134,13 +137,27 @@ class ResNet(resnet.ResNet):
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
 
+    @property
+    def image_channels(self) -> int:
+        """How many channels `forward` wants: cuDNN's kernels for tensor cores read 4 at once. The 4th must be 0."""
+        return 4 if native.variant("stem") and isinstance(self.bn1, FrozenNorm) else 3
+
     def _stem(self, x: Tensor) -> Tensor:
-        if not (isinstance(self.bn1, FrozenNorm) and leaves_bias(x, self.conv1)):
+        if not isinstance(self.bn1, FrozenNorm):
             return self.maxpool(_conv_norm_relu(x, self.conv1, self.bn1))
         weight, bias = _folded(self.conv1, self.bn1)
+        if x.shape[1] > weight.shape[1]:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, x.shape[1] - weight.shape[1]))
         # Adding a bias, rounding and ReLU never reverse an order: after the maximum they are the same, for a quarter
         # of the values.
-        return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
+        if native.variant("stem"):
+            convolved = conv2d(x, self.conv1, weight, None)
+            if not convolved.requires_grad:
+                return pool_bias_relu(convolved, bias)
+            return bias_relu(self.maxpool(convolved), bias)
+        if leaves_bias(x, self.conv1):
+            return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
+        return self.maxpool(conv_bias_relu(x, self.conv1, weight, bias))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c3 = self.layer2(self.layer1(self._stem(x)))

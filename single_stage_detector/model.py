@@ -131,8 +131,9 @@ class RetinaNet(nn.Module):
         device = images.device.type
         mixed = torch.is_autocast_enabled(device)  # then the first layer wants its type, and no copy in float32 is made
         dtype = torch.get_autocast_dtype(device) if mixed else self.pixel_scale.dtype
-        x = normalize(images, self.pixel_scale, self.pixel_shift, dtype)
-        pyramid = self.backbone["fpn"](self.backbone["body"](x))
+        body = self.backbone["body"]
+        x = normalize(images, self.pixel_scale, self.pixel_shift, dtype, channels=body.image_channels)
+        pyramid = self.backbone["fpn"](body(x))
         return self.head["classification_head"](pyramid), self.head["regression_head"](pyramid)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import native
+from detcore.ops.conv import conv2d, fused
 
 OP = "detcore::bias_relu"
 
@@ -54,17 +55,14 @@ def leaves_bias(x: Tensor, conv: nn.Conv2d) -> bool:
     return x.device.type != "cpu" and native.runs(OP, x, conv.weight)
 
 
-def conv2d(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of a module with another weight and bias."""
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
 def conv_bias_relu(
     x: Tensor, conv: nn.Conv2d, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """relu(conv(x) (+ residual)); weight and bias, if given, stand for the module's own."""
     weight = conv.weight if weight is None else weight
     bias = conv.bias if bias is None else bias
+    if (out := fused(x, conv, weight, bias, residual)) is not None:
+        return out
     if leaves_bias(x, conv):
         return bias_relu(conv2d(x, conv, weight, None), bias, residual)
     out = conv2d(x, conv, weight, bias)

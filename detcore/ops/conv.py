@@ -1,0 +1,146 @@
+"""Convolutions of modules, by faster ways that compute the same where VARIANTS of `detcore.native` ask for them.
+
+merged_groups: a grouped convolution with groups narrower than the tiles of a tensor core, as one of wider groups whose
+weight is zero between them. conv_epilogues, frozen_stage: bias, residual and ReLU inside cuDNN's own kernel.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from detcore import native
+
+MERGED = 64
+"""Channels of a merged group."""
+
+
+def conv2d(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of a module with another weight and bias."""
+    groups = conv.groups
+    if native.variant("merged_groups"):
+        weight, groups = merged(narrow(weight, x), groups)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+
+
+def narrow(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor in the type in which autocast convolves x; as it is where autocast is off, and in float64."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def merged(weight: Tensor, groups: int) -> tuple[Tensor, int]:
+    """Weight and number of groups of a convolution that computes the same by groups of 64 channels.
+
+    weight: [C, c, kh, kw], c channels a group -> [C, 64, kh, kw] in channels_last, block-diagonal: between what were
+    different groups it is 0, and no gradient comes from there. As they are: a single group, groups of 64 channels or
+    more, and where 64 is no multiple of c, or whole groups do not fill 64.
+    """
+    width = weight.shape[1]
+    together = MERGED // width
+    if groups == 1 or together < 2 or MERGED % width or groups % together:
+        return weight, groups
+    # In the memory's order of channels_last, so that nothing is copied but into the zeros.
+    blocks = weight.permute(0, 2, 3, 1).unflatten(0, (groups // together, together, -1))
+    blocks = torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=-2)  # [groups, from, C / groups, kh, kw, to, c]
+    return blocks.flatten(5).flatten(0, 2).permute(0, 3, 1, 2), groups // together
+
+
+_refused: set[tuple] = set()
+"""Convolutions that cuDNN has no kernel for, as `_key` has them."""
+
+
+def _key(x: Tensor, weight: Tensor, residual: Tensor | None, geometry: tuple) -> tuple:
+    return x.dtype, x.shape, weight.shape, residual is None, geometry
+
+
+def epilogue_exists(x: Tensor) -> bool:
+    """Whether a convolution of x can take bias, residual and ReLU into its kernel; cuDNN may still refuse a shape.
+
+    torch has cudnn_convolution_relu and _add_relu for GPUs alone; in float64 they would compute in float32. They let
+    cuDNN choose kernels whose sums have no fixed order, so they are left where deterministic ones are asked for. The
+    CPU always can: plain operations, which test what surrounds them. torch.compile makes its own epilogues.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if x.device.type == "cpu":
+        return True
+    exact = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    there = torch.backends.cudnn.enabled and native.has("aten::cudnn_convolution_relu", x.device.type)
+    return there and not exact and x.numel() > 0 and narrow(x[:0], x).dtype in native.FLOATING
+
+
+def fused(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    """relu(conv(x) + bias (+ residual)) in one kernel of cuDNN; None where neither variant nor cuDNN has it.
+
+    Sums are in float32 and rounded once, after a bias in x's type. The output's sign is the gradient's mask; x, weight
+    and output are kept, where gradients flow. Whether cuDNN's ReLU keeps NaN is cuDNN's choice.
+    """
+    given = [t for t in (x, weight, bias, residual) if t is not None]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    wanted = native.variant("conv_epilogues") or (native.variant("frozen_stage") and not learns)
+    if not (wanted and epilogue_exists(x)):
+        return None
+    x, weight, groups = narrow(x, x), narrow(weight, x), conv.groups
+    residual = None if residual is None else narrow(residual, x)
+    if native.variant("merged_groups"):
+        weight, groups = merged(weight, groups)
+    geometry = (*map(tuple, (conv.stride, conv.padding, conv.dilation)), groups)
+    if (key := _key(x, weight, residual, geometry)) in _refused:
+        return None
+    try:
+        return (
+            _ConvBiasReLU.apply(x, weight, bias, residual, geometry)
+            if learns
+            else _forward(x, weight, bias, residual, geometry)
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError as error:
+        if x.device.type == "cpu":
+            raise
+        _refused.add(key)
+        what = f"{list(x.shape)} with weight {list(weight.shape)}, {groups} groups, {x.dtype}"
+        warnings.warn(f"cuDNN fuses no ReLU into the convolution of {what}: {error}", stacklevel=2)
+        return None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: tuple) -> Tensor:
+    bias = bias.to(x.dtype)
+    if x.device.type == "cpu":
+        out = F.conv2d(x, weight, bias, *geometry)
+        return F.relu_(out if residual is None else out.add_(residual))
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+
+class _ConvBiasReLU(torch.autograd.Function):
+    """`_forward` with gradients of all four tensors; those of the sum and of the residual share one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: tuple) -> Tensor:
+        out = _forward(x, weight, bias, residual, geometry)
+        ctx.geometry, ctx.bias_dtype = geometry, bias.dtype
+        ctx.save_for_backward(x, weight, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        into_x, into_weight, into_bias, into_residual, _ = ctx.needs_input_grad
+        stride, padding, dilation, groups = ctx.geometry
+        # Where NaN is the output the gradient passes, where 0 is it does not, as in bias_relu.
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (into_x, into_weight, False)
+        )
+        dbias = None
+        if into_bias:
+            dbias = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+        return dx, dweight, dbias, grad if into_residual else None, None
