@@ -1,12 +1,16 @@
 """Whether forward pass, loss and detection can be recorded: checked with tensors that only claim to lie on a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detcore import backend
+from detcore import backend, native
 from detcore.data import Batch
 from detcore.data.synthetic import synthetic_batches
 from single_stage_detector.data import detect
@@ -14,6 +18,7 @@ from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
 
 SIZE, CLASSES = (128, 128), 5
+VARIANTS = ("merged_groups", "conv_epilogues", "frozen_stage", "stem")
 
 
 class OnDeviceOnly(TorchDispatchMode):
@@ -29,15 +34,21 @@ class OnDeviceOnly(TorchDispatchMode):
         return outputs
 
 
-@pytest.fixture
-def setting():
+@contextmanager
+def fakes(backbone: str, norm: str) -> Iterator[tuple]:
     """(model, batch, backend), fake."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_cpu = next(synthetic_batches(CLASSES, SIZE, 2, 10, 0))
         with torch.device("cuda"):
-            model = RetinaNet("resnet18", CLASSES, SIZE, "batch", 5, 32, 1, (16, 32, 64, 128, 256))
+            model = RetinaNet(backbone, CLASSES, SIZE, norm, 5, 32, 1, (16, 32, 64, 128, 256))
         batch = Batch(*(torch.empty_like(t, device="cuda") for t in on_cpu))
         yield model, batch, backend.Backend(torch.device("cuda"), "fp32")
+
+
+@pytest.fixture
+def setting():
+    with fakes("resnet18", "batch") as made:
+        yield made
 
 
 @torch.no_grad()
@@ -46,6 +57,27 @@ def test_forward_pass_and_loss_stay_on_the_device(setting):
     with OnDeviceOnly():
         terms = losses(model(batch.images), model.anchors, batch.boxes, batch.labels)
     assert {t.device.type for t in terms.values()} == {"cuda"}
+
+
+def plainly(x, weight, bias, *geometry):
+    """What stands in for cuDNN's fused convolution, which fake tensors don't know."""
+    return F.relu(F.conv2d(x, weight, bias, *geometry))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_stay_on_the_device(monkeypatch, variant):
+    used = []
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *a: used.append(a) or plainly(*a))
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, *a: used.append(a) or plainly(x, w, *a)
+    )
+    monkeypatch.setattr(native, "has", lambda op, device: device == "cuda")
+    with fakes("resnext50_32x4d", "frozen") as (model, batch, _), native.using("auto", variant):
+        model.backbone["body"].requires_grad_(False)
+        with OnDeviceOnly():
+            terms = losses(model(batch.images), model.anchors, batch.boxes, batch.labels)
+        assert {t.device.type for t in terms.values()} == {"cuda"}
+    assert len(used) == {"conv_epilogues": 48 + 2 * 5, "frozen_stage": 48}.get(variant, 0)
 
 
 @torch.no_grad()
