@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError, native
-from detcore.ops.bias_relu import bias_relu, conv_bias_relu, leaves_bias
+from detcore.ops.bias_relu import bias_relu, conv_bias_relu, conv_bias_relu_apart, leaves_bias
 from detcore.ops.conv import conv2d
 from detcore.ops.pool_bias_relu import pool_bias_relu
 
@@ -61,11 +61,12 @@ def _conv_norm_relu(
     norm: nn.Module,
     shortcut: Tensor | None = None,
     downsample: Sequence[nn.Module] | None = None,
+    finish: Callable = conv_bias_relu,
 ) -> Tensor:
     """relu(norm(conv(x)) (+ shortcut)), the shortcut through its own convolution and norm where they are given.
 
     A frozen norm is folded into its convolution, which saves two passes over the feature map; bias, shortcut and ReLU
-    are one more (`conv_bias_relu`), for which both convolutions' biases become one.
+    are one more (`finish`), for which both convolutions' biases become one.
     """
     if not isinstance(norm, FrozenNorm):
         out = norm(conv2d(x, conv, conv.weight, conv.bias))
@@ -78,20 +79,30 @@ def _conv_norm_relu(
         if leaves_bias(shortcut, downsample[0]):
             bias, shift = bias + shift, None
         shortcut = conv2d(shortcut, downsample[0], beside, shift)
-    return conv_bias_relu(x, conv, weight, bias, shortcut)
+    return finish(x, conv, weight, bias, shortcut)
+
+
+# A block's output is a tensor, or one for each use: the next block's convolution, its shortcut, the feature map.
+_Output = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _uses(out: _Output) -> tuple[Tensor, Tensor, Tensor]:
+    return (out, out, out) if isinstance(out, Tensor) else out
 
 
 class _BasicBlock(resnet.BasicBlock):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: _Output) -> _Output:
+        x, shortcut, _ = _uses(x)
         out = _conv_norm_relu(x, self.conv1, self.bn1)
-        return _conv_norm_relu(out, self.conv2, self.bn2, x, self.downsample)
+        return _conv_norm_relu(out, self.conv2, self.bn2, shortcut, self.downsample, conv_bias_relu_apart)
 
 
 class _Bottleneck(resnet.Bottleneck):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: _Output) -> _Output:
+        x, shortcut, _ = _uses(x)
         out = _conv_norm_relu(x, self.conv1, self.bn1)
         out = _conv_norm_relu(out, self.conv2, self.bn2)
-        return _conv_norm_relu(out, self.conv3, self.bn3, x, self.downsample)
+        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut, self.downsample, conv_bias_relu_apart)
 
 
 _NETWORKS = {
@@ -162,7 +173,7 @@ class ResNet(resnet.ResNet):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c3 = self.layer2(self.layer1(self._stem(x)))
         c4 = self.layer3(c3)
-        return c3, c4, self.layer4(c4)
+        return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
 
 
 def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:

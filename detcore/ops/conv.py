@@ -5,6 +5,7 @@ weight is zero between them. conv_epilogues, frozen_stage: bias, residual and Re
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from detcore import native
 
+BACKWARD = "detcore::bias_relu_backward"
 MERGED = 64
 """Channels of a merged group."""
 
@@ -23,6 +25,12 @@ def conv2d(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> T
     if native.variant("merged_groups"):
         weight, groups = merged(narrow(weight, x), groups)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous: the layout in which the native ops take x."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def narrow(tensor: Tensor, x: Tensor) -> Tensor:
@@ -74,11 +82,14 @@ def epilogue_exists(x: Tensor) -> bool:
     return there and not exact and x.numel() > 0 and narrow(x[:0], x).dtype in native.FLOATING
 
 
-def fused(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor | None:
+def fused(
+    x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor, residual: Tensor | None = None, apart: bool = False
+) -> Tensor | tuple[Tensor, Tensor, Tensor] | None:
     """relu(conv(x) + bias (+ residual)) in one kernel of cuDNN; None where neither variant nor cuDNN has it.
 
     Sums are in float32 and rounded once, after a bias in x's type. The output's sign is the gradient's mask; x, weight
-    and output are kept, where gradients flow. Whether cuDNN's ReLU keeps NaN is cuDNN's choice.
+    and output are kept, where gradients flow. Whether cuDNN's ReLU keeps NaN is cuDNN's choice. apart: where gradients
+    flow, the output three times, as from `bias_relu_apart`.
     """
     given = [t for t in (x, weight, bias, residual) if t is not None]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
@@ -93,11 +104,9 @@ def fused(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor, residual: Te
     if (key := _key(x, weight, residual, geometry)) in _refused:
         return None
     try:
-        return (
-            _ConvBiasReLU.apply(x, weight, bias, residual, geometry)
-            if learns
-            else _forward(x, weight, bias, residual, geometry)
-        )
+        if learns:
+            return _ConvBiasReLU.apply(x, weight, bias, residual, geometry, apart)
+        return _forward(x, weight, bias, residual, geometry)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:
@@ -123,24 +132,40 @@ class _ConvBiasReLU(torch.autograd.Function):
     """`_forward` with gradients of all four tensors; those of the sum and of the residual share one."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: tuple) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: tuple, apart: bool
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         out = _forward(x, weight, bias, residual, geometry)
         ctx.geometry, ctx.bias_dtype = geometry, bias.dtype
         ctx.save_for_backward(x, weight, out)
-        return out
+        ctx.set_materialize_grads(False)  # a use may be without gradient, or there may be fewer
+        return (out, out.detach(), out.detach()) if apart else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        arrived = [grad for grad in grads if grad is not None]
+        if not arrived:
+            return (None,) * 6
         x, weight, out = ctx.saved_tensors
-        into_x, into_weight, into_bias, into_residual, _ = ctx.needs_input_grad
+        into_x, into_weight, into_bias, into_residual, *_ = ctx.needs_input_grad
         stride, padding, dilation, groups = ctx.geometry
-        # Where NaN is the output the gradient passes, where 0 is it does not, as in bias_relu.
-        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        grad, dbias = _masked(out, into_bias, arrived)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (into_x, into_weight, False)
         )
-        dbias = None
-        if into_bias:
-            dbias = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dweight, dbias, grad if into_residual else None, None
+        dbias = dbias.to(ctx.bias_dtype) if into_bias else None
+        return dx, dweight, dbias, grad if into_residual else None, None, None
+
+
+def _masked(out: Tensor, sums: bool, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The sum of the gradients where the output lets it pass, and its sums over the channels.
+
+    Where the output is NaN they pass, where it is 0 they do not, as in bias_relu.
+    """
+    first, *more = (grad.contiguous(memory_format=layout_of(out)) for grad in grads)
+    if native.runs(BACKWARD, out, first, *more):
+        return torch.ops.detcore.bias_relu_backward(first, out, sums, *more)
+    grad = torch.ops.aten.threshold_backward(sum(more, first), out, 0)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad, grad.sum((0, 2, 3), dtype=wide) if sums else None

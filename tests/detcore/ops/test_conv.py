@@ -12,9 +12,7 @@ from detcore import native
 from detcore.ops import conv as module
 from detcore.ops.bias_relu import bias_relu_reference, conv_bias_relu
 from detcore.ops.conv import conv2d, fused, merged
-from tests.detcore.ops.test_bias_relu import equal_bits, saved_bytes, with_gradients
-
-LAYOUTS = [torch.channels_last, torch.contiguous_format]
+from tests.detcore.ops.test_bias_relu import DTYPES, LAYOUTS, SHAPES, equal_bits, saved_bytes, tensors, with_gradients
 
 
 def a_conv(channels: int, groups: int = 1, kernel: int = 3, stride: int = 1, dtype=torch.float64, **more) -> nn.Conv2d:
@@ -143,6 +141,50 @@ def test_the_output_is_the_mask():
     x = a_map(2, 16, 5, 7, dtype=torch.float32)
     out, kept = saved_bytes(lambda: with_epilogue(conv)(x, conv.weight, conv.bias))
     assert kept == 4 * (x.numel() + conv.weight.numel() + out.numel())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_output_as_mask_does_what_the_bits_do(implementation, dtype):
+    backward = torch.ops.detcore.bias_relu_backward
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            x, bias, first = tensors(shape, dtype, layout, implementation.device)
+            out, bits = torch.ops.detcore.bias_relu(x, bias, None, True)
+            for more in ([], [x], [x, first]):
+                expected = backward(first, bits, True, *more)
+                assert all(map(equal_bits, backward(first, out, True, *more), expected)), (shape, layout, len(more))
+                assert equal_bits(backward(first, out, False, *more)[0], expected[0])
+
+
+def test_masks_of_a_wrong_kind_and_views_that_16_byte_accesses_cannot_read(implementation):
+    x, _, first = tensors((2, 8, 3, 5), torch.bfloat16, torch.channels_last, implementation.device)
+    for wrong, message in ((x.float(), "uint8 or like"), (x[:1], "lie like"), (x.contiguous(), "lie like")):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.detcore.bias_relu_backward(first, wrong, False)
+    for sums in (False, True):
+        torch.library.opcheck(torch.ops.detcore.bias_relu_backward.default, (first, x, sums))
+    odd = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(2, 3, 5, 8).permute(0, 3, 1, 2).copy_(x)
+    for one, other in (((first, odd), (first, x)), ((odd, first), (x, first))):
+        found, expected = (torch.ops.detcore.bias_relu_backward(*given, True) for given in (one, other))
+        assert all(map(equal_bits, found, expected))
+
+
+@pytest.mark.parametrize("uses", [(0,), (0, 1), (1, 2), (0, 1, 2), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_output_for_each_use(dtype, uses):
+    conv = a_conv(8, dtype=dtype)
+    values = [a_map(2, 8, 5, 4, dtype=dtype), conv.weight, conv.bias, a_map(2, 8, 5, 4, dtype=dtype, seed=1)]
+    weights, results = [a_map(2, 8, 5, 4, dtype=dtype, seed=2 + i) for i in range(3)], []
+    for apart in (True, False):
+        leaves = [v.detach().clone().requires_grad_() for v in values]
+        with native.using("auto", "conv_epilogues"):
+            outs = fused(leaves[0], conv, *leaves[1:], apart=apart)
+        outs = outs if apart else (outs,) * 3
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        total = sum(((outs[i] * weights[i]).sum() for i in uses), leaves[0].sum())
+        results.append(torch.autograd.grad(total, leaves, allow_unused=True))
+    for own, other in zip(*results):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 32])
