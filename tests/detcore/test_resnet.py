@@ -200,6 +200,16 @@ def test_the_stem_of_padded_images(implementation):
     assert model.image_channels == ResNet("resnet18", "batch").image_channels == 3
 
 
+def test_variants_compile():
+    torch.compiler.reset()
+    model, x = twin("resnet18", "frozen", 3)[0], torch.randn(1, 3, 32, 40)
+    with native.using("auto", *VARIANTS):
+        x = padded(model, x)
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        for own, other in zip(found, model(x)):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
 def test_frozen_stages_alone_are_fused(monkeypatch):
     calls, forward = [], conv_module._forward
     monkeypatch.setattr(conv_module, "_forward", lambda *inputs: calls.append(1) or forward(*inputs))

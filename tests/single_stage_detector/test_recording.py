@@ -16,6 +16,7 @@ from detcore.data.synthetic import synthetic_batches
 from single_stage_detector.data import detect
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
+from tests.detcore.tape import TapeRecorder
 
 SIZE, CLASSES = (128, 128), 5
 VARIANTS = ("merged_groups", "conv_epilogues", "frozen_stage", "stem")
@@ -78,6 +79,32 @@ def test_variants_stay_on_the_device(monkeypatch, variant):
             terms = losses(model(batch.images), model.anchors, batch.boxes, batch.labels)
         assert {t.device.type for t in terms.values()} == {"cuda"}
     assert len(used) == {"conv_epilogues": 48 + 2 * 5, "frozen_stage": 48}.get(variant, 0)
+
+
+@pytest.mark.parametrize("variants", [*((v,) for v in VARIANTS), (*VARIANTS, "residual_gradient")], ids=",".join)
+def test_a_step_with_variants_can_be_replayed(variants):
+    """Forward and backward on the CPU, written down and done again for other images: what the step itself gives."""
+    torch.manual_seed(0)
+    model = RetinaNet("resnext50_32x4d", CLASSES, (64, 64), fpn_channels=32, head_convs=1, trainable_layers=1)
+    model = model.to(memory_format=torch.channels_last)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    first, second = (next(synthetic_batches(CLASSES, (64, 64), 1, 10, seed)) for seed in (0, 1))
+    given = Batch(*(t.clone() for t in first))
+
+    def step() -> dict[str, torch.Tensor]:
+        terms = losses(model(given.images), model.anchors, given.boxes, given.labels)
+        gradients = torch.autograd.grad(sum(terms.values()), learning)
+        return {"loss": sum(terms.values()).detach(), "gradients": torch.cat([g.flatten() for g in gradients])}
+
+    with native.using("auto", *variants):
+        replay = TapeRecorder().record(step)
+        for buffer, tensor in zip(given, second):
+            buffer.copy_(tensor)
+        again = {name: value.clone() for name, value in replay().items()}
+        expected = step()
+    for name, value in expected.items():
+        assert value.isfinite().all() and value.norm() > 0
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

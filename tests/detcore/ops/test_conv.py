@@ -219,8 +219,8 @@ def test_the_variants_choose_where():
 
 
 def test_compiled_code_is_left_to_the_compiler():
-    conv = a_conv(8, dtype=torch.float32)
-    x = a_map(1, 8, 4, 4, dtype=torch.float32)
+    conv = a_conv(128, 32, dtype=torch.float32)
+    x = a_map(1, 128, 4, 4, dtype=torch.float32)
     torch.compiler.reset()
     with native.using("auto", "conv_epilogues", "merged_groups"):
         compiled = torch.compile(lambda x: conv_bias_relu(x, conv), backend="aot_eager", fullgraph=True)
