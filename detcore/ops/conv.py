@@ -69,9 +69,9 @@ def _key(x: Tensor, weight: Tensor, residual: Tensor | None, geometry: tuple) ->
 def epilogue_exists(x: Tensor) -> bool:
     """Whether a convolution of x can take bias, residual and ReLU into its kernel; cuDNN may still refuse a shape.
 
-    torch has cudnn_convolution_relu and _add_relu for GPUs alone; in float64 they would compute in float32. They let
-    cuDNN choose kernels whose sums have no fixed order, so they are left where deterministic ones are asked for. The
-    CPU always can: plain operations, which test what surrounds them. torch.compile makes its own epilogues.
+    torch has cudnn_convolution_relu and _add_relu for GPUs alone; they compute float64 in float32, and let cuDNN choose
+    kernels whose sums have no fixed order, so they are left where deterministic ones are asked for. On the CPU plain
+    operations stand in, which test what surrounds them. torch.compile makes its own epilogues.
     """
     if torch.compiler.is_compiling():
         return False
@@ -98,6 +98,8 @@ def fused(
         return None
     x, weight, groups = narrow(x, x), narrow(weight, x), conv.groups
     residual = None if residual is None else narrow(residual, x)
+    if residual is not None and residual.dtype != x.dtype:
+        return None
     if native.variant("merged_groups"):
         weight, groups = merged(weight, groups)
     geometry = (*map(tuple, (conv.stride, conv.padding, conv.dilation)), groups)

@@ -286,6 +286,7 @@ def test_where_cudnn_has_no_such_convolution(monkeypatch, claimed):
         assert fused(x, conv, conv.weight, conv.bias) is not None
         assert fused(x[:0], conv, conv.weight, conv.bias) is None
         assert fused(x.double(), conv, conv.weight.double(), conv.bias.double()) is None
+        assert fused(x, conv, conv.weight, conv.bias, x.float()) is None
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             assert fused(x, conv, conv.weight, conv.bias) is None
         with torch.backends.cudnn.flags(enabled=False):
