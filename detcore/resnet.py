@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detcore import UserError
+from detcore import UserError, native
 from detcore.ops.bias_relu import bias_relu, conv2d, conv_bias_relu, conv_bias_relu_apart, leaves_bias
+from detcore.ops.fold import autocast_dtype, fold
 
 
 class FrozenNorm(FrozenBatchNorm2d):
@@ -25,6 +27,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     scale: Tensor
     shift: Tensor
+    folded: Tensor | None = None
+    """The weight of this norm's convolution, during a forward pass that makes all of them at once."""
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, eps)
@@ -50,7 +54,35 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 def _folded(conv: nn.Conv2d, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals conv and then norm."""
+    if norm.folded is not None:
+        return norm.folded, norm.shift
     return conv.weight * norm.scale.view(-1, 1, 1, 1), norm.shift
+
+
+def _convolutions(block: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions of a block, or of a network's stem, with the norms that follow them."""
+    for i in (1, 2, 3):
+        if hasattr(block, f"conv{i}"):
+            yield block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}")
+    if getattr(block, "downsample", None) is not None:
+        yield block.downsample[0], block.downsample[1]
+
+
+@contextmanager
+def _folded_at_once(stages: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    """While it is open, the weights of frozen norms' convolutions are there, made in one pass for each stage."""
+    norms = []
+    try:
+        for blocks in stages:
+            convs, own = zip(*(pair for block in blocks for pair in _convolutions(block)), strict=True)
+            weights, scales = [conv.weight for conv in convs], [norm.scale for norm in own]
+            norms += own
+            for norm, weight in zip(own, fold(weights, scales, autocast_dtype(weights[0])), strict=True):
+                norm.folded = weight
+        yield
+    finally:
+        for norm in norms:
+            norm.folded = None
 
 
 def _conv_norm_relu(
@@ -154,9 +186,11 @@ class ResNet(resnet.ResNet):
         return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c3 = self.layer2(self.layer1(self._stem(x)))
-        c4 = self.layer3(c3)
-        return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
+        at_once = native.variant("multi_cast") and isinstance(self.bn1, FrozenNorm)
+        with _folded_at_once(((self, *self.layer1), self.layer2, self.layer3, self.layer4) if at_once else ()):
+            c3 = self.layer2(self.layer1(self._stem(x)))
+            c4 = self.layer3(c3)
+            return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
 
 
 def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:

@@ -6,12 +6,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detcore import backend
+from detcore import backend, native
 from detcore.data import Batch
 from detcore.data.synthetic import synthetic_batches
 from single_stage_detector.data import detect
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
+from tests.detcore.streams import told
 
 SIZE, CLASSES = (128, 128), 5
 
@@ -29,13 +30,15 @@ class OnDeviceOnly(TorchDispatchMode):
         return outputs
 
 
-@pytest.fixture
-def setting():
-    """(model, batch, backend), fake."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+@pytest.fixture(params=["", "class_bias", "residual_gradient", "multi_cast", "small_levels"])
+def setting(request, monkeypatch):
+    """(model, batch, backend), fake: with batch statistics as it is, with frozen ones in each variant."""
+    variants = [request.param] if request.param else []
+    norm, layers = ("frozen", 3) if variants else ("batch", 5)
+    with FakeTensorMode(allow_non_fake_inputs=True), told(monkeypatch), native.using("auto", *variants):
         on_cpu = next(synthetic_batches(CLASSES, SIZE, 2, 10, 0))
         with torch.device("cuda"):
-            model = RetinaNet("resnet18", CLASSES, SIZE, "batch", 5, 32, 1, (16, 32, 64, 128, 256))
+            model = RetinaNet("resnet18", CLASSES, SIZE, norm, layers, 32, 1, (16, 32, 64, 128, 256))
         batch = Batch(*(torch.empty_like(t, device="cuda") for t in on_cpu))
         yield model, batch, backend.Backend(torch.device("cuda"), "fp32")
 
