@@ -15,9 +15,9 @@ def side_by_side(large: Callable[[], A], small: Callable[[], B], inputs: Sequenc
     """(large(), small()), the second on a stream of its own that waits for what was asked for before this call.
 
     inputs: the tensors that `small` reads, also in its backward pass, and that do not outlive the step; at least one.
-    What it returns belongs to the current stream, which waits for it. The backward pass of `small` runs on its stream too, since
-    autograd runs each node where its forward pass ran and lets streams wait for each other. All this waiting is by
-    events, which a recording holds. What both read must exist before the call: so autocast may make its copies of
+    What it returns belongs to the current stream, which waits for it. The backward pass of `small` runs on its stream
+    too, since autograd runs each node where its forward pass ran and lets streams wait for each other. All this waiting
+    is by events, which a recording holds. What both read must exist before the call: so autocast may make its copies of
     shared weights in neither. On the CPU, which has one stream, the two follow each other.
     """
     device = inputs[0].device
