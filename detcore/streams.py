@@ -36,6 +36,8 @@ def side_by_side(large: Callable[[], A], small: Callable[[], B], inputs: Sequenc
 @lru_cache
 def _second(device: torch.device) -> Any:
     """The same stream in every step: a recording's warm-up and the recording must use one."""
+    # What both read, such as a bias, has gradients from both streams: autograd waits for them, and would warn.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     return get_device_module(device).Stream()
 
 
