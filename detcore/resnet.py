@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detcore import UserError, native
 from detcore.ops.bias_relu import bias_relu, conv_bias_relu, conv_bias_relu_apart, leaves_bias
 from detcore.ops.conv import conv2d
+from detcore.ops.fold import autocast_dtype, fold
 from detcore.ops.pool_bias_relu import pool_bias_relu
 
 
@@ -27,6 +29,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     scale: Tensor
     shift: Tensor
+    folded: Tensor | None = None
+    """The weight of this norm's convolution, during a forward pass that makes all of them at once."""
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, eps)
@@ -52,7 +56,35 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 def _folded(conv: nn.Conv2d, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals conv and then norm."""
+    if norm.folded is not None:
+        return norm.folded, norm.shift
     return conv.weight * norm.scale.view(-1, 1, 1, 1), norm.shift
+
+
+def _convolutions(block: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions of a block, or of a network's stem, with the norms that follow them."""
+    for i in (1, 2, 3):
+        if hasattr(block, f"conv{i}"):
+            yield block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}")
+    if getattr(block, "downsample", None) is not None:
+        yield block.downsample[0], block.downsample[1]
+
+
+@contextmanager
+def _folded_at_once(stages: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    """While it is open, the weights of frozen norms' convolutions are there, made in one pass for each stage."""
+    norms = []
+    try:
+        for blocks in stages:
+            convs, own = zip(*(pair for block in blocks for pair in _convolutions(block)), strict=True)
+            weights, scales = [conv.weight for conv in convs], [norm.scale for norm in own]
+            norms += own
+            for norm, weight in zip(own, fold(weights, scales, autocast_dtype(weights[0])), strict=True):
+                norm.folded = weight
+        yield
+    finally:
+        for norm in norms:
+            norm.folded = None
 
 
 def _conv_norm_relu(
@@ -157,11 +189,10 @@ class ResNet(resnet.ResNet):
         if not isinstance(self.bn1, FrozenNorm):
             return self.maxpool(_conv_norm_relu(x, self.conv1, self.bn1))
         weight, bias = _folded(self.conv1, self.bn1)
-        if x.shape[1] > weight.shape[1]:
-            weight = F.pad(weight, (0, 0, 0, 0, 0, x.shape[1] - weight.shape[1]))
         # Adding a bias, rounding and ReLU never reverse an order: after the maximum they are the same, for a quarter
         # of the values.
         if native.variant("stem"):
+            weight = F.pad(weight, (0, 0, 0, 0, 0, x.shape[1] - weight.shape[1]))
             convolved = conv2d(x, self.conv1, weight, None)
             if not convolved.requires_grad:
                 return pool_bias_relu(convolved, bias)
@@ -171,9 +202,11 @@ class ResNet(resnet.ResNet):
         return self.maxpool(conv_bias_relu(x, self.conv1, weight, bias))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c3 = self.layer2(self.layer1(self._stem(x)))
-        c4 = self.layer3(c3)
-        return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
+        at_once = native.variant("multi_cast") and isinstance(self.bn1, FrozenNorm)
+        with _folded_at_once(((self, *self.layer1), self.layer2, self.layer3, self.layer4) if at_once else ()):
+            c3 = self.layer2(self.layer1(self._stem(x)))
+            c4 = self.layer3(c3)
+            return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
 
 
 def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:

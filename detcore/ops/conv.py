@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from detcore import native
+from detcore.ops.fold import autocast_dtype
 
 BACKWARD = "detcore::bias_relu_backward"
 MERGED = 64
@@ -35,10 +36,8 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 def narrow(tensor: Tensor, x: Tensor) -> Tensor:
     """The tensor in the type in which autocast convolves x; as it is where autocast is off, and in float64."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    mixed = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return tensor.to(autocast_dtype(x)) if mixed else tensor
 
 
 def merged(weight: Tensor, groups: int) -> tuple[Tensor, int]:

@@ -134,7 +134,7 @@ def test_the_maximum_before_bias_and_relu_changes_nothing(implementation, monkey
 
 VARIANTS = ("merged_groups", "conv_epilogues", "frozen_stage", "stem")
 EACH_VARIANT = pytest.mark.parametrize(
-    "variants", [*((v,) for v in VARIANTS), VARIANTS, (*VARIANTS, "residual_gradient")], ids=",".join
+    "variants", [*((v,) for v in VARIANTS), VARIANTS, (*VARIANTS, "residual_gradient", "multi_cast")], ids=",".join
 )
 
 

@@ -16,6 +16,7 @@ from detcore.data.synthetic import synthetic_batches
 from single_stage_detector.data import detect
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
+from tests.detcore.streams import told
 from tests.detcore.tape import TapeRecorder
 
 SIZE, CLASSES = (128, 128), 5
@@ -36,19 +37,22 @@ class OnDeviceOnly(TorchDispatchMode):
 
 
 @contextmanager
-def fakes(backbone: str, norm: str) -> Iterator[tuple]:
+def fakes(backbone: str, norm: str, trainable_layers: int) -> Iterator[tuple]:
     """(model, batch, backend), fake."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_cpu = next(synthetic_batches(CLASSES, SIZE, 2, 10, 0))
         with torch.device("cuda"):
-            model = RetinaNet(backbone, CLASSES, SIZE, norm, 5, 32, 1, (16, 32, 64, 128, 256))
+            model = RetinaNet(backbone, CLASSES, SIZE, norm, trainable_layers, 32, 1, (16, 32, 64, 128, 256))
         batch = Batch(*(torch.empty_like(t, device="cuda") for t in on_cpu))
         yield model, batch, backend.Backend(torch.device("cuda"), "fp32")
 
 
-@pytest.fixture
-def setting():
-    with fakes("resnet18", "batch") as made:
+@pytest.fixture(params=["", "class_bias", "residual_gradient", "multi_cast", "small_levels"])
+def setting(request, monkeypatch):
+    """(model, batch, backend), fake: with batch statistics as it is, with frozen ones in each variant."""
+    variants = [request.param] if request.param else []
+    norm, layers = ("frozen", 3) if variants else ("batch", 5)
+    with fakes("resnet18", norm, layers) as made, told(monkeypatch), native.using("auto", *variants):
         yield made
 
 
@@ -73,15 +77,16 @@ def test_variants_stay_on_the_device(monkeypatch, variant):
         torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, *a: used.append(a) or plainly(x, w, *a)
     )
     monkeypatch.setattr(native, "has", lambda op, device: device == "cuda")
-    with fakes("resnext50_32x4d", "frozen") as (model, batch, _), native.using("auto", variant):
-        model.backbone["body"].requires_grad_(False)
+    with fakes("resnext50_32x4d", "frozen", 0) as (model, batch, _), native.using("auto", variant):
         with OnDeviceOnly():
             terms = losses(model(batch.images), model.anchors, batch.boxes, batch.labels)
         assert {t.device.type for t in terms.values()} == {"cuda"}
     assert len(used) == {"conv_epilogues": 48 + 2 * 5, "frozen_stage": 48}.get(variant, 0)
 
 
-@pytest.mark.parametrize("variants", [*((v,) for v in VARIANTS), (*VARIANTS, "residual_gradient")], ids=",".join)
+@pytest.mark.parametrize(
+    "variants", [*((v,) for v in VARIANTS), (*VARIANTS, "residual_gradient", "multi_cast")], ids=",".join
+)
 def test_a_step_with_variants_can_be_replayed(variants):
     """Forward and backward on the CPU, written down and done again for other images: what the step itself gives."""
     torch.manual_seed(0)
