@@ -164,7 +164,8 @@ class RetinaNet(nn.Module):
         classify, regress = self.head["classification_head"], self.head["regression_head"]
         inside, aside = native.variant("class_bias"), native.variant("small_levels")
         narrow = {}
-        if aside or native.variant("multi_cast"):
+        # A convolution inside of autocast gets its weight from autocast's cache; these do not, and there are 5 levels.
+        if aside or any(map(native.variant, ("multi_cast", "conv_epilogues", "frozen_stage"))):
             biases = [regress.output.bias] if inside else [classify.output.bias, regress.output.bias]
             narrow = narrow_copies([*(p for p in self.head.parameters() if p.dim() == 4), *biases])
 

@@ -18,6 +18,7 @@ from detcore.resnet import NORMS
 from single_stage_detector.anchors import grids
 from single_stage_detector.loss import losses
 from single_stage_detector.model import MEAN, STD, RetinaNet, load_reference_state
+from tests.single_stage_detector.test_variants import Conversions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
 SIZE = (104, 152)
@@ -243,6 +244,17 @@ def test_variants_compute_the_same(variants, dtype):
     assert (found - expected).norm() < tolerance * expected.norm() and others.keys() == gradients.keys()
     for key, gradient in gradients.items():
         assert (others[key] - gradient).norm() < tolerance * gradient.norm(), key
+
+
+@pytest.mark.parametrize("variant", ["conv_epilogues", "frozen_stage"])
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_heads_weights_become_narrow_once_for_all_levels(variant, learning):
+    model = small(fpn_channels=32, head_convs=2)
+    weights = [p for p in model.head.parameters() if p.dim() == 4]
+    mixed, gradients = torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learning)
+    with native.using("auto", variant), mixed, gradients, Conversions(weights) as seen:
+        model(some_images())
+    assert len(seen.single) <= len(weights) and seen.passes + len(seen.single) > 0
 
 
 def test_memory_layout_changes_nothing():

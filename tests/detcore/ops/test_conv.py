@@ -122,11 +122,12 @@ def test_each_gradient_alone(learning):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-def test_zero_stops_the_gradient_and_not_a_number_lets_it_pass():
-    conv = a_conv(1, kernel=1, dtype=torch.float32)
-    x = torch.tensor([torch.nan, 0.0, -0.0, 1.0, -1.0, torch.inf]).view(1, 1, 2, 3)
-    values = [x, torch.ones(1, 1, 1, 1), torch.zeros(1), torch.zeros_like(x)]
-    upstream = torch.arange(1.0, 7).view(x.shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_stops_the_gradient_and_not_a_number_lets_it_pass(dtype):
+    conv = a_conv(1, kernel=1, dtype=dtype)
+    x = torch.tensor([torch.nan, 0.0, -0.0, 1.0, -1.0, torch.inf], dtype=dtype).view(1, 1, 2, 3)
+    values = [x, x.new_ones(1, 1, 1, 1), x.new_zeros(1), torch.zeros_like(x)]
+    upstream = torch.arange(1.0, 7, dtype=dtype).view(x.shape)
     found = with_gradients(with_epilogue(conv), values, upstream)
     expected = with_gradients(without(conv), values, upstream)
     assert torch.equal(found[0].isnan(), expected[0].isnan()) and found[0].isnan().sum() == 1
