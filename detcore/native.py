@@ -146,7 +146,7 @@ def _no_code(op: str, device: str) -> str:
     """Why the library has no code of an op for a type of device; "" if it has."""
     program, _, name = op.partition("::")
     missing = load(program)
-    if missing or _has(op, device):
+    if missing or has(op, device):
         return missing
     if name not in _ops(program):
         return f"{library_file(program)} has no op {name}: build it again (make ops)"
@@ -154,7 +154,8 @@ def _no_code(op: str, device: str) -> str:
 
 
 @lru_cache
-def _has(op: str, device: str) -> bool:
+def has(op: str, device: str) -> bool:
+    """Whether an op, also one of torch's own, has code for a type of device."""
     program, _, name = op.partition("::")
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     known = key is not None and name in _ops(program)  # torch refuses to be asked about others
@@ -184,7 +185,7 @@ def describe(program: str, device: torch.device) -> str:
 def _all_missing(program: str, device: str) -> str:
     """Why a program's library has nothing for a type of device; "" if it has."""
     missing = load(program)
-    if not missing and not any(_has(f"{program}::{op}", device) for op in _ops(program)):
+    if not missing and not any(has(f"{program}::{op}", device) for op in _ops(program)):
         missing = f"{library_file(program)} has no code for {device}"
         missing += ": built without nvcc (make ops)" if device == "cuda" else ""
     return missing

@@ -13,13 +13,14 @@ from detcore.detection import Detector, Inference, open_index
 from detcore.task import Context, Data
 from single_stage_detector import config as constants
 from single_stage_detector.config import Config
+from single_stage_detector.model import Outputs
 from single_stage_detector.postprocess import postprocess
 
 __all__ = ["DETECTOR", "class_count", "detect", "open_data", "open_index", "train_stream"]
 
 
-def _postprocess(model: nn.Module, outputs: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    logits, deltas = outputs
+def _postprocess(model: nn.Module, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+    logits, deltas, *class_bias = outputs
     return postprocess(
         logits,
         deltas,
@@ -29,6 +30,7 @@ def _postprocess(model: nn.Module, outputs: tuple[list[Tensor], list[Tensor]]) -
         topk=constants.TOPK_PER_LEVEL,
         nms_thresh=constants.NMS_THRESHOLD,
         detections=constants.DETECTIONS_PER_IMAGE,
+        class_bias=class_bias[0] if class_bias else None,
     )
 
 
