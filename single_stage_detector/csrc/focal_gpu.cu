@@ -136,17 +136,18 @@ __global__ __launch_bounds__(kSumThreads, 4) void biased_focal_kernel(const T* l
     const Part* from = reinterpret_cast<const Part*>(logits) + pack;
     Part* to = reinterpret_cast<Part*>(gradient) + pack;
     int64_t cell = part * length + line;
-    const int64_t in_image = targets.rows / per_cell;
-    int64_t image = cell / in_image, place = cell % in_image;
+    const int in_image = static_cast<int>(targets.rows / per_cell);
+    int image = static_cast<int>(cell / in_image), place = static_cast<int>(cell % in_image);
     Part next;
-    int64_t next_match = kIgnored;
+    int next_match = 0;
     if (cell < end) {
       next = from[cell * packs];
-      next_match = targets.match(image, place * per_cell + anchor);
+      next_match = static_cast<int>(targets.match(image, place * per_cell + anchor));
     }
     for (; cell < end; cell += kLines) {
       Part values = next;
-      const int64_t match = next_match, box = targets.place(image, match);
+      const int match = next_match;
+      const int64_t box = targets.place(image, match);
       const float weight = targets.weight[image];
       place += kLines;
       while (place >= in_image) {
@@ -155,7 +156,7 @@ __global__ __launch_bounds__(kSumThreads, 4) void biased_focal_kernel(const T* l
       }
       if (cell + kLines < end) {
         next = from[(cell + kLines) * packs];
-        next_match = targets.match(image, place * per_cell + anchor);
+        next_match = static_cast<int>(targets.match(image, place * per_cell + anchor));
       }
       if (match == kIgnored) {
 #pragma unroll

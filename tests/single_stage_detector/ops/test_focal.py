@@ -251,7 +251,17 @@ def check_bias(implementation, dtype, images, cells, anchors, classes, factor=1.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (2, 5, 9, 1), (3, 7, 2, 3), (2, 45, 9, 8), (1, 3, 9, 264), (2, 5, 3, 91), (3, 70, 1, 4)]
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (2, 5, 9, 1),
+        (3, 7, 2, 3),
+        (2, 45, 9, 8),
+        (1, 3, 9, 264),
+        (2, 5, 3, 91),
+        (3, 70, 1, 4),
+        (2, 40, 9, 40),
+    ],
 )
 def test_the_bias_of_the_convolution_and_its_gradient(implementation, shape, dtype):
     check_bias(implementation, dtype, *shape)
