@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 try:
     check, core, table = (importlib.import_module(name) for name in ("gpu_check", "gpu_check_core", "gpu_check_table"))
-    infer, ops, runs = (importlib.import_module(f"gpu_check_{name}") for name in ("infer", "ops", "runs"))
+    ops, runs = (importlib.import_module(f"gpu_check_{name}") for name in ("ops", "runs"))
     losses = importlib.import_module("compare_losses")
 finally:
     sys.path.remove(str(ROOT / "tools"))
@@ -295,33 +295,6 @@ def test_the_table_fits_and_tells_published_from_measured():
     assert "published for one A100, images/s: training 724, inference 970 (not measured here)" in text
     assert "FAILED pytest -m gpu: 12 failed" in text and "out of time" in text
     assert "bf16 790 TFLOP/s" in text and "copy 4,300 GB/s" in text
-
-
-def test_kernels_find_their_families():
-    names = {
-        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolution/gemm",
-        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>": "convolution/gemm",
-        "void detcore::focal_kernel<c10::BFloat16>(c10::BFloat16 const*, long)": "loss",
-        "void detcore::(anonymous namespace)::highest_kernel(float const*, long*)": "matching",
-        "void detcore::bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
-        "void detcore::nms_kernel(float const*)": "other",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
-        "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "nccl",
-        "Memcpy DtoD (Device -> Device)": "memcpy",
-        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>": "batchnorm/elementwise",
-        "something_else": "other",
-    }
-    assert {name: infer.family(name) for name in names} == names
-
-
-def test_the_next_three_things_are_those_furthest_above_their_floor():
-    rows = {
-        "convolution/gemm": {"ms": 60.0, "share": 0.6, "floor_ms": 50.0},
-        "loss": {"ms": 30.0, "share": 0.3, "floor_ms": 2.0},
-        "memcpy": {"ms": 9.0, "share": 0.09, "floor_ms": 0.0},
-        "other": {"ms": 1.0, "share": 0.01, "floor_ms": None},
-    }
-    assert [words.partition(":")[0] for words in infer.next_things(rows)] == ["loss", "convolution/gemm", "memcpy"]
 
 
 def test_differences_of_results():

@@ -105,6 +105,7 @@ def ops(state: dict[str, Any]) -> Iterator[str]:
 
 def speed(state: dict[str, Any]) -> Iterator[str]:
     ours, theirs = rows(state, "train"), rows(state, "peers")
+    ours = {key: row for key, row in ours.items() if "predicted_gain_ms" not in row}
     if not ours and not theirs:
         return
     card = next((name for name in PUBLISHED if name in state.get("machine", {}).get("device", "")), None)
@@ -160,15 +161,80 @@ def ssd300(state: dict[str, Any]) -> Iterator[str]:
         yield "inference: random weights, which find more than trained ones"
 
 
+def variants(state: dict[str, Any]) -> Iterator[str]:
+    ours = rows(state, "train")
+    found = {key: row for key, row in ours.items() if "predicted_gain_ms" in row or "gain_ms" in row}
+    if not found:
+        return
+    main = next((key for key in ours if key not in found), "the main row")
+    yield ""
+    names = f"{'images/s':>9} {'ms':>8} {'gain ms':>8} {'predicted':>10} {'loss':>7} {'later':>7}"
+    yield f"{'beside ' + main:45} {names}"
+    for key, r in found.items():
+        differences = (r.get(f"{name}_difference") for name in ("loss", "later_loss"))
+        losses = " ".join(f"{'-' if d is None else format(d, '.0e'):>7}" for d in differences)
+        yield (
+            f"{key[:45]:45} {number(r['images_per_s'], 9)} {number(r['ms'], 8, 2)} {number(r.get('gain_ms'), 8, 2)} "
+            f"{between(r.get('predicted_gain_ms')):>10} {losses}"
+        )
+    yield "predicted: calculated beforehand, ms a step. A variant is kept only if confirmed: by a gain larger than"
+    yield "that of `again`, the same step once more, and by losses (first, after 5 updates) as close as its own"
+
+
+def between(limits: Any) -> str:
+    """Two numbers in words; a dash for None."""
+    if limits is None:
+        return "-"
+    low, high = (f"{value:.1f}".removesuffix(".0") for value in limits)
+    return low if low == high else f"{low} to {high}"
+
+
+def probe(state: dict[str, Any]) -> Iterator[str]:
+    found = rows(state, "probe")
+    if not found:
+        return
+    sums = {key: row for key, row in found.items() if key.startswith("step: ")}
+    yield ""
+    names = f"{'ms':>8} {'10 to 90 %':>13} {'TFLOP/s':>7} {'% matm.':>7} {'GB/s':>6} {'1st s':>6}"
+    yield f"{'single operation':47} {names}"
+    for key, r in found.items():
+        if key in sums:
+            continue
+        spread = f"{r['p10_ms']:.3f}-{r['p90_ms']:.3f}"
+        yield (
+            f"{key[:47]:47} {number(r['ms'], 8, 3)} {spread:>13} {number(r.get('tflop_s'), 7)} "
+            f"{number(r.get('percent_of_matmul'), 7)} {number(r.get('gb_s'), 6, 0)} {number(r.get('first_s'), 6, 2)}"
+        )
+    yield "% matm.: of the matmul rate measured above. 1st: the first call, in which the library tries algorithms"
+    for key, r in sums.items():
+        predicted = between(r.get("predicted_ms"))
+        yield f"  won a {key}: {r['ms']:.2f} ms (predicted for the whole variant: {predicted})"
+    yield from layout({name: None for row in found.values() for name in row.get("layout", ())})
+
+
+def layout(kernels: dict[str, float | None]) -> Iterator[str]:
+    """Whether kernels ran that only change the order in memory."""
+    if not kernels:
+        yield "  layout: none"
+    for name, ms in kernels.items():
+        yield f"  !!! LAYOUT KERNEL{'' if ms is None else f', {ms:.3f} ms'}: {name}"
+
+
 def profile(state: dict[str, Any]) -> Iterator[str]:
-    for key, row in rows(state, "profile").items():
+    found = {key: row for part in ("train", "ssd300") for key, row in rows(state, part).items() if "profile" in row}
+    for key, row in found.items():
+        kernels = row["profile"]
         yield ""
-        yield f"kernels of a step, {key}: {row['ms']:.2f} ms"
+        if "error" in kernels:
+            yield f"kernels of a step, {key}: {kernels['error']}"
+            continue
+        yield f"kernels of a step, {key}: {kernels['ms']:.2f} ms of {row['ms']:.2f} ms"
         yield f"  {'family':24} {'ms':>9} {'share':>7} {'floor ms':>9}"
-        for name, f in row["families"].items():
+        for name, f in kernels["families"].items():
             yield f"  {name:24} {number(f['ms'], 9, 2)} {f['share']:7.1%} {number(f['floor_ms'], 9, 2)}"
+        yield from layout(kernels["layout"])
         yield "  the next three things:"
-        for i, words in enumerate(row["next"], 1):
+        for i, words in enumerate(kernels["next"], 1):
             yield f"  {i}. {words}"
 
 
@@ -186,4 +252,4 @@ def bccd(state: dict[str, Any]) -> Iterator[str]:
             )
 
 
-SECTIONS = (about, overview, floor, ops, speed, inference, ssd300, profile, bccd)
+SECTIONS = (about, overview, floor, ops, speed, variants, inference, ssd300, profile, probe, bccd)
