@@ -31,6 +31,11 @@ from detcore.ops.bias_relu import bias_relu
 
 MERGED = 64
 """Channels of a group of the block-diagonal convolutions."""
+HEADS = (
+    *(f"{how} {what}" for what in ("forward", "input gradient", "weight gradient") for how in ("16-bit", "8-bit")),
+    "quantise input", "quantise gradient",
+)  # fmt: skip
+"""Those of the ways of tools/gpu_check_conv3x3.py that are not the library's, whose rows are there already."""
 GRADIENTS = "gradients"
 """Of input and weight, and of the bias where there is one, as a step asks for them."""
 BOTH = ("input gradient", "weight gradient")
@@ -63,7 +68,7 @@ GROUPED = (
     grouped_conv("layer3.0", 512, 100, stride=2), grouped_conv("layer4.0", 1024, 50, stride=2),
     grouped_conv("layer1", 128, 200, calls=3, frozen=True),
 )  # fmt: skip
-CONV1 = tuple(Conv(f"conv1, {c} channels", c, 64, 800, kernel=7, stride=2) for c in (3, 4, 8))
+CONV1 = tuple(Conv(f"conv1 of {c} channels", c, 64, 800, kernel=7, stride=2) for c in (3, 4, 8))
 LEVELS = {"P3": 100, "P4": 50, "P5": 25, "P6": 13, "P7": 7}
 TOWER = tuple(Conv(f"tower {level}", 256, 256, side, calls=8) for level, side in LEVELS.items())
 CLASSES = tuple(Conv(f"class {level}", 256, 2376, side) for level, side in LEVELS.items())
@@ -97,6 +102,7 @@ def probe(context: Context) -> Iterator[Job]:
         yield from bench.followed(conv)
     yield bench.step("frozen stage", [(c, "forward") for c in FROZEN], ("bias_relu", "fused"), "frozen_stage")
     yield from bench.products()
+    yield from bench.heads()
     yield from bench.convs(biased[1], ("bias", "no bias"))
     yield from bench.convs(TRIED, tuple(TRIALS))
     yield from bench.convs(frozen, ("32 groups", "merged"))
@@ -149,7 +155,7 @@ class Bench:
         x, weight, grad = self.tensors(conv, precision)
         groups, bias = conv.groups, self.tensor(conv.outputs, dtype=x.dtype) if way == "bias" else None
         if way == "merged":
-            weight, groups = block_diagonal(weight, groups), conv.outputs // MERGED
+            weight, groups = merged(weight, groups)
         run = convolution((x, weight, bias, grad), conv, groups, direction)
         passes = 2 if direction == GRADIENTS else 1
         work = passes * gflop(weight, grad), passes * megabytes(x, weight, grad)
@@ -209,29 +215,35 @@ class Bench:
         return f"step: {what}", add
 
     def stem(self) -> Iterator[Job]:
-        """conv1 of 3, 4 and 8 channels, and the max-pool after it: with indices, without asking for them, trained.
-
-        Today's torch computes the indices on a GPU all the same; what their bytes cost, the row's floor_ms tells.
-        """
+        """conv1 of 3, 4 and 8 channels, and the max-pool after it: torch's in three ways, and with bias and ReLU by two
+        passes and by one. On a GPU torch 2.14 computes the indices also where nobody asks for them."""
         yield from self.convs([(conv, "forward") for conv in CONV1], ("",))
-        kept, left, trained = (f"max-pool {self.precision} {way}" for way in ("indices", "no indices", "and gradient"))
-        yield kept, lambda: self.pool(True, False)
-        yield left, lambda: self.pool(False, False)
-        yield trained, lambda: self.pool(True, True)
+        for way in ("indices", "no indices", "with gradient", "then bias_relu", "bias_relu in one"):
+            yield f"max-pool {self.precision} {way}", lambda way=way: self.pool(way)
         three, four, _ = (self.key(conv, "forward", "") for conv in CONV1)
-        yield self.saved("stem, by 4 channels and the library's pool", [(1, three, four), (1, kept, left)], "stem")
+        pools = (f"max-pool {self.precision} {way}" for way in ("then bias_relu", "bias_relu in one"))
+        yield self.saved("stem", [(1, three, four), (1, *pools)], "stem")
 
-    def pool(self, indices: bool, gradient: bool) -> Row:
+    def pool(self, way: str) -> Row:
         side = self.side(400)
-        x = self.tensor(self.batch, 64, side, side).requires_grad_(gradient)
-        grad = self.tensor(self.batch, 64, side // 2, side // 2)
-        mb = megabytes(x, grad) + 8 * grad.numel() / 1e6 * indices
-
-        def forward() -> Any:
-            return F.max_pool2d(x, 3, 2, 1, return_indices=indices and not gradient)
-
-        run = (lambda: torch.autograd.grad(forward(), x, grad)) if gradient else forward
-        return self.measured(run, 0.0, mb * (1 + gradient))
+        x, grad = self.tensor(self.batch, 64, side, side), self.tensor(self.batch, 64, side // 2, side // 2)
+        bias, mb, places = self.tensor(64).float(), megabytes(x, grad), 8 * grad.numel() / 1e6
+        if way == "with gradient":
+            x.requires_grad_()
+            return self.measured(lambda: torch.autograd.grad(F.max_pool2d(x, 3, 2, 1), x, grad), 0.0, 2 * (mb + places))
+        if way in ("indices", "no indices"):
+            kept = way == "indices"
+            return self.measured(lambda: F.max_pool2d(x, 3, 2, 1, return_indices=kept), 0.0, mb + kept * places)
+        if missing := native.load("detcore"):
+            raise Skip(missing)
+        with native.using("native"):
+            if way == "then bias_relu":
+                return self.measured(lambda: bias_relu(F.max_pool2d(x, 3, 2, 1), bias), 0.0, mb)
+            try:
+                from detcore.ops.pool_bias_relu import pool_bias_relu
+            except ModuleNotFoundError as error:
+                raise Skip(str(error)) from error
+            return self.measured(lambda: pool_bias_relu(x, bias), 0.0, mb)
 
     def followed(self, conv: Conv) -> Iterator[Job]:
         """The convolution, bias, residual where the name says so, ReLU: by the op after the library's convolution, and
@@ -262,6 +274,21 @@ class Bench:
                 return self.measured(ours, gflop(weight, out), mb)
             off = attempt(lambda: difference(theirs(), ours()))
             return attempt(lambda: self.measured(theirs, gflop(weight, out), mb)) | {"difference": off}
+
+    def heads(self) -> Iterator[Job]:
+        """The heads' widest convolutions by kernels of our own, in 16 and in 8 bits."""
+        for conv in (TOWER[0], CLASSES[0]):
+            for way in HEADS:
+                yield f"{conv.name} {way}", lambda conv=conv, way=way: self.head(conv, way)
+
+    def head(self, conv: Conv, way: str) -> Row:
+        try:
+            from gpu_check_conv3x3 import ways
+        except ModuleNotFoundError as error:
+            raise Skip(str(error)) from error
+        tensors = self.tensors(self.fitted(conv))
+        flop = 0.0 if way.startswith("quantise") else gflop(*tensors[1:])
+        return attempt(lambda: self.measured(ways(*tensors)[way], flop, megabytes(*tensors)))
 
     def products(self) -> Iterator[Job]:
         """P3's convolutions as one matrix product of [cells, 2304] and [2304, outputs], in bf16 and in 8 bits."""
@@ -324,16 +351,17 @@ def convolution(
     return lambda: torch.ops.aten.convolution_backward(grad, x, weight, *place)
 
 
-def block_diagonal(weight: Tensor, groups: int) -> Tensor:
-    """The weight of the same convolution in groups of MERGED channels: [C, C / groups, k, k] -> [C, MERGED, k, k], zero
-    between channels of different groups."""
+def merged(weight: Tensor, groups: int) -> tuple[Tensor, int]:
+    """Weight and number of groups of the same convolution by groups of MERGED channels: [C, c, k, k] ->
+    [C, MERGED, k, k], zero between channels of what were different groups."""
     outputs, width, *kernel = weight.shape
     together = MERGED // width
     blocks = weight.reshape(groups // together, together, outputs // groups, width, *kernel)
     wide = weight.new_zeros(groups // together, together, outputs // groups, together, width, *kernel)
     for i in range(together):
         wide[:, i, :, i] = blocks[:, i]
-    return wide.reshape(outputs, MERGED, *kernel).contiguous(memory_format=torch.channels_last)
+    wide = wide.reshape(outputs, MERGED, *kernel).contiguous(memory_format=torch.channels_last)
+    return wide, groups // together
 
 
 @contextmanager

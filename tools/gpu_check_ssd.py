@@ -20,8 +20,6 @@ TRAINING = (
     ("compiled+graph", "native", "bf16", 1),
 )  # fmt: skip
 INFERENCE = (("graph", "native", 1), ("eager", "native", 1), ("eager", "reference", 1), ("graph", "native", 1 / 4))
-CORE_SSD300 = ("training bf16 b128 graph native", "training fp32 b* eager native")
-"""Keys of the rows of `--only core`, as patterns: the main row, and what stands for it on a CPU."""
 
 
 def ssd300(context: Context) -> Iterable[Job]:
@@ -42,7 +40,8 @@ def ssd300(context: Context) -> Iterable[Job]:
     for mode, ops, precision, times in training:
         config = Config(backbone=backbone, **run_options(context, main * times, precision, mode, ops))
         key = f"training {precision} b{main * times} {mode} {ops}"
-        chosen = config, mode, context, watch, GFLOP_PER_IMAGE, (mode, ops, precision, times) == training[0]
+        profiled = context.gpu and (mode, ops, precision, times) == training[0]
+        chosen = config, mode, context, watch, GFLOP_PER_IMAGE, profiled
         yield key, lambda chosen=chosen: train_row(*chosen)
     for mode, ops, times in inference:
         precision, batch = "bf16" if context.gpu else "fp32", int(main * times)

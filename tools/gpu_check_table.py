@@ -232,7 +232,7 @@ def profile(state: dict[str, Any]) -> Iterator[str]:
         yield f"  {'family':24} {'ms':>9} {'share':>7} {'floor ms':>9}"
         for name, f in kernels["families"].items():
             yield f"  {name:24} {number(f['ms'], 9, 2)} {f['share']:7.1%} {number(f['floor_ms'], 9, 2)}"
-        yield from layout(kernels["layout"])
+        yield from layout(kernels.get("layout", {}))
         yield "  the next three things:"
         for i, words in enumerate(kernels["next"], 1):
             yield f"  {i}. {words}"

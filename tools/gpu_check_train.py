@@ -62,7 +62,8 @@ class Case:
 
 NARROW = tuple(name for name in native.VARIANTS if name != "fp8_heads")
 ALL_BUT_FP8 = {"variants": NARROW, "what": "+all but fp8_heads"}
-# The most telling ones first. The same step again tells how far two measurements of one thing lie apart.
+# The first is the main row, which the others are compared with, and the core list's; then the most telling ones. The
+# same step again tells how far two measurements of one thing lie apart.
 CASES = (
     Case("graph", "native", profiled=True), Case("compiled+graph", "native"),
     Case("graph", "native", variants=(), what="again"),
@@ -80,8 +81,6 @@ CPU_CASES = (
     Case("eager", "native", "fp32", profiled=True), Case("eager", "reference", "fp32"),
     Case("eager", "native", "fp32", **ALL_BUT_FP8),
 )  # fmt: skip
-CORE_TRAIN = ("bf16 b32 graph native", "fp32 b* eager native")
-"""Keys of the rows of `--only core`, as patterns: the main row, and what stands for it on a CPU."""
 
 
 def published(device: str) -> tuple[str, float] | None:
