@@ -56,17 +56,18 @@ def overview(state: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'part':10} {'status':8} {'s':>6}  what"
     for name, part in state["parts"].items():
-        yield f"{name:10} {part.get('status', '?'):8} {number(part.get('seconds'), 6)}  {what(part)}"
+        status = "running" if "running" in part else part.get("status", "-")
+        yield f"{name:10} {status:8} {number(part.get('seconds'), 6)}  {what(part)}"
         for key, row in part.get("rows", {}).items():
             if "error" in row:
-                yield f"{'':10} {'':8} {'':6}  FAILED {key}: {row['error']}"
+                yield f"{'':10} {'':8} {'':6}  {'HUNG' if 'hung' in row else 'FAILED'} {key}: {row['error']}"
 
 
 def what(part: dict[str, Any]) -> str:
     found = part.get("rows", {})
     first = next(iter(found.values()), {})
     if "passed" in first:
-        return f"{first['passed']} passed, {first['failed']} failed, {first['skipped_tests']} skipped"
+        return f"{tests(found)}; {part['reason']}" if part.get("reason") else tests(found)
     if "libraries" in first:
         return f"{first['libraries']} for {first['architectures']}"
     if "largest" in first:
@@ -78,6 +79,18 @@ def what(part: dict[str, Any]) -> str:
     words += f", {failed} failed" if failed else ""
     words += f", {left_out} left out" if left_out else ""
     return f"{words}; {part['reason']}" if part.get("reason") else words
+
+
+def tests(found: dict[str, Row]) -> str:
+    """The counts of the tests of every group, such as "ops detcore 151 of 151, 2 not run"."""
+    words = []
+    for job, row in found.items():
+        for group, r in row.get("groups", {}).items():
+            all_run = r["passed"] + r["failed"]
+            told = f"{job} {group}: {r['passed']} of {all_run} passed"
+            told += f", {r['skipped_tests']} skipped" if r["skipped_tests"] else ""
+            words.append(told + (f", {r['not_run']} not run" if r["not_run"] else ""))
+    return "; ".join(words)
 
 
 def floor(state: dict[str, Any]) -> Iterator[str]:
@@ -161,7 +174,13 @@ def ssd300(state: dict[str, Any]) -> Iterator[str]:
 
 
 def profile(state: dict[str, Any]) -> Iterator[str]:
-    for key, row in rows(state, "profile").items():
+    of = {
+        key: row["profile"]
+        for part in ("train", "ssd300")
+        for key, row in rows(state, part).items()
+        if "profile" in row
+    }
+    for key, row in of.items():
         yield ""
         yield f"kernels of a step, {key}: {row['ms']:.2f} ms"
         yield f"  {'family':24} {'ms':>9} {'share':>7} {'floor ms':>9}"
