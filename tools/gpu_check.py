@@ -35,6 +35,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+BEGAN = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
@@ -130,13 +131,17 @@ def list_cases(options: argparse.Namespace) -> int:
 
 
 def parts_of_cases(options: argparse.Namespace) -> list[str]:
-    """The parts that have a case of --case. They are asked in another process, so that this one stays alive."""
+    """The parts that have a case of --case. They are asked in another process, so that this one stays alive.
+
+    Those of --only are taken as they are.
+    """
+    if options.wanted:
+        return [name for name in PARTS if name in options.wanted]
     command = [sys.executable, __file__, "--list"] + ["--quick"] * options.quick
     environment = child_environment(options.work, options.site)
     said = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=60).stdout
     known = [line.partition(": ")[::2] for line in said.splitlines() if ": " in line]
-    found = list(dict.fromkeys(part for part, key in known if matches(key, options.case)))
-    return [part for part in found if not options.wanted or part in options.wanted]
+    return list(dict.fromkeys(part for part, key in known if matches(key, options.case)))
 
 
 def make_context(options: argparse.Namespace, gpu: bool, began: float = 0.0) -> Context:
@@ -199,12 +204,11 @@ def stages_of(options: argparse.Namespace, gpu: bool) -> list[Stage]:
     return core + named
 
 
-def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
-    """Runs the chosen stages that are not done, one after the other, with all the minutes among them.
+def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log, began: float) -> None:
+    """Runs the stages that are not done, one after the other, with all the minutes among them.
 
     So a part whose one long job was stopped has more time for it in the next call. What one leaves is the next one's.
     """
-    began = time.monotonic()
     state = load(options.out)
     head = commit()
     if head == "unknown" and options.carried:
@@ -215,7 +219,6 @@ def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
         state = {"version": 1, "parts": {}}
     state.update(identity, published=PUBLISHED, targets=TARGETS)
     state["clocks"] = [clocks("start")] if gpu else []
-    stages = stages_of(options, gpu)
     names = list(dict.fromkeys(stage.part for stage in stages))
     kept = [name for name in names if keep(state, name, name in options.wanted, options.case)]
     save(options.out, state)
@@ -253,7 +256,9 @@ def write_table(out: Path) -> str:
     return text
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], began: float | None = None) -> int:
+    """began: time.monotonic() from which the minutes count, if not from now."""
+    began = time.monotonic() if began is None else began
     options = arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.child:
@@ -265,7 +270,8 @@ def main(argv: list[str]) -> int:
     if options.list:
         return list_cases(options)
     gpu = torch.cuda.is_available()
-    if options.case and not stages_of(options, gpu):
+    stages = stages_of(options, gpu)
+    if not stages and options.only != "none":
         print(f"gpu_check: no case matches --case {' '.join(options.case)}; --list prints them", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
@@ -281,11 +287,11 @@ def main(argv: list[str]) -> int:
         log.say(f"not installed: {', '.join(lacking)}; parts that want them fail (tools/gpu_carry.py takes them along)")
     try:
         if options.only != "none":
-            check(options, gpu, log)
+            check(options, stages, gpu, log, began)
     finally:
         log.say("\n" + write_table(options.out))
     return int(any(part.get("status") == "failed" for part in load(options.out)["parts"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], BEGAN))
