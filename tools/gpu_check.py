@@ -88,6 +88,10 @@ STAGES = (
 """Eight minutes."""
 
 
+LEAST = 3.0
+"""A part is not begun with fewer seconds."""
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -234,7 +238,7 @@ def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log,
             continue
         left = options.minutes * 60 - (time.monotonic() - began)
         seconds = min(stage.seconds * scale + spare, left - GRACE - ENDING)
-        if seconds < 3:
+        if seconds < LEAST:
             if entry.get("status") != "failed":
                 entry.update(status="stopped", reason="no time was left for all of it")
             save(options.out, state)

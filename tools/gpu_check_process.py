@@ -112,7 +112,7 @@ def judge(entry: Row, code: int | None, ran: float, patience: float | None) -> b
     if code == 0:
         return False
     if code is None:
-        if key is None or ran < max(HUNG, (patience or 0) / 2):
+        if key is None or ran < min(patience or HUNG, max(HUNG, (patience or 0) / 2)):
             entry.update(status=status_of(rows, False), reason=f"out of time in {key!r}; call again to go on")
             return False
         said = f"no end after {ran:.0f} s: hung, or longer than its part's time; passed over until --case names it"

@@ -1,7 +1,7 @@
 """The table of tools/gpu_check.py, from its JSON: at most 100 columns, measured values unless a line says otherwise."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
@@ -17,7 +17,15 @@ Row = dict[str, Any]
 
 
 def table(state: dict[str, Any]) -> str:
-    return "\n".join(part for section in SECTIONS for line in section(state) for part in folded(line.rstrip()))
+    return "\n".join(part for section in SECTIONS for line in lines(section, state) for part in folded(line.rstrip()))
+
+
+def lines(section: Callable[[dict], Iterator[str]], state: dict[str, Any]) -> list[str]:
+    """A section's lines; one that says so where a row is not as it should be, which must not end a check."""
+    try:
+        return list(section(state))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return ["", f"{section.__name__}: a row is not as it should be ({type(error).__name__}: {error}); see the JSON"]
 
 
 def folded(line: str) -> list[str]:

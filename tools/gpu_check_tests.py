@@ -1,7 +1,7 @@
 """The part `tests` of tools/gpu_check.py: the gpu tests in groups of files, each in a pytest of its own, side by side.
 
 A row has groups {name: {passed, failed, skipped_tests, not_run, error}}, their sums, failures [[test, what it said]]
-and slowest [[test, seconds]]; while it is unfinished also outcomes {test: outcome}, by which the next call goes on. A
+and slowest [[test, seconds]]; while it is unfinished also outcomes {group: {test: outcome}}, by which the next goes on. A
 test that ends its process, loses the CUDA context or hangs has failed; the rest of its group goes on in a new process.
 """
 
@@ -196,8 +196,7 @@ def run_groups(context: Context, part: str, job: str, groups: dict[str, list[str
     running = []
     try:
         for name, files in groups.items():
-            own = {test: outcome for test, outcome in done.items() if test.partition("::")[0] in files}
-            running.append(Group(name, files, own, context.work / "tests", threads, words))
+            running.append(Group(name, files, dict(done.get(name, {})), context.work / "tests", threads, words))
         noted = time.monotonic()
         while not all(group.finished for group in running):
             time.sleep(0.2)
@@ -217,7 +216,7 @@ def run_groups(context: Context, part: str, job: str, groups: dict[str, list[str
 
 
 def outcomes(groups: Sequence[Group]) -> Row:
-    return {"outcomes": {test: outcome for group in groups for test, outcome in group.outcomes.items()}}
+    return {"outcomes": {group.name: group.outcomes for group in groups}}
 
 
 def summary(groups: Sequence[Group], before: Row) -> Row:
