@@ -72,7 +72,7 @@ test-docker: $(READY) ## the image, really built (root; Debian's buildah and deb
 test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of their own: build/tpu, 13 GB
 	@$(PYTEST) -n 0 -s -m tpu
 
-gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, ten minutes: results/gpu
+gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, eight minutes: results/gpu
 	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" tools/gpu_check.py --out results/gpu
 
 lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint

@@ -56,8 +56,8 @@ def pause(context: Context, precision: str, mode: str, images: int) -> Row:
     shape = ((context.sizes.image, context.sizes.image), context.sizes.batch, 1, 1)
     batch = next(synthetic_batches(context.sizes.classes, *shape))
     find = detection.finder(DETECTOR, model, range(context.sizes.classes), device)
-    file, times = context.out / "tmp" / "pause.pt", []
-    file.parent.mkdir(exist_ok=True)
+    file, times = context.work / "tmp" / "pause.pt", []
+    file.parent.mkdir(parents=True, exist_ok=True)
 
     def write(contents: dict) -> float:
         start = time.perf_counter()

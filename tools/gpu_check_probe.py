@@ -326,7 +326,7 @@ def attempt(run: Callable[[], Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        if lost_context(error):
+        if lost_context(f"{type(error).__name__}: {error}", torch.cuda.is_initialized()):
             raise
         raise Skip(f"not offered here: {words(error).partition('. ')[0]}") from error
 

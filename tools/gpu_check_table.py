@@ -1,7 +1,7 @@
 """The table of tools/gpu_check.py, from its JSON: at most 100 columns, measured values unless a line says otherwise."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
@@ -17,7 +17,15 @@ Row = dict[str, Any]
 
 
 def table(state: dict[str, Any]) -> str:
-    return "\n".join(part for section in SECTIONS for line in section(state) for part in folded(line.rstrip()))
+    return "\n".join(part for section in SECTIONS for line in lines(section, state) for part in folded(line.rstrip()))
+
+
+def lines(section: Callable[[dict], Iterator[str]], state: dict[str, Any]) -> list[str]:
+    """A section's lines; one that says so where a row is not as it should be, which must not end a check."""
+    try:
+        return list(section(state))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return ["", f"{section.__name__}: a row is not as it should be ({type(error).__name__}: {error}); see the JSON"]
 
 
 def folded(line: str) -> list[str]:
@@ -56,17 +64,18 @@ def overview(state: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'part':10} {'status':8} {'s':>6}  what"
     for name, part in state["parts"].items():
-        yield f"{name:10} {part.get('status', '?'):8} {number(part.get('seconds'), 6)}  {what(part)}"
+        status = "running" if "running" in part else part.get("status", "-")
+        yield f"{name:10} {status:8} {number(part.get('seconds'), 6)}  {what(part)}"
         for key, row in part.get("rows", {}).items():
             if "error" in row:
-                yield f"{'':10} {'':8} {'':6}  FAILED {key}: {row['error']}"
+                yield f"{'':10} {'':8} {'':6}  {'HUNG' if 'hung' in row else 'FAILED'} {key}: {row['error']}"
 
 
 def what(part: dict[str, Any]) -> str:
     found = part.get("rows", {})
     first = next(iter(found.values()), {})
     if "passed" in first:
-        return f"{first['passed']} passed, {first['failed']} failed, {first['skipped_tests']} skipped"
+        return f"{tests(found)}; {part['reason']}" if part.get("reason") else tests(found)
     if "libraries" in first:
         return f"{first['libraries']} for {first['architectures']}"
     if "largest" in first:
@@ -78,6 +87,18 @@ def what(part: dict[str, Any]) -> str:
     words += f", {failed} failed" if failed else ""
     words += f", {left_out} left out" if left_out else ""
     return f"{words}; {part['reason']}" if part.get("reason") else words
+
+
+def tests(found: dict[str, Row]) -> str:
+    """The counts of the tests of every group, such as "ops detcore 151 of 151, 2 not run"."""
+    words = []
+    for job, row in found.items():
+        for group, r in row.get("groups", {}).items():
+            all_run = r["passed"] + r["failed"]
+            told = f"{job} {group}: {r['passed']} of {all_run} passed"
+            told += f", {r['skipped_tests']} skipped" if r["skipped_tests"] else ""
+            words.append(told + (f", {r['not_run']} not run" if r["not_run"] else ""))
+    return "; ".join(words)
 
 
 def floor(state: dict[str, Any]) -> Iterator[str]:
