@@ -77,7 +77,7 @@ def what(part: dict[str, Any]) -> str:
     if "passed" in first:
         return f"{tests(found)}; {part['reason']}" if part.get("reason") else tests(found)
     if "libraries" in first:
-        return f"{first['libraries']} for {first['architectures']}"
+        return f"libraries of {first['libraries']} for {first['architectures']}"
     if "largest" in first:
         return (
             f"largest difference of {first['steps']} losses {first['largest']:.2g} (tolerance {first['tolerance']:g})"
@@ -182,13 +182,7 @@ def ssd300(state: dict[str, Any]) -> Iterator[str]:
 
 
 def profile(state: dict[str, Any]) -> Iterator[str]:
-    of = {
-        key: row["profile"]
-        for part in ("train", "ssd300")
-        for key, row in rows(state, part).items()
-        if "profile" in row
-    }
-    for key, row in of.items():
+    for key, row in rows(state, "profile").items():
         yield ""
         yield f"kernels of a step, {key}: {row['ms']:.2f} ms"
         yield f"  {'family':24} {'ms':>9} {'share':>7} {'floor ms':>9}"
