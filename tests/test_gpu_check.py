@@ -381,6 +381,11 @@ def test_a_job_that_its_parts_end_cuts_off_has_hung_if_it_had_time(ran, patience
     assert ("x" in entry["rows"]) == hung and entry["status"] == ("failed" if hung else "stopped")
 
 
+def test_a_part_that_is_through_may_be_slow_to_end():
+    entry = {"rows": {"x": {"ms": 1.0}}, "status": "passed", "through": True}
+    assert not process.judge(entry, None, 50.0, 30.0) and entry == {"rows": {"x": {"ms": 1.0}}, "status": "passed"}
+
+
 @no_gpu
 def test_every_part_cut_once_goes_on_in_the_next_call(tmp_path, child, monkeypatch):
     monkeypatch.setattr(check, "GRACE", 0.0)
@@ -454,9 +459,13 @@ def test_named_parts_share_all_the_time(tmp_path, monkeypatch):
     assert given(tmp_path, monkeypatch, "--only", "bccd", "--minutes", "6") == [
         ("bccd", pytest.approx(360 - end, abs=2), (), 0)
     ]
+
+    def time_of(name: str) -> float:
+        return sum(stage.seconds for stage in check.STAGES if stage.part == name)
+
     calls = given(tmp_path, monkeypatch, "--only", "bccd,floor")
     assert [call[0] for call in calls] == ["floor", "bccd"]
-    assert calls[0][1] == pytest.approx(480 * 15 / (15 + 45), abs=2)
+    assert calls[0][1] == pytest.approx(480 * time_of("floor") / (time_of("floor") + time_of("bccd")), abs=2)
 
 
 def test_the_core_list_by_name(tmp_path, monkeypatch):
@@ -488,15 +497,15 @@ def full_state() -> dict:
         "batchnorm/elementwise": {"ms": 1234.56, "share": 0.5, "floor_ms": 0.0},
         "other": {"ms": 1, "share": 0.1, "floor_ms": None},
     }
-    profile = {"ms": 1.0, "families": families, "next": ["a" * 200]}
     parts = {
         "tests": {"status": "failed", "seconds": 80.0, "rows": {"ops": tests}},
         "floor": {"status": "passed", "rows": {"copy": times | {"gb_s": 4300.0}, "bf16": times | {"tflop_s": 790.1}}},
         "ops": {"status": "passed", "rows": {"a very long name of an operation": op | {"percent_of_floor": 99.9}}},
-        "train": {"status": "passed", "rows": {"bf16 b32 compiled+graph reference": speed | {"profile": profile}}},
+        "train": {"status": "passed", "rows": {"bf16 b32 compiled+graph reference": speed}},
         "peers": {"status": "stopped", "reason": "out of time", "rows": {"torchvision bf16 b32 compiled parts": speed}},
         "inference": {"status": "passed", "rows": {"forward+postprocess bf16 b128 eager reference": speed}},
         "ssd300": {"status": "passed", "rows": {"training bf16 b128 compiled+graph reference": speed}},
+        "profile": {"status": "passed", "rows": {"x": {"ms": 1.0, "families": families, "next": ["a" * 200]}}},
         "losses": {"status": "passed", "rows": {"x": {"largest": 1e-9, "steps": 200, "tolerance": 0.02}}},
         "bccd": {"status": "passed", "rows": {"graph native": {
             "AP": 0.48, "AP50": 0.84, "epochs": 18, "seconds": 12345.6, "seconds_to_AP_0.4": 123.4,
@@ -516,7 +525,6 @@ def test_the_table_fits_and_tells_published_from_measured():
     assert "published for one A100, images/s: training 724, inference 970 (not measured here)" in text
     assert "FAILED ops: 12 failed" in text and "out of time" in text
     assert "ops detcore: 1234 of 1246 passed, 3 skipped, 7 not run" in text
-    assert "kernels of a step, bf16 b32 compiled+graph reference: 1.00 ms" in text
     assert "bf16 790 TFLOP/s" in text and "copy 4,300 GB/s" in text
 
 
@@ -525,7 +533,7 @@ def test_a_row_that_is_not_as_it_should_be_does_not_end_a_check():
     del state["parts"]["train"]["rows"]["bf16 b32 compiled+graph reference"]["images_per_s_p10"]
     text = table.table(state)
     assert "speed: a row is not as it should be (KeyError: 'images_per_s_p10'); see the JSON" in text
-    assert "kernels of a step" in text and "copy 4,300 GB/s" in text
+    assert "SSD300" in text and "copy 4,300 GB/s" in text
 
 
 def test_differences_of_results():

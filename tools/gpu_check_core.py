@@ -251,6 +251,7 @@ def finish(name: str, context: Context, complete: bool, left_out: bool) -> None:
     state = load(context.out)
     part = state["parts"][name]
     rows = part["rows"]
+    part["through"] = True
     part["status"] = status_of(rows, complete)
     part["reason"] = next((row["skipped"] for row in rows.values() if "skipped" in row), "")
     if part["status"] != "skipped":

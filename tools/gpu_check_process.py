@@ -109,7 +109,8 @@ def judge(entry: Row, code: int | None, ran: float, patience: float | None) -> b
     """
     key = entry.pop("running", None)
     rows = entry.setdefault("rows", {})
-    if code == 0:
+    if code == 0 or entry.pop("through", False):  # what comes after its last word costs nothing
+        entry.pop("through", None)
         return False
     if code is None:
         if key is None or ran < min(patience or HUNG, max(HUNG, (patience or 0) / 2)):

@@ -65,7 +65,7 @@ def build(context: Context) -> Iterable[Job]:
 
     def run() -> Row:
         if context.carried and not unfit(context):
-            return described("carried, for " + gpu_carry.manifest(context.carried)["architectures"])
+            return described(gpu_carry.manifest(context.carried)["architectures"] + ", carried")
         chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
         if context.gpu and not chosen:
             chosen = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -86,7 +86,7 @@ def build(context: Context) -> Iterable[Job]:
     def described(architectures: str) -> Row:
         programs = gpu_carry.programs()
         said = native.describe(programs[-1], context.device)
-        row = {"libraries": ", ".join(f"{program}/_kernels.so" for program in programs), "ops": said}
+        row = {"libraries": ", ".join(programs), "ops": said}
         lacking = context.gpu and "because" in said
         return row | {"architectures": architectures} | ({"error": f"no code for this GPU: {said}"} if lacking else {})
 

@@ -77,7 +77,7 @@ def what(part: dict[str, Any]) -> str:
     if "passed" in first:
         return f"{tests(found)}; {part['reason']}" if part.get("reason") else tests(found)
     if "libraries" in first:
-        return f"{first['libraries']} for {first['architectures']}"
+        return f"libraries of {first['libraries']} for {first['architectures']}"
     if "largest" in first:
         return (
             f"largest difference of {first['steps']} losses {first['largest']:.2g} (tolerance {first['tolerance']:g})"

@@ -1,8 +1,9 @@
 """The part `tests` of tools/gpu_check.py: the gpu tests in groups of files, each in a pytest of its own, side by side.
 
 A row has groups {name: {passed, failed, skipped_tests, not_run, error}}, their sums, failures [[test, what it said]]
-and slowest [[test, seconds]]; while it is unfinished also outcomes {group: {test: outcome}}, by which the next goes on. A
-test that ends its process, loses the CUDA context or hangs has failed; the rest of its group goes on in a new process.
+and slowest [[test, seconds]]; while it is unfinished also outcomes {group: {test: outcome}}, by which the next call
+goes on. A test that ends its process, loses the CUDA context or hangs has failed; the rest of its group goes on in a
+new process.
 """
 
 import json
