@@ -214,6 +214,12 @@ class TestTrain:
         assert {"bf16 b32 graph native +all but fp8_heads", "bf16 b32 graph native +all",
                 "bf16 b32 graph native cudnn_benchmark_limit 0"} <= set(keys)  # fmt: skip
 
+    def test_a_short_part_compiles_last(self, tmp_path):
+        keys = [key for key, _ in train.train(context(tmp_path, gpu=True))]
+        short = [key for key, _ in train.train(replace(context(tmp_path, gpu=True), budget=60.0))]
+        assert short[0] == keys[0] and sorted(short) == sorted(keys)
+        assert all("compiled" in key for key in short[-3:]) and "compiled" not in short[1]
+
     def test_every_variant_has_a_prediction_in_one_place(self, tmp_path):
         here = context(tmp_path, gpu=True)
         assert native.VARIANTS.keys() - {"fp8_heads"} == train.PREDICTED_GAIN_MS.keys() - {"cudnn_benchmark_limit"}
@@ -290,6 +296,8 @@ def test_kernels_find_their_families():
         "void detcore::bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
         "void detcore::pool_bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
         "void detcore::nms_kernel(float const*)": "other",
+        "weight_gradient_kernel": "convolution/gemm",
+        "narrow_kernel": "quantise",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "nccl",
         "Memcpy DtoD (Device -> Device)": "memcpy",

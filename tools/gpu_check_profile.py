@@ -22,7 +22,11 @@ FAMILIES = (
     ("loss", r"focal|sigmoid|softplus|box_loss|l1_loss|smooth"),
     ("optimizer", r"adam|optimizer|multi_tensor|foreach"),
     ("normalize", r"normalize"),
-    ("convolution/gemm", r"conv|gemm|cudnn|cutlass|xmma|wgrad|dgrad|fprop|implicit|mm$|addmm|bmm|nvjet|winograd"),
+    ("quantise", r"^(largest|narrow)_kernel"),
+    (
+        "convolution/gemm",
+        r"conv|gemm|cudnn|cutlass|xmma|wgrad|dgrad|fprop|implicit|mm$|addmm|bmm|nvjet|winograd|weight_gradient",
+    ),
     (
         "batchnorm/elementwise",
         r"bias_relu|batch_?norm|bn_|elementwise|relu|vectorized|triton|aten::(add|mul|sub|div)|threshold",
@@ -31,9 +35,10 @@ FAMILIES = (
 """What a kernel is for, by its name in small letters: the first family whose pattern is in it; else "other"."""
 OURS = {
     **dict.fromkeys(("used", "highest", "match"), "matching"),
-    **dict.fromkeys(("focal", "box", "scale", "total"), "loss"),
+    **dict.fromkeys(("focal", "biased_focal", "column_sums", "box", "scale", "total"), "loss"),
     **dict.fromkeys(("bias_relu", "mask", "mask_sums", "channel_sums"), "batchnorm/elementwise"),
     "normalize": "normalize",
+    "fold": "memcpy",
 }
 """The same for the kernels of csrc/, all of them detcore::<name>_kernel."""
 STEPS = 3

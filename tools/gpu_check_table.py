@@ -198,8 +198,8 @@ def variants(state: dict[str, Any]) -> Iterator[str]:
             f"{key[:45]:45} {number(r['images_per_s'], 9)} {number(r['ms'], 8, 2)} {number(r.get('gain_ms'), 8, 2)} "
             f"{between(r.get('predicted_gain_ms')):>10} {losses}"
         )
-    yield "predicted: calculated beforehand, ms a step. A variant is kept only if confirmed: by a gain larger than"
-    yield "that of `again`, the same step once more, and by losses (first, after 5 updates) as close as its own"
+    yield "predicted: calculated, ms a step. A variant is kept only if confirmed: by a gain beyond that of"
+    yield "`again`, the same step once more, and by losses (first, after 5 updates) as close as its own"
 
 
 def between(limits: Any) -> str:
@@ -226,7 +226,7 @@ def probe(state: dict[str, Any]) -> Iterator[str]:
             f"{key[:47]:47} {number(r['ms'], 8, 3)} {spread:>13} {number(r.get('tflop_s'), 7)} "
             f"{number(r.get('percent_of_matmul'), 7)} {number(r.get('gb_s'), 6, 0)} {number(r.get('first_s'), 6, 2)}"
         )
-    yield "% matm.: of the matmul rate measured above. 1st: the first call, in which the library tries algorithms"
+    yield "% matm.: of the matmul rate measured above. 1st s: the first call, with the library's trials"
     for key, r in sums.items():
         predicted = between(r.get("predicted_ms"))
         yield f"  won a {key}: {r['ms']:.2f} ms (predicted for the whole variant: {predicted})"
