@@ -175,7 +175,8 @@ def keep(state: dict, name: str, named: bool, cases: Sequence[str] = ()) -> bool
     if not entry:
         return False
     rows = entry.get("rows", {})
-    entry.pop("running", None)  # of a check that was killed
+    for word in ("running", "through"):  # of a check that was killed
+        entry.pop(word, None)
     if cases:
         left = {key: row for key, row in rows.items() if not matches(key, cases)}
     elif not named and entry.get("status") in ("passed", "skipped") and done(entry):
