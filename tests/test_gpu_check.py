@@ -291,6 +291,15 @@ def test_a_core_that_is_through_is_not_begun_again(tmp_path, monkeypatch):
     assert [call[0::2] for call in given(tmp_path, monkeypatch)] == [("train", ())]
 
 
+def test_goes_on_with_the_json_of_another_folder(tmp_path):
+    core.save(tmp_path, {"version": 1, "commit": "abc", "parts": {"floor": {"status": "passed", "rows": {}}}})
+    words = ["--only", "none", "--work", str(tmp_path), "--go-on"]
+    assert check.main(["--out", str(tmp_path / "new"), *words, str(tmp_path / core.NAME)]) == 0
+    assert core.load(tmp_path / "new") == core.load(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--out", str(tmp_path / "other"), *words, str(tmp_path / "none.json")])
+
+
 def test_named_parts_share_all_the_time(tmp_path, monkeypatch):
     end = check.GRACE + check.ENDING
     assert given(tmp_path, monkeypatch, "--only", "bccd", "--minutes", "6") == [
