@@ -21,11 +21,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "carry.json"
-"""In DIR: {sources: hash, architectures, libraries: {program: hash}, commit}."""
+"""In DIR: {sources: hash, code: hash, architectures, libraries: {program: hash}, commit}."""
 NEEDED = ("torchvision", "numpy", "PIL", "mlperf_logging", "msgspec", "pycocotools", "pytest", "hypothesis")
 """Modules that parts of gpu_check import, beside torch."""
 PACKAGES = ("mlperf-logging", "msgspec", "pycocotools", "hotcoco")
@@ -53,12 +54,29 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def sources_hash() -> str:
-    """Of all that the libraries are made of: names and contents of csrc/ and setup.py."""
+def hash_of(files: Iterable[Path]) -> str:
+    """Of names in the checkout and contents."""
     found = hashlib.sha256()
-    for file in [ROOT / "setup.py", *sorted(file for file in ROOT.glob("*/csrc/*") if file.is_file())]:
+    for file in sorted(file for file in files if file.is_file()):
         found.update(f"{file.relative_to(ROOT)} {sha256(file)}\n".encode())
     return found.hexdigest()
+
+
+def sources_hash() -> str:
+    """Of all that the libraries are made of."""
+    return hash_of([ROOT / "setup.py", *ROOT.glob("*/csrc/*")])
+
+
+def code_hash() -> str:
+    """Of all that a check runs."""
+    folders = ("tools", "tests", *(file.parent.name for file in ROOT.glob("*/__init__.py")))
+    return hash_of([ROOT / "setup.py", *ROOT.glob("*/csrc/*"), *(f for d in folders for f in (ROOT / d).rglob("*.py"))])
+
+
+def commit(carried: Path) -> str:
+    """The commit that was carried, for a checkout without git; with a mark of its own where the code is another one."""
+    known, code = manifest(carried), code_hash()
+    return known["commit"] + ("" if known["code"] == code else f"+{code[:8]}")
 
 
 def manifest(carried: Path) -> dict:
@@ -176,7 +194,7 @@ def prepare(folder: Path, data_set: Path | None, packages: list[str], limit: flo
     else:
         print("bccd is not at shared/data/bccd and --data was not given: left out, and the part bccd will be skipped")
     git = ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes"]
-    about = {"sources": sources_hash(), "architectures": ARCHITECTURES, "libraries": libraries}
+    about = {"sources": sources_hash(), "code": code_hash(), "architectures": ARCHITECTURES, "libraries": libraries}
     about["commit"] = run(git, "git").strip()
     (folder / NAME).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

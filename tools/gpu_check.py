@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command of eight minutes; no network is needed.
 
     python tools/gpu_check.py --out DIR [--only PART,...] [--case PATTERN] [--quick] [--minutes 8]
-                              [--carried DIR] [--data DIR] [--work DIR]
+                              [--carried DIR] [--data DIR] [--work DIR] [--go-on FILE]
 
 PART is one of build, tests, floor, train, probe, ssd300, ops, inference, peers, losses, bccd, sanitizer; `--list`
 prints the cases of each. Measured are this card's copy and matmul rates, single operations (probe), every op beside its
@@ -19,13 +19,15 @@ refreshed every few seconds; everything else goes to --work, build/gpu_check. On
 --carried names the folder that tools/gpu_carry.py has made: packages, compiled libraries, the data set.
 
 Every part runs in a process of its own within its own time, so that a crash costs one row. What does not fit is left
-out and said; called again with the same DIR, the check goes on there. A case that hangs is passed over from then on.
+out and said; called again with the same DIR, or with --go-on and the JSON of the last call, the check goes on there,
+if the code is the same. A case that hangs is passed over from then on.
 Without a GPU the parts that make sense on a CPU run on small shapes; `--quick --minutes 0.4`, called again and again,
 cuts each of them once. Exit code: 0 if nothing failed, 1 if a part did or hung, 2 for wrong arguments, 143 if ended.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +47,7 @@ if __name__ == "__main__":
 
 import gpu_carry  # noqa: E402
 import torch  # noqa: E402
-from gpu_check_core import Context, clocks, commit, load, matches, run_jobs, save  # noqa: E402
+from gpu_check_core import NAME, Context, clocks, commit, load, matches, run_jobs, save  # noqa: E402
 from gpu_check_process import ENDING, GRACE, Log, Part, child_environment, end_with_parent, run_part  # noqa: E402
 from gpu_check_table import PUBLISHED, TARGETS, table  # noqa: E402
 
@@ -103,6 +105,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer iterations and smaller shapes")
     parser.add_argument("--data", type=Path, help="the bccd data set, where it is not at shared/data/bccd")
     parser.add_argument("--carried", type=Path, help="what tools/gpu_carry.py has made")
+    parser.add_argument("--go-on", type=Path, help="gpu_check.json of an earlier call, where DIR has none")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="caches, runs, temporary files")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -115,6 +118,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--only {','.join(unknown)}: choose from {', '.join(PARTS)}, core, none")
     if not options.out and not options.list:
         parser.error("--out DIR: where the results go")
+    if options.go_on and not options.go_on.is_file():
+        parser.error(f"--go-on {options.go_on}: no such file")
     if options.carried and not (options.carried / gpu_carry.NAME).is_file():
         parser.error(f"--carried {options.carried}: no {gpu_carry.NAME} in it; tools/gpu_carry.py makes one")
     for name in ("out", "data", "carried", "work"):
@@ -175,7 +180,8 @@ def keep(state: dict, name: str, named: bool, cases: Sequence[str] = ()) -> bool
     if not entry:
         return False
     rows = entry.get("rows", {})
-    entry.pop("running", None)  # of a check that was killed
+    for word in ("running", "through"):  # of a check that was killed
+        entry.pop(word, None)
     if cases:
         left = {key: row for key, row in rows.items() if not matches(key, cases)}
     elif not named and entry.get("status") in ("passed", "skipped") and done(entry):
@@ -221,7 +227,7 @@ def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log,
     state = load(options.out)
     head = commit()
     if head == "unknown" and options.carried:
-        head = f"{gpu_carry.manifest(options.carried)['commit']} as carried"
+        head = gpu_carry.commit(options.carried)
     identity = {"commit": head, "quick": options.quick, "gpu": gpu}
     if state["parts"] and any(state.get(key) != value for key, value in identity.items()):
         log.say("the results in the folder are of another commit or kind of machine: all begun anew")
@@ -284,6 +290,8 @@ def main(argv: list[str], began: float | None = None) -> int:
         print(f"gpu_check: no case matches --case {' '.join(options.case)}; --list prints them", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.go_on and not (options.out / NAME).exists():
+        shutil.copyfile(options.go_on, options.out / NAME)
     log = Log(options.out / "gpu_check.log")
     for line in said if options.carried else ():
         log.say(line)

@@ -14,7 +14,7 @@ dictionary of plain values. gpu_check.json holds, all values measured on this ma
 
 Times in rows are medians in ms over `n` iterations, with p10_ms and p90_ms; a row with "skipped" was not measured and
 says why; one with "hung" had no end, and is passed over until it is named; "unfinished": the job goes on in the next
-call. A row with "profile" has that of the same process (tools/gpu_check_infer.py).
+call. "profile" in a row is that of the same step in the same process.
 """
 
 import contextlib

@@ -29,7 +29,13 @@ def checkout(tmp_path, monkeypatch):
     (root / "setup.py").write_text("setup()")
     monkeypatch.setattr(carry, "ROOT", root)
     libraries = {p: carry.sha256(carried / "libraries" / p / "_kernels.so") for p in ("one", "two")}
-    about = {"sources": carry.sources_hash(), "architectures": "9.0", "libraries": libraries, "commit": "abc"}
+    about = {
+        "sources": carry.sources_hash(),
+        "code": carry.code_hash(),
+        "architectures": "9.0",
+        "libraries": libraries,
+        "commit": "abc",
+    }
     (carried / carry.NAME).write_text(core.json.dumps(about))
     return root, carried
 
@@ -55,6 +61,16 @@ def test_libraries_of_other_sources_are_not_used(checkout, tmp_path, changed):
     assert said == ["the carried libraries are of other sources (csrc/, setup.py): they are compiled here"]
     assert not list(root.glob("*/_kernels.so"))
     assert carry.in_place(carried) == "the carried libraries are of other sources"
+
+
+def test_a_checkout_without_git_tells_its_code_from_that_which_was_carried(checkout):
+    root, carried = checkout
+    assert carry.commit(carried) == "abc"
+    (root / "tools").mkdir()
+    (root / "tools" / "new.py").write_text("1")
+    first = carry.commit(carried)
+    (root / "tools" / "new.py").write_text("2")
+    assert first.startswith("abc+") and carry.commit(carried) not in (first, "abc")
 
 
 def test_the_part_build_takes_them_only_for_the_card_they_are_for(checkout, tmp_path, monkeypatch):
