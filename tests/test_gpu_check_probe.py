@@ -94,17 +94,6 @@ class TestProbe:
         )
         assert 3 * one_pass / 1e9 == pytest.approx(train.FP8_GFLOP_PER_IMAGE, rel=1e-3)
 
-    @pytest.mark.parametrize("channels", [128, 256, 512, 1024])
-    @pytest.mark.parametrize("outputs", [1, 2])
-    def test_merged_groups_compute_the_same(self, channels, outputs):
-        """Also where a group has more outputs than inputs."""
-        torch.manual_seed(1)
-        x = torch.randn(2, channels, 5, 5, dtype=torch.float64)
-        weight = torch.randn(outputs * channels, channels // 32, 3, 3, dtype=torch.float64)
-        wide, groups = probe.merged(weight, 32)
-        assert wide.shape == (outputs * channels, 64, 3, 3) and groups == channels // 64
-        torch.testing.assert_close(F.conv2d(x, wide, groups=groups), F.conv2d(x, weight, groups=32))
-
     @pytest.mark.parametrize("stride", [1, 2])
     def test_gradients_are_those_of_autograd(self, stride):
         torch.manual_seed(1)

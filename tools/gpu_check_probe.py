@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from detcore import native
 from detcore.ops.bias_relu import bias_relu
+from detcore.ops.conv import merged
+from detcore.ops.pool_bias_relu import pool_bias_relu
 
-MERGED = 64
 """Channels of a group of the block-diagonal convolutions."""
 HEADS = (
     *(f"{how} {what}" for what in ("forward", "input gradient", "weight gradient") for how in ("16-bit", "8-bit")),
@@ -239,10 +240,6 @@ class Bench:
         with native.using("native"):
             if way == "then bias_relu":
                 return self.measured(lambda: bias_relu(F.max_pool2d(x, 3, 2, 1), bias), 0.0, mb)
-            try:
-                from detcore.ops.pool_bias_relu import pool_bias_relu
-            except ModuleNotFoundError as error:
-                raise Skip(str(error)) from error
             return self.measured(lambda: pool_bias_relu(x, bias), 0.0, mb)
 
     def followed(self, conv: Conv) -> Iterator[Job]:
@@ -349,19 +346,6 @@ def convolution(
     sizes = None if bias is None else [len(bias)]
     place = sizes, stride, padding, one, False, [0, 0], groups, mask
     return lambda: torch.ops.aten.convolution_backward(grad, x, weight, *place)
-
-
-def merged(weight: Tensor, groups: int) -> tuple[Tensor, int]:
-    """Weight and number of groups of the same convolution by groups of MERGED channels: [C, c, k, k] ->
-    [C, MERGED, k, k], zero between channels of what were different groups."""
-    outputs, width, *kernel = weight.shape
-    together = MERGED // width
-    blocks = weight.reshape(groups // together, together, outputs // groups, width, *kernel)
-    wide = weight.new_zeros(groups // together, together, outputs // groups, together, width, *kernel)
-    for i in range(together):
-        wide[:, i, :, i] = blocks[:, i]
-    wide = wide.reshape(outputs, MERGED, *kernel).contiguous(memory_format=torch.channels_last)
-    return wide, groups // together
 
 
 @contextmanager

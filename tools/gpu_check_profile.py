@@ -36,7 +36,7 @@ FAMILIES = (
 OURS = {
     **dict.fromkeys(("used", "highest", "match"), "matching"),
     **dict.fromkeys(("focal", "biased_focal", "column_sums", "box", "scale", "total"), "loss"),
-    **dict.fromkeys(("bias_relu", "mask", "mask_sums", "channel_sums"), "batchnorm/elementwise"),
+    **dict.fromkeys(("bias_relu", "mask", "mask_sums", "channel_sums", "pool_bias_relu"), "batchnorm/elementwise"),
     "normalize": "normalize",
     "fold": "memcpy",
 }

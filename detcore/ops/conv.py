@@ -151,7 +151,7 @@ class _ConvBiasReLU(torch.autograd.Function):
         x, weight, out = ctx.saved_tensors
         into_x, into_weight, into_bias, into_residual, *_ = ctx.needs_input_grad
         stride, padding, dilation, groups = ctx.geometry
-        grad, dbias = _masked(out, into_bias, arrived)
+        grad, dbias = masked_sum(out, into_bias, arrived)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (into_x, into_weight, False)
         )
@@ -159,7 +159,7 @@ class _ConvBiasReLU(torch.autograd.Function):
         return dx, dweight, dbias, grad if into_residual else None, None, None
 
 
-def _masked(out: Tensor, sums: bool, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def masked_sum(out: Tensor, sums: bool, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """The sum of the gradients where the output lets it pass, and its sums over the channels.
 
     Where the output is NaN they pass, where it is 0 they do not, as in bias_relu.
