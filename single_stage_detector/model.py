@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detcore import UserError
+from detcore import UserError, native
 from detcore.ops.bias_relu import conv_bias_relu
+from detcore.ops.conv3x3 import Narrow, conv3x3, narrow
 from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
@@ -63,17 +64,35 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.get_submodule(output_name).bias, bias)
 
-    def _tower(self, x: Tensor) -> Tensor:
+    def _narrow(self, x: Tensor) -> dict[str, Narrow]:
+        """The weights that are multiplied in 8 bits, by layer's name: of the tower and of class logits, which is where
+        the time goes; box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on."""
+        if not native.fp8_heads(x.device.type):
+            return {}
+        layers = {n: m for n, m in self.named_modules() if isinstance(m, nn.Conv2d) and n != "bbox_reg"}
+        return {name: narrow(layer) for name, layer in layers.items()}
+
+    def _tower(self, x: Tensor, small: Mapping[str, Narrow]) -> Tensor:
         """self.conv, each convolution and the ReLU after it as one."""
-        for layer in self.conv:
+        for name, layer in self.conv.named_children():
             if isinstance(layer, nn.Conv2d):
-                x = conv_bias_relu(x, layer)
+                in_8_bits = small.get(f"conv.{name}")
+                if in_8_bits:
+                    x = conv3x3(x, layer.weight, layer.bias, in_8_bits, relu=True)
+                else:
+                    x = conv_bias_relu(x, layer)
         return x
 
+    def _output(self, x: Tensor, small: Mapping[str, Narrow]) -> Tensor:
+        """The last layer."""
+        layer = self.get_submodule(self.output_name)
+        in_8_bits = small.get(self.output_name)
+        return conv3x3(x, layer.weight, layer.bias, in_8_bits) if in_8_bits else layer(x)
+
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        output = self.get_submodule(self.output_name)
+        small = self._narrow(pyramid[0])
         # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
-        cells = [output(self._tower(x)).permute(0, 2, 3, 1) for x in pyramid]
+        cells = [self._output(self._tower(x, small), small).permute(0, 2, 3, 1) for x in pyramid]
         return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 
