@@ -153,12 +153,12 @@ def convolve(
     bias: Tensor | None,
     relu: bool,
     dtype: torch.dtype,
-    cut: Tiles | None = None,
+    cut: tuple | None = None,
 ) -> Tensor:
     """`detcore.ops.conv3x3.convolve` by the kernel, in tiles of one's choice."""
     n, channels, height, width = x.shape
     outputs = len(weight)
-    cut = cut or convolution_tiles(x.dtype, outputs, channels)
+    cut = Tiles(*cut) if cut else convolution_tiles(x.dtype, outputs, channels)
     out = torch.empty((n, height, width, outputs), dtype=dtype, device=x.device)
     pixels = n * height * width
     grid = (triton.cdiv(pixels, cut.rows) * triton.cdiv(outputs, cut.columns),)
@@ -181,11 +181,16 @@ def convolution_tiles(dtype: torch.dtype, outputs: int, channels: int) -> Tiles:
     return Tiles(128, 256 if outputs > 128 else narrow, 128 // dtype.itemsize, 4, 8)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, scale: Tensor | None, cut: Tiles | None = None) -> Tensor:
+def weight_gradient_tiles(outputs: int, channels: int) -> Tiles:
+    """Tiles of a weight gradient [outputs, 9, channels]; the sum is over pixels."""
+    return Tiles(128 if outputs > 64 else 64, 256 if channels > 128 else 128 if channels > 64 else 64, 64, 4, 8)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, scale: Tensor | None, cut: tuple | None = None) -> Tensor:
     """`detcore.ops.conv3x3.weight_gradient` by the kernel, in tiles of one's choice."""
     n, channels, height, width = x.shape
     outputs = grad.shape[1]
-    cut = cut or Tiles(128 if outputs > 64 else 64, 256 if channels > 128 else 128 if channels > 64 else 64, 64, 4, 8)
+    cut = Tiles(*cut) if cut else weight_gradient_tiles(outputs, channels)
     across = triton.cdiv(outputs, cut.rows) * triton.cdiv(channels, cut.columns)
     pixels = n * height * width
     part = triton.cdiv(triton.cdiv(pixels, max(1, PROGRAMS // (9 * across))), cut.depth) * cut.depth
