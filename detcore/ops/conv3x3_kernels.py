@@ -35,20 +35,21 @@ PARTS = 512
 
 @triton.jit
 def convolve_kernel(
-    x, weight, out, scale, bias, height, width, pixels, channels, outputs,
+    x, weight, out, scale, bias, height, width, pixels,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
     BIAS: tl.constexpr, RELU: tl.constexpr, SCALE: tl.constexpr, PROMOTE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out [pixels, outputs] = scale * sum over taps and channels of x [pixels, channels], shifted, times weight
     [outputs, 9, channels] (+ bias), (ReLU). Programs next to each other share their rows of x."""
-    across = tl.cdiv(outputs, COLUMNS)
+    across = tl.cdiv(OUTPUTS, COLUMNS)
     p = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     c = tl.arange(0, DEPTH)
     row, column = p // width % height, p % width
-    x_at = x + p.to(tl.int64)[:, None] * channels + c[None, :]
-    weight_at = weight + k[None, :] * (9 * channels) + c[:, None]
-    deep = tl.cdiv(channels, DEPTH)
+    x_at = x + p.to(tl.int64)[:, None] * CHANNELS + c[None, :]
+    weight_at = weight + k[None, :] * (9 * CHANNELS) + c[:, None]
+    deep = tl.cdiv(CHANNELS, DEPTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(9 * deep):
         tap = step // deep
@@ -56,9 +57,9 @@ def convolve_kernel(
         down, right = tap // 3 - 1, tap % 3 - 1
         inside = (p < pixels) & (row + down >= 0) & (row + down < height)
         inside = inside & (column + right >= 0) & (column + right < width)
-        left = c + start < channels
-        a = tl.load(x_at + ((down * width + right) * channels + start), mask=inside[:, None] & left[None, :], other=0.0)
-        b = tl.load(weight_at + (tap * channels + start), mask=(k < outputs)[None, :] & left[:, None], other=0.0)
+        left = c + start < CHANNELS
+        a = tl.load(x_at + ((down * width + right) * CHANNELS + start), mask=inside[:, None] & left[None, :], other=0.0)
+        b = tl.load(weight_at + (tap * CHANNELS + start), mask=(k < OUTPUTS)[None, :] & left[:, None], other=0.0)
         if PROMOTE:
             total += tl.dot(a, b, max_num_imprecise_acc=DEPTH)
         else:
@@ -66,22 +67,23 @@ def convolve_kernel(
     if SCALE:
         total *= tl.load(scale)
     if BIAS:
-        total += tl.load(bias + k, mask=k < outputs, other=0.0)[None, :]
+        total += tl.load(bias + k, mask=k < OUTPUTS, other=0.0)[None, :]
     if RELU:
         total = tl.where(total < 0, 0.0, total)  # NaN stays NaN
-    out_at = out + p.to(tl.int64)[:, None] * outputs + k[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=(p < pixels)[:, None] & (k < outputs)[None, :])
+    out_at = out + p.to(tl.int64)[:, None] * OUTPUTS + k[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=(p < pixels)[:, None] & (k < OUTPUTS)[None, :])
 
 
 @triton.jit
 def weight_gradient_kernel(
-    grad, x, partial, height, width, pixels, outputs, channels, part,
-    HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    grad, x, partial, height, width, pixels, part,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """partial [parts, outputs, 9, channels]: sums over `part` pixels each of grad [pixels, outputs] times shifted x
     [pixels, channels]. HALF: 8-bit numbers become float16, exactly, since tensor cores take 8-bit numbers only where
     those of a sum lie side by side in memory; here pixels do not."""
-    across = tl.cdiv(channels, COLUMNS)
+    across = tl.cdiv(CHANNELS, COLUMNS)
     k = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     tap = tl.program_id(1)
@@ -95,18 +97,18 @@ def weight_gradient_kernel(
         inside = (p < last) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         wide = p.to(tl.int64)
         a = tl.load(
-            grad + wide[None, :] * outputs + k[:, None], mask=inside[None, :] & (k < outputs)[:, None], other=0.0
+            grad + wide[None, :] * OUTPUTS + k[:, None], mask=inside[None, :] & (k < OUTPUTS)[:, None], other=0.0
         )
         b = tl.load(
-            x + (wide + (down * width + right))[:, None] * channels + c[None, :],
-            mask=inside[:, None] & (c < channels)[None, :],
+            x + (wide + (down * width + right))[:, None] * CHANNELS + c[None, :],
+            mask=inside[:, None] & (c < CHANNELS)[None, :],
             other=0.0,
         )
         if HALF:
             a, b = a.to(tl.float16), b.to(tl.float16)
         total = tl.dot(a, b, total)
-    at = partial + ((tl.program_id(2) * outputs + k)[:, None] * 9 + tap).to(tl.int64) * channels + c[None, :]
-    tl.store(at, total, mask=(k < outputs)[:, None] & (c < channels)[None, :])
+    at = partial + ((tl.program_id(2) * OUTPUTS + k)[:, None] * 9 + tap).to(tl.int64) * CHANNELS + c[None, :]
+    tl.store(at, total, mask=(k < OUTPUTS)[:, None] & (c < CHANNELS)[None, :])
 
 
 @triton.jit
@@ -163,8 +165,8 @@ def convolve(
     pixels = n * height * width
     grid = (triton.cdiv(pixels, cut.rows) * triton.cdiv(outputs, cut.columns),)
     convolve_kernel[grid](
-        x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), out, scale, bias, height, width, pixels, channels, outputs,
-        bias is not None, relu, scale is not None, cut.promote, cut.rows, cut.columns, cut.depth,
+        x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), out, scale, bias, height, width, pixels,
+        channels, outputs, bias is not None, relu, scale is not None, cut.promote, cut.rows, cut.columns, cut.depth,
         num_stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
@@ -197,8 +199,9 @@ def weight_gradient(grad: Tensor, x: Tensor, scale: Tensor | None, cut: tuple | 
     parts = triton.cdiv(pixels, part)
     partial = torch.empty((parts, outputs, 3, 3, channels), dtype=torch.float32, device=x.device)
     weight_gradient_kernel[(across, 9, parts)](
-        grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), partial, height, width, pixels, outputs, channels, part,
-        grad.dtype.itemsize == 1, cut.rows, cut.columns, cut.depth, num_stages=cut.stages, num_warps=cut.warps,
+        grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), partial, height, width, pixels, part,
+        channels, outputs, grad.dtype.itemsize == 1, cut.rows, cut.columns, cut.depth,
+        num_stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     total = partial.sum(0)
     return (total if scale is None else total * scale).permute(0, 3, 1, 2)

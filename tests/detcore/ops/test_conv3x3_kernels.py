@@ -108,6 +108,8 @@ def interpreted(tmp_path_factory) -> dict[str, Tensor]:
     command = [sys.executable, "-c", INTERPRETER, str(folder / "cases.pt"), str(folder / "found.pt")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays" in done.stderr:
+        pytest.skip("this Triton's interpreter is older than numpy 2.4 (triton-lang/triton, issue 9171)")
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "found.pt")
 
@@ -226,7 +228,7 @@ def compiled(name: str, types: dict[str, str], constants: dict[str, int], cut: t
     names = kernel.arg_names
     constants = constants | {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth}
     signature = {n: types.get(n, "constexpr" if n in constants else "i32") for n in names}
-    sixteenfold = [*types, "channels", "outputs", "part"]
+    sixteenfold = [*types, "part"]
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in sixteenfold}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
@@ -261,7 +263,7 @@ def test_compiles_to_tensor_core_instructions(
     else:
         cut = conv3x3_kernels.weight_gradient_tiles(outputs, channels)
         types, constants = {"grad": f"*{a}", "x": f"*{b}", "partial": "*fp32"}, {"HALF": dtype.itemsize == 1}
-    made = compiled(f"{kind}_kernel", types, constants, cut)
+    made = compiled(f"{kind}_kernel", types, constants | {"CHANNELS": channels, "OUTPUTS": outputs}, cut)
     assert f"wgmma.mma_async.sync.aligned.{instruction}" in made.asm["ptx"]
     assert made.metadata.shared <= 227 * 1024
     (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
