@@ -8,9 +8,10 @@ largest value of steps before, would be state beside the weights, wrong in the f
 after a resumed checkpoint. Infinity or NaN anywhere makes the scale NaN and so all that is computed from it: the loss
 shows it, as in 16 bits.
 
-Forward and input gradient multiply 8-bit numbers. The weight gradient sums over pixels, which do not lie side by side
-in memory as tensor cores want it of 8-bit numbers: it takes the same 8-bit numbers as float16, where they are exact,
-and its long sums are in float32. On the CPU all of it is emulated: the same numbers, but for the order of the sums.
+`conv3x3` multiplies 8-bit numbers forward and for the input gradient. The weight gradient stays what it is, the
+library's in 16 bits: it sums over pixels, and of 8-bit numbers tensor cores want those of a sum side by side in memory;
+to turn both tensors over, one of them three times for the three columns of taps, costs about what it wins. On the CPU
+8 bits are emulated: the same numbers, but for the order of the sums.
 """
 
 from typing import NamedTuple
@@ -158,26 +159,27 @@ def narrow(conv: nn.Conv2d) -> Narrow:
 
 
 class _Conv3x3(torch.autograd.Function):
-    """x in 8 bits times a weight in 8 bits; for the backward pass the 8-bit x is kept, half of what 16 bits take."""
+    """x in 8 bits times a weight in 8 bits; see the head of this file for the gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, forward, backward, scale, dtype):
         small, x_scale = quantise(x, FORWARD)
-        ctx.save_for_backward(small, x_scale, backward, scale)
+        ctx.save_for_backward(x.to(dtype), backward, scale)
         ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
         return convolve(small, forward, x_scale * scale, bias, False, dtype)
 
     @staticmethod
     def backward(ctx, grad):
         into_x, into_weight, into_bias, *_ = ctx.needs_input_grad
-        x, x_scale, backward, scale = ctx.saved_tensors
-        small, grad_scale = quantise(grad, BACKWARD)
-        dx = convolve(small, backward, grad_scale * scale, None, False, ctx.x_dtype) if into_x else None
-        dweight = None
+        x, backward, scale = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if into_x:
+            small, grad_scale = quantise(grad, BACKWARD)
+            dx = convolve(small, backward, grad_scale * scale, None, False, ctx.x_dtype)
         if into_weight:
-            outputs, inputs = ctx.weight_shape[:2]
-            dweight = weight_gradient(small, x, grad_scale * x_scale)[:outputs, :inputs].to(ctx.weight_dtype)
-        dbias = grad.sum((0, 2, 3), dtype=torch.float32) if into_bias else None
+            dweight = torch.nn.grad.conv2d_weight(x, ctx.weight_shape, grad, padding=1).to(ctx.weight_dtype)
+        if into_bias:
+            dbias = grad.sum((0, 2, 3), dtype=torch.float32)
         return dx, dweight, dbias, None, None, None, None
 
 

@@ -84,7 +84,7 @@ def test_nan_reaches_outputs_and_gradients(where, bad):
     assert out.isnan().all() == (where != "grad")
     out.backward(grad)
     assert x.grad.isnan().all() == (where != "x")
-    assert conv.weight.grad.isnan().all() == (where != "weight")
+    assert conv.weight.grad.isfinite().all() == (where == "weight")
 
 
 def test_channels_are_padded_with_zeros():
@@ -124,13 +124,14 @@ def test_forward_and_gradients_are_within_the_error_of_their_bits(channels, outp
     for found, of, a, da, b, db in (
         (out.detach() - bias, product, exact_x, dx, weight, dw),
         (x.grad, product, g, dg, turned(weight), turned(dw)),
-        (conv.weight.grad, over_pixels, g, dg, exact_x, dx),
+        (conv.weight.grad, over_pixels, g, 0 * dg, exact_x, 0 * dx),
     ):
         exact, size_of_all = of(a, b), of(a.abs() + da, b.abs() + db)
         bound = size_of_all - of(a.abs(), b.abs()) + (last_bit + 1e-6) * (size_of_all + bias.abs().max())
         off = (found.double() - exact).abs()
         assert (off <= bound).all()
-        assert off.square().mean().sqrt() > 0.005 * exact.square().mean().sqrt()  # so it is 8 bits that were computed
+        in_8_bits = off.square().mean().sqrt() > 0.01 * exact.square().mean().sqrt()
+        assert in_8_bits == (of is product)
     assert torch.allclose(conv.bias.grad.double(), g.sum((0, 2, 3)), rtol=1e-5, atol=0)
 
 
