@@ -66,8 +66,9 @@ class Head(nn.Module):
 
     def _narrow(self, x: Tensor) -> dict[str, Narrow]:
         """The weights that are multiplied in 8 bits, by layer's name: of the tower and of class logits, which is where
-        the time goes; box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on."""
-        if not native.fp8_heads(x.device.type):
+        the time goes; box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on, and where no
+        gradients flow: a detection would depend on the images beside its own, whose values set the scale."""
+        if not (torch.is_grad_enabled() and native.fp8_heads(x.device.type)):
             return {}
         layers = {n: m for n, m in self.named_modules() if isinstance(m, nn.Conv2d) and n != "bbox_reg"}
         return {name: narrow(layer) for name, layer in layers.items()}

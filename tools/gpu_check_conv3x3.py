@@ -33,12 +33,14 @@ def ways(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Callable[[], Any]
     def library(*mask: bool) -> Callable[[], Any]:
         return lambda: torch.ops.aten.convolution_backward(grad, x, weight, *place, [*mask, False])
 
+    bias = weight.new_zeros(len(weight), dtype=torch.float32)
     plain, scaled = (None, None, False, x.dtype), (scale, None, False, x.dtype)
     found: dict[str, Callable[[], Any]] = {
         "library forward": lambda: F.conv2d(x, weight, padding=1),
         "library input gradient": lambda: library(True, False)()[0],
         "library weight gradient": lambda: library(False, True)()[1],
         "16-bit forward": lambda: ops.convolve(x, weight, *plain),
+        "16-bit forward, bias, ReLU": lambda: ops.convolve(x, weight, None, bias, True, x.dtype),
         "16-bit input gradient": lambda: ops.convolve(grad, turned, *plain),
         "16-bit weight gradient": lambda: ops.weight_gradient(grad, x, None),
         "8-bit forward": lambda: ops.convolve(small, small_weight, *scaled),

@@ -192,8 +192,5 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, small: Narrow, relu:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     wide = None if bias is None else bias.float()
-    if not torch.is_grad_enabled():
-        narrow_x, x_scale = quantise(x, FORWARD)
-        return convolve(narrow_x, small.forward, x_scale * small.scale, wide, relu, dtype)
     out = _Conv3x3.apply(x, weight, None if relu else wide, *small, dtype)
     return bias_relu(out, bias) if relu else out

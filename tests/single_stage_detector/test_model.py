@@ -310,4 +310,6 @@ def test_8_bit_layers_are_towers_and_class_logits(output, in_8_bits):
     assert head._narrow(x) == {}
     with native.using("auto", "fp8_heads"):
         narrow = head._narrow(x)
+        with torch.no_grad():
+            assert head._narrow(x) == {}
     assert sorted(narrow) == sorted(["conv.0", "conv.2", "cls_logits"][:in_8_bits])
