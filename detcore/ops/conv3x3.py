@@ -59,8 +59,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return quantise_reference(x, dtype)
     from detcore.ops import conv3x3_kernels
 
-    last = x.contiguous(memory_format=torch.channels_last)
-    return conv3x3_kernels.quantise(last, dtype, padded(x.shape[1]), TOP[dtype])
+    return conv3x3_kernels.quantise(x, dtype, padded(x.shape[1]), TOP[dtype])
 
 
 @quantise.register_fake
@@ -91,8 +90,8 @@ def convolve(
 ) -> Tensor:
     """scale * the convolution of x with weight (+ bias), (ReLU), rounded to dtype: [N, K, H, W] in channels_last.
 
-    x: [N, C, H, W]; weight: [K, C, 3, 3]; both in channels_last and of 8 bits, or both of one 16-bit type. scale:
-    float32 [1]. bias: float32 [K]. Its input gradient is the same with `flipped` weights. No gradients of its own.
+    x: [N, C, H, W]; weight: [K, C, 3, 3]; both of 8 bits, or both of one 16-bit type; copied if not in channels_last.
+    scale: float32 [1]. bias: float32 [K]. Its input gradient is the same with `flipped` weights. Has no gradients.
     """
     if x.device.type == "cpu":
         return convolve_reference(x, weight, scale, bias, relu, dtype)
@@ -119,8 +118,8 @@ def weight_gradient_reference(grad: Tensor, x: Tensor, scale: Tensor | None) -> 
 def weight_gradient(grad: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
     """scale * the gradient of a convolution's weight, float32 [K, C, 3, 3] in channels_last.
 
-    grad: that of the output, [N, K, H, W]; x: the input, [N, C, H, W]; both in channels_last and of 8 bits, or both of
-    one 16-bit type. scale: float32 [1].
+    grad: that of the output, [N, K, H, W]; x: the input, [N, C, H, W]; both of 8 bits, or both of one 16-bit type;
+    copied if not in channels_last. scale: float32 [1].
     """
     if x.device.type == "cpu":
         return weight_gradient_reference(grad, x, scale)

@@ -148,6 +148,11 @@ def narrow_kernel(
     tl.store(out + wide * padded + column[None, :], narrow, mask=(row < rows)[:, None] & (column < padded)[None, :])
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H, W, C], contiguous: no copy of a tensor in channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -165,7 +170,7 @@ def convolve(
     pixels = n * height * width
     grid = (triton.cdiv(pixels, cut.rows) * triton.cdiv(outputs, cut.columns),)
     convolve_kernel[grid](
-        x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), out, scale, bias, height, width, pixels,
+        _rows(x), _rows(weight), out, scale, bias, height, width, pixels,
         channels, outputs, bias is not None, relu, scale is not None, cut.promote, cut.rows, cut.columns, cut.depth,
         num_stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
@@ -199,7 +204,7 @@ def weight_gradient(grad: Tensor, x: Tensor, scale: Tensor | None, cut: tuple | 
     parts = triton.cdiv(pixels, part)
     partial = torch.empty((parts, outputs, 3, 3, channels), dtype=torch.float32, device=x.device)
     weight_gradient_kernel[(across, 9, parts)](
-        grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), partial, height, width, pixels, part,
+        _rows(grad), _rows(x), partial, height, width, pixels, part,
         channels, outputs, grad.dtype.itemsize == 1, cut.rows, cut.columns, cut.depth,
         num_stages=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
@@ -208,12 +213,12 @@ def weight_gradient(grad: Tensor, x: Tensor, scale: Tensor | None, cut: tuple | 
 
 
 def quantise(x: Tensor, dtype: torch.dtype, padded: int, top: int) -> tuple[Tensor, Tensor]:
-    """`detcore.ops.conv3x3.quantise` by the kernels; x in channels_last, 1.75 * 2^top dtype's largest."""
+    """`detcore.ops.conv3x3.quantise` by the kernels; 1.75 * 2^top dtype's largest."""
     n, channels, height, width = x.shape
     count, block = x.numel(), 4096
     parts = min(PARTS, triton.next_power_of_2(triton.cdiv(count, block)))
     each = triton.cdiv(triton.cdiv(count, parts), block) * block
-    last = x.permute(0, 2, 3, 1)
+    last = _rows(x)
     largest = torch.empty((parts,), dtype=torch.int32, device=x.device)
     largest_kernel[(parts,)](last, largest, count, each, block, num_warps=8)
     out = torch.empty((n, height, width, padded), dtype=dtype, device=x.device)
