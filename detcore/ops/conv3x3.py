@@ -38,7 +38,7 @@ def quantise_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`quantise` in plain PyTorch."""
     largest = torch.linalg.vector_norm(x.float(), float("inf"))
     # In bits, exactly: its exponent, one more if its mantissa is over the 1.75 of both formats' largest values.
-    exponent = ((largest.view(torch.int32) + 0x1FFFFF >> 23) - TOP[dtype]).clamp(min=1)
+    exponent = (((largest.view(torch.int32) + 0x1FFFFF) >> 23) - TOP[dtype]).clamp(min=1)
     scale = torch.where(largest.isfinite(), (exponent << 23).view(torch.float32), torch.nan)
     narrow = (x.float() / scale).to(dtype).contiguous(memory_format=torch.channels_last)
     extra = padded(x.shape[1]) - x.shape[1]

@@ -131,7 +131,7 @@ def narrow_kernel(
 ):  # fmt: skip
     """out [rows, padded] = x [rows, channels] / scale, zeros beside it; scale [1] by `quantise_reference`'s rule."""
     most = tl.max(tl.load(largest + tl.arange(0, PARTS)), 0)
-    exponent = tl.maximum((most + 0x1FFFFF >> 23) - top, 1)
+    exponent = tl.maximum(((most + 0x1FFFFF) >> 23) - top, 1)
     finite = most < 0x7F800000
     nan = 0x7FC00000
     if tl.program_id(0) == 0:
