@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from detcore import UserError, native
 from detcore.ops.bias_relu import conv_bias_relu
-from detcore.ops.conv3x3 import Narrow, conv3x3, narrow
+from detcore.ops.conv3x3 import EightBits, conv3x3, in_8_bits
 from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
@@ -64,36 +64,33 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.get_submodule(output_name).bias, bias)
 
-    def _narrow(self, x: Tensor) -> dict[str, Narrow]:
-        """The weights that are multiplied in 8 bits, by layer's name: of the tower and of class logits, which is where
-        the time goes; box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on, and where no
-        gradients flow: a detection would depend on the images beside its own, whose values set the scale."""
+    def _in_8_bits(self, x: Tensor) -> dict[Tensor, EightBits]:
+        """The weights that are multiplied in 8 bits: of the tower and of class logits, which is where the time goes;
+        box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on, and where no gradients flow: a
+        detection would depend on the images beside its own, whose values set the scale."""
         if not (torch.is_grad_enabled() and native.fp8_heads(x.device.type)):
             return {}
-        layers = {n: m for n, m in self.named_modules() if isinstance(m, nn.Conv2d) and n != "bbox_reg"}
-        return {name: narrow(layer) for name, layer in layers.items()}
+        layers = [m for name, m in self.named_modules() if isinstance(m, nn.Conv2d) and name != "bbox_reg"]
+        return {layer.weight: in_8_bits(layer) for layer in layers}
 
-    def _tower(self, x: Tensor, small: Mapping[str, Narrow]) -> Tensor:
+    def _tower(self, x: Tensor, eight: Mapping[Tensor, EightBits]) -> Tensor:
         """self.conv, each convolution and the ReLU after it as one."""
-        for name, layer in self.conv.named_children():
-            if isinstance(layer, nn.Conv2d):
-                in_8_bits = small.get(f"conv.{name}")
-                if in_8_bits:
-                    x = conv3x3(x, layer.weight, layer.bias, in_8_bits, relu=True)
-                else:
-                    x = conv_bias_relu(x, layer)
+        for layer in self.conv:
+            if isinstance(layer, nn.Conv2d) and layer.weight in eight:
+                x = conv3x3(x, layer.weight, layer.bias, eight[layer.weight], relu=True)
+            elif isinstance(layer, nn.Conv2d):
+                x = conv_bias_relu(x, layer)
         return x
 
-    def _output(self, x: Tensor, small: Mapping[str, Narrow]) -> Tensor:
+    def _output(self, x: Tensor, eight: Mapping[Tensor, EightBits]) -> Tensor:
         """The last layer."""
         layer = self.get_submodule(self.output_name)
-        in_8_bits = small.get(self.output_name)
-        return conv3x3(x, layer.weight, layer.bias, in_8_bits) if in_8_bits else layer(x)
+        return conv3x3(x, layer.weight, layer.bias, eight[layer.weight]) if layer.weight in eight else layer(x)
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        small = self._narrow(pyramid[0])
+        eight = self._in_8_bits(pyramid[0])
         # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
-        cells = [self._output(self._tower(x, small), small).permute(0, 2, 3, 1) for x in pyramid]
+        cells = [self._output(self._tower(x, eight), eight).permute(0, 2, 3, 1) for x in pyramid]
         return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 

@@ -142,7 +142,7 @@ def flipped(weight: Tensor, inputs: int, outputs: int) -> Tensor:
     return turned.view(weight.dtype).permute(0, 3, 1, 2)
 
 
-class Narrow(NamedTuple):
+class EightBits(NamedTuple):
     """A layer's weight in 8 bits: for the convolution, for its input gradient, and their scale."""
 
     forward: Tensor
@@ -150,11 +150,11 @@ class Narrow(NamedTuple):
     scale: Tensor
 
 
-def narrow(conv: nn.Conv2d) -> Narrow:
+def in_8_bits(conv: nn.Conv2d) -> EightBits:
     """A layer's weight in 8 bits, made once a step and used for every level of a pyramid."""
     outputs, inputs = conv.weight.shape[:2]
     weight, scale = quantise(conv.weight.detach(), FORWARD)
-    return Narrow(weight, flipped(weight, inputs, padded(outputs)), scale)
+    return EightBits(weight, flipped(weight, inputs, padded(outputs)), scale)
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -182,10 +182,10 @@ class _Conv3x3(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, small: Narrow, relu: bool = False) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, small: EightBits, relu: bool = False) -> Tensor:
     """The 3x3 convolution of x in 8 bits (+ bias), (ReLU): [N, K, H, W] of x's dtype, or autocast's, in channels_last.
 
-    x: float [N, C, H, W]. weight: [K, C, 3, 3], which gets the gradient; small: the same by `narrow`, which is
+    x: float [N, C, H, W]. weight: [K, C, 3, 3], which gets the gradient; small: the same by `in_8_bits`, which is
     multiplied. bias: float [K]; relu wants one.
     """
     device = x.device.type

@@ -312,9 +312,9 @@ def test_8_bit_heads(dtype):
 @pytest.mark.parametrize(("output", "in_8_bits"), [("cls_logits", 3), ("bbox_reg", 2)])
 def test_8_bit_layers_are_towers_and_class_logits(output, in_8_bits):
     head, x = Head(32, 2, 9, 4, output), torch.zeros(1, 32, 4, 4)
-    assert head._narrow(x) == {}
+    assert head._in_8_bits(x) == {}
     with native.using("auto", "fp8_heads"):
-        narrow = head._narrow(x)
+        found = head._in_8_bits(x)
         with torch.no_grad():
-            assert head._narrow(x) == {}
-    assert sorted(narrow) == sorted(["conv.0", "conv.2", "cls_logits"][:in_8_bits])
+            assert head._in_8_bits(x) == {}
+    assert len(found) == in_8_bits and (head.get_submodule(output).weight in found) == (output == "cls_logits")

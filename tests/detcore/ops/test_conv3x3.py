@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from detcore import UserError, native
 from detcore.ops import conv3x3 as ops
-from detcore.ops.conv3x3 import BACKWARD, FORWARD, conv3x3, narrow, quantise
+from detcore.ops.conv3x3 import BACKWARD, FORWARD, conv3x3, in_8_bits, quantise
 
 LARGEST = {FORWARD: 448.0, BACKWARD: 57344.0}
 RELATIVE = {FORWARD: 2**-4, BACKWARD: 2**-3}
@@ -80,7 +80,7 @@ def test_nan_reaches_outputs_and_gradients(where, bad):
     grad = torch.randn(1, 8, 5, 5)
     {"x": x, "weight": conv.weight.data, "grad": grad}[where][0, 0, 2, 2] = bad
     x.requires_grad_()
-    out = conv3x3(x, conv.weight, conv.bias, narrow(conv), relu=False)
+    out = conv3x3(x, conv.weight, conv.bias, in_8_bits(conv), relu=False)
     assert out.isnan().all() == (where != "grad")
     out.backward(grad)
     assert x.grad.isnan().all() == (where != "x")
@@ -103,7 +103,7 @@ def test_forward_and_gradients_are_within_the_error_of_their_bits(channels, outp
     conv = layer(channels, outputs)
     x = torch.randn(2, channels, *size).to(dtype).requires_grad_()
     grad = (1e-5 * torch.randn(2, outputs, *size)).to(dtype)
-    out = conv3x3(x, conv.weight, conv.bias, narrow(conv))
+    out = conv3x3(x, conv.weight, conv.bias, in_8_bits(conv))
     out.backward(grad)
     assert (out.dtype, x.grad.dtype, conv.weight.grad.dtype) == (dtype, dtype, torch.float32)
 
@@ -130,8 +130,8 @@ def test_forward_and_gradients_are_within_the_error_of_their_bits(channels, outp
         bound = size_of_all - of(a.abs(), b.abs()) + (last_bit + 1e-6) * (size_of_all + bias.abs().max())
         off = (found.double() - exact).abs()
         assert (off <= bound).all()
-        in_8_bits = off.square().mean().sqrt() > 0.01 * exact.square().mean().sqrt()
-        assert in_8_bits == (of is product)
+        rounded = off.square().mean().sqrt() > 0.01 * exact.square().mean().sqrt()
+        assert rounded == (of is product)  # 8 bits, or not
     assert torch.allclose(conv.bias.grad.double(), g.sum((0, 2, 3)), rtol=1e-5, atol=0)
 
 
@@ -140,14 +140,14 @@ def test_emulation_sums_products_of_8_bit_numbers():
     conv, x = layer(16, 24), torch.randn(2, 16, 6, 5)
     (small, scale), (weight, weight_scale) = quantise(x, FORWARD), quantise(conv.weight.detach(), FORWARD)
     exact = F.conv2d(small.double() * scale, weight.double() * weight_scale, conv.bias.double(), padding=1)
-    found = conv3x3(x, conv.weight, conv.bias, narrow(conv))
+    found = conv3x3(x, conv.weight, conv.bias, in_8_bits(conv))
     assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_relu_follows_the_bias():
     torch.manual_seed(2)
     conv, x = layer(16, 24), torch.randn(2, 16, 6, 5)
-    plain, rectified = (conv3x3(x, conv.weight, conv.bias, narrow(conv), relu) for relu in (False, True))
+    plain, rectified = (conv3x3(x, conv.weight, conv.bias, in_8_bits(conv), relu) for relu in (False, True))
     assert torch.allclose(rectified, F.relu(plain), rtol=1e-6, atol=1e-6) and (rectified == 0).any()
 
 
@@ -182,7 +182,7 @@ def test_compiler_traces_it():
     conv, x = layer(16, 24), torch.randn(2, 16, 6, 5)
 
     def loss() -> Tensor:
-        return conv3x3(x, conv.weight, conv.bias, narrow(conv), relu=True).square().sum()
+        return conv3x3(x, conv.weight, conv.bias, in_8_bits(conv), relu=True).square().sum()
 
     (eager,) = torch.autograd.grad(loss(), conv.weight)
     (compiled,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(), conv.weight)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detcore.ops import conv3x3 as ops
-from detcore.ops.conv3x3 import BACKWARD, FORWARD, conv3x3, narrow, quantise_reference
+from detcore.ops.conv3x3 import BACKWARD, FORWARD, conv3x3, in_8_bits, quantise_reference
 
 pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs")
 
@@ -195,7 +195,7 @@ def test_recorded_on_a_gpu():
     x = torch.zeros(2, 64, 19, 9, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
 
     def work(layer: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
-        out = conv3x3(x, layer.weight, layer.bias, narrow(layer), relu=True)
+        out = conv3x3(x, layer.weight, layer.bias, in_8_bits(layer), relu=True)
         return out, *torch.autograd.grad(out.square().mean(), [x, layer.weight, layer.bias])
 
     side = torch.cuda.Stream()
