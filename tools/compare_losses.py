@@ -5,8 +5,7 @@
 
 A and B are output folders of two runs, or their progress.jsonl. --run trains them first: A with --ops reference and
 --graphs off, B with --ops auto and --graphs auto, for so many steps, recording each; OPTIONS are those of
-single_stage_detector.train and are the same for both (give a --seed, or one is chosen). --variants in OPTIONS are B's
-alone, since the references have none.
+single_stage_detector.train and are the same for both (give a --seed, or one is chosen).
 The difference of a step is |a - b| / max(|a|, |b|, 1e-6), of the total loss and of every term. Rounding differs between
 two correct programs and grows from step to step, so the tolerance belongs to the precision and the number of steps.
 --figure draws both curves as a page of HTML. Exit code: 0 within the tolerance, 1 over it, 2 nothing to compare.

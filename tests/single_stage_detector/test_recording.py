@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detcore import backend, native
+from detcore import backend
 from detcore.data import Batch
 from detcore.data.synthetic import synthetic_batches
 from single_stage_detector.data import detect
 from single_stage_detector.loss import losses
-from single_stage_detector.model import Head, RetinaNet
+from single_stage_detector.model import RetinaNet
 
 SIZE, CLASSES = (128, 128), 5
 
@@ -56,28 +56,3 @@ def test_detection_stays_on_the_device(setting):
     with OnDeviceOnly():
         found = detect(model, batch, device, ids)
     assert found.shape == (2 * 300, 7)
-
-
-def test_8_bit_heads_stay_on_the_device(setting, monkeypatch):
-    model, batch, _ = setting
-    monkeypatch.setattr(native, "_no_fp8", lambda device: "")
-    with native.using("auto", "fp8_heads"), OnDeviceOnly():
-        terms = losses(model(batch.images), model.anchors, batch.boxes, batch.labels)
-    assert {t.device.type for t in terms.values()} == {"cuda"} and terms["cls"].requires_grad
-
-
-def test_8_bit_gradients_read_no_value():
-    """On the CPU, since tensors that only claim to lie on a GPU have no backward pass."""
-
-    class ReadsNothing(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    seen: list[str] = []
-    torch.manual_seed(0)
-    head = Head(32, 2, 9, CLASSES, "cls_logits")
-    with native.using("auto", "fp8_heads"), ReadsNothing():
-        torch.cat(head([torch.randn(2, 32, 8, 8), torch.randn(2, 32, 4, 4)]), 1).sum().backward()
-    assert sum("detcore_conv3x3.convolve" in name for name in seen) == 10  # layers times levels; images get no gradient
-    assert not [name for name in seen if "_local_scalar_dense" in name or "nonzero" in name]
