@@ -10,6 +10,7 @@ Config field `variants` names those to use.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from struct import unpack_from
 
@@ -67,6 +68,29 @@ def variant(name: str) -> bool:
     if name not in VARIANTS:
         raise KeyError(name)
     return name in _variants and _policy != "reference"
+
+
+@torch.compiler.assume_constant_result
+def fp8_heads(device: str) -> bool:
+    """Whether variant fp8_heads is on. Raises UserError if it is and this type of device has nothing for it: it runs on
+    GPUs whose tensor cores take 8-bit numbers, by Triton, and is emulated on the CPU."""
+    if not variant("fp8_heads"):
+        return False
+    if missing := _no_fp8(device):
+        raise UserError(f"--variants fp8_heads: {missing}; leave it out")
+    return True
+
+
+@lru_cache
+def _no_fp8(device: str) -> str:
+    """Why 8-bit convolutions can't run on a type of device; "" if they can."""
+    if device == "cpu":
+        return ""
+    if device != "cuda":
+        return f"no code for tensors on {device}"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return f"{torch.cuda.get_device_name()} computes with 8 bits only from compute capability 8.9 on"
+    return "" if find_spec("triton") else "Triton is not installed, which comes with torch's builds for GPUs"
 
 
 def library_file(program: str) -> Path:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from detcore import UserError, native
 from detcore.ops.bias_relu import conv2d, conv_bias_relu
+from detcore.ops.conv3x3 import EightBits, conv3x3, in_8_bits
 from detcore.ops.fold import autocast_dtype, narrow_copies
 from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
@@ -84,10 +85,21 @@ class Head(nn.Module):
         """The last layer."""
         return self.get_submodule(self.output_name)
 
-    def _tower(self, x: Tensor, narrow: Mapping[Tensor, Tensor]) -> Tensor:
+    def _in_8_bits(self, x: Tensor) -> dict[Tensor, EightBits]:
+        """The weights that are multiplied in 8 bits: of the tower and of class logits, which is where the time goes;
+        box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on, and where no gradients flow: a
+        detection would depend on the images beside its own, whose values set the scale."""
+        if not (torch.is_grad_enabled() and native.fp8_heads(x.device.type)):
+            return {}
+        layers = [m for name, m in self.named_modules() if isinstance(m, nn.Conv2d) and name != "bbox_reg"]
+        return {layer.weight: in_8_bits(layer) for layer in layers}
+
+    def _tower(self, x: Tensor, narrow: Mapping[Tensor, Tensor], eight: Mapping[Tensor, EightBits]) -> Tensor:
         """self.conv, each convolution and the ReLU after it as one."""
         for layer in self.conv:
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) and layer.weight in eight:
+                x = conv3x3(x, layer.weight, layer.bias, eight[layer.weight], relu=True)
+            elif isinstance(layer, nn.Conv2d):
                 x = conv_bias_relu(x, layer, narrow.get(layer.weight))
         return x
 
@@ -95,9 +107,16 @@ class Head(nn.Module):
         self, pyramid: Sequence[Tensor], narrow: Mapping[Tensor, Tensor] | None = None, biased: bool = True
     ) -> list[Tensor]:
         """narrow: copies of parameters to compute with, if any. biased: whether the last layer's bias is added."""
-        narrow = narrow or {}
+        narrow, eight, last = narrow or {}, self._in_8_bits(pyramid[0]), self.output
+
+        def outputs(x: Tensor) -> Tensor:
+            x = self._tower(x, narrow, eight)
+            if last.weight in eight:
+                return conv3x3(x, last.weight, last.bias if biased else None, eight[last.weight])
+            return _convolve(x, last, narrow, biased)
+
         # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
-        cells = [_convolve(self._tower(x, narrow), self.output, narrow, biased).permute(0, 2, 3, 1) for x in pyramid]
+        cells = [outputs(x).permute(0, 2, 3, 1) for x in pyramid]
         return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 
