@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from gpu_check_conv3x3 import ways
 from gpu_check_core import Context, Job, Row, Skip, Stopwatch, load, lost_context, words
 from gpu_check_ops import PRECISIONS, difference, megabytes, rates
 from gpu_check_profile import layout_kernels, traced
@@ -279,10 +280,6 @@ class Bench:
                 yield f"{conv.name} {way}", lambda conv=conv, way=way: self.head(conv, way)
 
     def head(self, conv: Conv, way: str) -> Row:
-        try:
-            from gpu_check_conv3x3 import ways
-        except ModuleNotFoundError as error:
-            raise Skip(str(error)) from error
         tensors = self.tensors(self.fitted(conv))
         flop = 0.0 if way.startswith("quantise") else gflop(*tensors[1:])
         return attempt(lambda: self.measured(ways(*tensors)[way], flop, megabytes(*tensors)))
