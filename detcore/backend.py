@@ -1,13 +1,12 @@
 """The one file that knows devices: where tensors live, in which precision, what the device tells about itself."""
 
-import os
 import platform
 import resource
 import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detcore import UserError, distributed, graphs
+from detcore.backend_graphs import GraphRecorder
 from detcore.data.ahead import one_ahead
 from detcore.data.batch import Batch
 
@@ -167,20 +167,36 @@ class Backend:
         return one_ahead(batches, send, receive, in_thread=True)
 
     def largest_batch(self, try_batch: Callable[[int], object], start: int, limit: int) -> int:
-        """The largest of start, 2 start, 4 start, ... up to `limit` for which try_batch(size) finds memory.
+        """The largest of start, 2 start, 4 start, ... up to `limit` that try_batch(size) gets through.
 
-        start itself is taken without a trial. On the CPU, where memory does not end with an error, it is start.
+        start itself is taken without a trial. On the CPU, where memory does not end with an error, it is start. Any
+        RuntimeError of a trial ends the search, and a line says so: for want of memory, because no algorithm or no
+        32-bit index goes so far. Raises UserError if the process has lost its GPU by it.
         """
-        size, fits = start, self.is_gpu
-        while fits and 2 * size <= limit:
+        size, failure = start, ""
+        while self.is_gpu and not failure and 2 * size <= limit:
             try:
                 try_batch(2 * size)
+                self.synchronize()  # what a kernel did wrong shows here at the latest
                 size *= 2
-            except torch.OutOfMemoryError:
-                fits = False
-        if self.is_gpu and not fits:  # only here, outside the handler, is what the trial held free
+            except RuntimeError as error:
+                failure = _first_line(error)
+        if failure:  # only here, outside the handler, is what the trial held free
+            self._still_works(f"evaluation batches of {2 * size} failed ({failure})", f"--eval-batch-size {size}")
             torch.cuda.empty_cache()
+            said = f"evaluation batches of {2 * size} do not fit, so that {size} are taken: {failure}"
+            print(said, file=sys.stderr, flush=True)
         return size
+
+    def _still_works(self, after: str, instead: str) -> None:
+        """Raises UserError if the process has lost its GPU, which fails then whatever is asked of it."""
+        try:
+            self.synchronize()
+        except RuntimeError as error:
+            raise UserError(
+                f"{after}, and since then the GPU refuses this process all work ({_first_line(error)}). Start again "
+                f"with {instead}; where that fails too, with --ops reference."
+            ) from error
 
     def compile_step(self, step: Callable, example: Sequence[Batch]) -> Callable:
         """A training step as this device runs it best, warmed up on the batches of `example`: recorded, or unchanged.
@@ -281,13 +297,15 @@ class Backend:
 
 
 def select(
-    device: str, precision: str, local_rank: int = 0, graphs: str = "off", world_size: int = 1, local_size: int = 1
-) -> Backend:
+    device: str, precision: str, local_rank: int = 0, graphs: str = "off", world_size: int = 1, local_size: int = 1,
+    benchmark_limit: int | None = None,
+) -> Backend:  # fmt: skip
     """Chooses the device of this process and sets the global precision switches.
 
     device: one of DEVICES; "auto" takes the GPU with the index local_rank if there is one, else a TPU that torch sees,
     else the CPU. precision: one of PRECISIONS; "auto" as `resolve` has it.
     graphs: one of GRAPHS, what a GPU records: "auto" inference, and steps if it is the only GPU of the run.
+    benchmark_limit: algorithms that cuDNN tries for each convolution, 0 for all; None leaves torch's own number.
     Raises UserError for a device that is not there, and for graphs "on" where there is no GPU. To be called before the
     process group is made, whose library reads its variables then.
     """
@@ -307,13 +325,16 @@ def select(
             )
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # shapes are fixed, so that trying the convolutions out pays
+        if benchmark_limit is not None:
+            torch.backends.cudnn.benchmark_limit = benchmark_limit
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 wants a GPU; on the CPU use fp32 or bf16.")
-    fp32 = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = fp32
-    torch.backends.cudnn.conv.fp32_precision = fp32
-    recorder = _GraphRecorder(chosen, steps=not eager) if device == "cuda" and graphs != "off" else None
+    # These set torch's older and newer switches alike. After the newer alone torch refuses to read the older, which
+    # parts of torch.compile do.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    recorder = GraphRecorder(chosen, steps=not eager) if device == "cuda" and graphs != "off" else None
     return Backend(chosen, precision, recorder, eager)
 
 
@@ -336,58 +357,15 @@ def _why_eager(device: str, graphs: str, world_size: int) -> str:
             raise UserError("--graphs on: only a GPU can record steps; leave it out")
         return "only a GPU can record them"
     if graphs == "auto" and world_size > 1:
-        return "recording the exchange between GPUs has not been tried on a machine with several yet; --graphs on does"
+        return (
+            "recording the exchange between GPUs has not been tried on a machine with several yet; where a GPU has few "
+            "images, below about 16, it then waits for the processor in every step. --graphs on records"
+        )
     return "--graphs off" if graphs == "off" else ""
 
 
-class _GraphRecorder:
-    """`graphs.Recorder` by CUDA graphs.
-
-    One stream for warm-up and capture, as the gradients' nodes remember theirs, and one memory pool: what is captured
-    later reuses the temporary memory of what was captured before. That is sound because replays follow one another on
-    one stream and their outputs are cloned before the next.
-    """
-
-    def __init__(self, device: torch.device, *, steps: bool):
-        if steps:
-            # PyTorch's documentation for NCCL in graphs; who looks after a rank that hangs is `detcore.watchdog`.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        # Said in the warm-up of an optimizer that can be captured.
-        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        main = torch.cuda.current_stream()
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            yield
-        main.wait_stream(self._stream)
-
-    def record(self, work: Callable) -> Callable:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads (NCCL's, the loader's that pins memory) may go on meanwhile: thread_local.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = work()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise UserError(f"the step can't be recorded ({reason}); --graphs off runs it as it is") from error
-        self._graphs.append(graph)
-
-        def replay():
-            graph.replay()
-            return outputs
-
-        return replay
-
-    def close(self) -> None:
-        while self._graphs:
-            self._graphs.pop().reset()
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _processor_name() -> str:

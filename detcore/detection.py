@@ -25,8 +25,10 @@ from detcore.detection_config import DetectionConfig
 from detcore.distributed import World
 from detcore.evaluation.background import BackgroundEvaluator
 from detcore.task import Beat, Context, Data, Pending
+from detcore.widest import widest
 
 LARGEST_EVAL_BATCH = 128  # images; a larger one only takes memory
+LARGEST_TENSOR = 2**31 - 1  # elements; with more a GPU's convolutions may refuse, or take slower ways
 
 
 class Detector(NamedTuple):
@@ -112,7 +114,8 @@ def eval_batch_size(
 ) -> int:
     """Images of an evaluation batch, the same on every rank: those of the config, or as many as a GPU has memory for.
 
-    These are the training batch doubled while it fits, up to 128 and to the images that a rank has. All ranks call it.
+    These are the training batch doubled while it fits, up to 128, to the images that a rank has, and to tensors of 2^31
+    elements. All ranks call it.
     """
     limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
     return _largest_eval_batch(detector, config, model, index.num_classes, limit, backend)
@@ -133,6 +136,8 @@ def _largest_eval_batch(
         batches = [backend.to_device(_black(config, images)) for _ in range(LEAD + 2)]
         detect(detector, model, batches[0], backend, ids)
 
+    if backend.is_gpu:
+        limit = min(limit, LARGEST_TENSOR // widest(model, config.image_size, backend))
     fits = backend.largest_batch(try_batch, config.batch_size, limit)
     return -distributed.agree([-fits], backend.exchange)[0]
 

@@ -37,7 +37,7 @@ def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:
     """The device of this process by the config, and what computes the ops there."""
     native.choose(config.ops, config.variants)
     chosen = (config.device, config.precision, world.local_rank, config.graphs, world.size, world.local_size)
-    return backend.select(*chosen)
+    return backend.select(*chosen, benchmark_limit=config.cudnn_benchmark_limit)
 
 
 class _Run:

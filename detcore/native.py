@@ -10,6 +10,7 @@ Config field `variants` names those to use.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from struct import unpack_from
 
@@ -67,6 +68,29 @@ def variant(name: str) -> bool:
     if name not in VARIANTS:
         raise KeyError(name)
     return name in _variants and _policy != "reference"
+
+
+@torch.compiler.assume_constant_result
+def fp8_heads(device: str) -> bool:
+    """Whether variant fp8_heads is on. Raises UserError if it is and this type of device has nothing for it: it runs on
+    GPUs whose tensor cores take 8-bit numbers, by Triton, and is emulated on the CPU."""
+    if not variant("fp8_heads"):
+        return False
+    if missing := _no_fp8(device):
+        raise UserError(f"--variants fp8_heads: {missing}; leave it out")
+    return True
+
+
+@lru_cache
+def _no_fp8(device: str) -> str:
+    """Why 8-bit convolutions can't run on a type of device; "" if they can."""
+    if device == "cpu":
+        return ""
+    if device != "cuda":
+        return f"no code for tensors on {device}"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return f"{torch.cuda.get_device_name()} computes with 8 bits only from compute capability 8.9 on"
+    return "" if find_spec("triton") else "Triton is not installed, which comes with torch's builds for GPUs"
 
 
 def library_file(program: str) -> Path:
@@ -146,7 +170,7 @@ def _no_code(op: str, device: str) -> str:
     """Why the library has no code of an op for a type of device; "" if it has."""
     program, _, name = op.partition("::")
     missing = load(program)
-    if missing or _has(op, device):
+    if missing or has(op, device):
         return missing
     if name not in _ops(program):
         return f"{library_file(program)} has no op {name}: build it again (make ops)"
@@ -154,7 +178,8 @@ def _no_code(op: str, device: str) -> str:
 
 
 @lru_cache
-def _has(op: str, device: str) -> bool:
+def has(op: str, device: str) -> bool:
+    """Whether an op, also one of torch's own, has code for a type of device."""
     program, _, name = op.partition("::")
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     known = key is not None and name in _ops(program)  # torch refuses to be asked about others
@@ -184,7 +209,7 @@ def describe(program: str, device: torch.device) -> str:
 def _all_missing(program: str, device: str) -> str:
     """Why a program's library has nothing for a type of device; "" if it has."""
     missing = load(program)
-    if not missing and not any(_has(f"{program}::{op}", device) for op in _ops(program)):
+    if not missing and not any(has(f"{program}::{op}", device) for op in _ops(program)):
         missing = f"{library_file(program)} has no code for {device}"
         missing += ": built without nvcc (make ops)" if device == "cuda" else ""
     return missing

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ from torch.nn import functional as F
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from detcore import UserError
-from detcore.ops.bias_relu import bias_relu, conv2d, conv_bias_relu, leaves_bias
+from detcore import UserError, native
+from detcore.ops.bias_relu import bias_relu, conv_bias_relu, conv_bias_relu_apart, leaves_bias
+from detcore.ops.conv import conv2d
+from detcore.ops.fold import autocast_dtype, fold
+from detcore.ops.pool_bias_relu import pool_bias_relu
 
 
 class FrozenNorm(FrozenBatchNorm2d):
@@ -25,6 +29,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     scale: Tensor
     shift: Tensor
+    folded: Tensor | None = None
+    """The weight of this norm's convolution, during a forward pass that makes all of them at once."""
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, eps)
@@ -50,7 +56,35 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 def _folded(conv: nn.Conv2d, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals conv and then norm."""
+    if norm.folded is not None:
+        return norm.folded, norm.shift
     return conv.weight * norm.scale.view(-1, 1, 1, 1), norm.shift
+
+
+def _convolutions(block: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions of a block, or of a network's stem, with the norms that follow them."""
+    for i in (1, 2, 3):
+        if hasattr(block, f"conv{i}"):
+            yield block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}")
+    if getattr(block, "downsample", None) is not None:
+        yield block.downsample[0], block.downsample[1]
+
+
+@contextmanager
+def _folded_at_once(stages: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    """While it is open, the weights of frozen norms' convolutions are there, made in one pass for each stage."""
+    norms = []
+    try:
+        for blocks in stages:
+            convs, own = zip(*(pair for block in blocks for pair in _convolutions(block)), strict=True)
+            weights, scales = [conv.weight for conv in convs], [norm.scale for norm in own]
+            norms += own
+            for norm, weight in zip(own, fold(weights, scales, autocast_dtype(weights[0])), strict=True):
+                norm.folded = weight
+        yield
+    finally:
+        for norm in norms:
+            norm.folded = None
 
 
 def _conv_norm_relu(
@@ -59,14 +93,15 @@ def _conv_norm_relu(
     norm: nn.Module,
     shortcut: Tensor | None = None,
     downsample: Sequence[nn.Module] | None = None,
+    finish: Callable = conv_bias_relu,
 ) -> Tensor:
     """relu(norm(conv(x)) (+ shortcut)), the shortcut through its own convolution and norm where they are given.
 
     A frozen norm is folded into its convolution, which saves two passes over the feature map; bias, shortcut and ReLU
-    are one more (`conv_bias_relu`), for which both convolutions' biases become one.
+    are one more (`finish`), for which both convolutions' biases become one.
     """
     if not isinstance(norm, FrozenNorm):
-        out = norm(conv(x))
+        out = norm(conv2d(x, conv, conv.weight, conv.bias))
         if shortcut is not None:
             out += shortcut if downsample is None else downsample[1](downsample[0](shortcut))
         return F.relu(out, inplace=True)
@@ -76,20 +111,30 @@ def _conv_norm_relu(
         if leaves_bias(shortcut, downsample[0]):
             bias, shift = bias + shift, None
         shortcut = conv2d(shortcut, downsample[0], beside, shift)
-    return conv_bias_relu(x, conv, weight, bias, shortcut)
+    return finish(x, conv, weight, bias, shortcut)
+
+
+# A block's output is a tensor, or one for each use: the next block's convolution, its shortcut, the feature map.
+_Output = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _uses(out: _Output) -> tuple[Tensor, Tensor, Tensor]:
+    return (out, out, out) if isinstance(out, Tensor) else out
 
 
 class _BasicBlock(resnet.BasicBlock):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: _Output) -> _Output:
+        x, shortcut, _ = _uses(x)
         out = _conv_norm_relu(x, self.conv1, self.bn1)
-        return _conv_norm_relu(out, self.conv2, self.bn2, x, self.downsample)
+        return _conv_norm_relu(out, self.conv2, self.bn2, shortcut, self.downsample, conv_bias_relu_apart)
 
 
 class _Bottleneck(resnet.Bottleneck):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: _Output) -> _Output:
+        x, shortcut, _ = _uses(x)
         out = _conv_norm_relu(x, self.conv1, self.bn1)
         out = _conv_norm_relu(out, self.conv2, self.bn2)
-        return _conv_norm_relu(out, self.conv3, self.bn3, x, self.downsample)
+        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut, self.downsample, conv_bias_relu_apart)
 
 
 _NETWORKS = {
@@ -108,7 +153,8 @@ NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
 class ResNet(resnet.ResNet):
     """A residual network without its classifier.
 
-    forward: float [N, 3, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with s = 8, 16, 32.
+    forward: float [N, image_channels, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with
+    s = 8, 16, 32.
 
     name: one of `BACKBONES`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
     parameters) or "batch" (BatchNorm2d). trainable_layers: how many of layer4, layer3, layer2, layer1 and
@@ -134,18 +180,33 @@ class ResNet(resnet.ResNet):
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
 
+    @property
+    def image_channels(self) -> int:
+        """How many channels `forward` wants: cuDNN's kernels for tensor cores read 4 at once. The 4th must be 0."""
+        return 4 if native.variant("stem") and isinstance(self.bn1, FrozenNorm) else 3
+
     def _stem(self, x: Tensor) -> Tensor:
-        if not (isinstance(self.bn1, FrozenNorm) and leaves_bias(x, self.conv1)):
+        if not isinstance(self.bn1, FrozenNorm):
             return self.maxpool(_conv_norm_relu(x, self.conv1, self.bn1))
         weight, bias = _folded(self.conv1, self.bn1)
         # Adding a bias, rounding and ReLU never reverse an order: after the maximum they are the same, for a quarter
         # of the values.
-        return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
+        if native.variant("stem"):
+            weight = F.pad(weight, (0, 0, 0, 0, 0, x.shape[1] - weight.shape[1]))
+            convolved = conv2d(x, self.conv1, weight, None)
+            if not convolved.requires_grad:
+                return pool_bias_relu(convolved, bias)
+            return bias_relu(self.maxpool(convolved), bias)
+        if leaves_bias(x, self.conv1):
+            return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
+        return self.maxpool(conv_bias_relu(x, self.conv1, weight, bias))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c3 = self.layer2(self.layer1(self._stem(x)))
-        c4 = self.layer3(c3)
-        return c3, c4, self.layer4(c4)
+        at_once = native.variant("multi_cast") and isinstance(self.bn1, FrozenNorm)
+        with _folded_at_once(((self, *self.layer1), self.layer2, self.layer3, self.layer4) if at_once else ()):
+            c3 = self.layer2(self.layer1(self._stem(x)))
+            c4 = self.layer3(c3)
+            return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
 
 
 def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:

@@ -23,7 +23,7 @@ def infer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes, scores and labels as `detection.Detector` has them; 300 an image."""
     with autocast():
-        logits, deltas = model(batch.images)
+        logits, deltas, *class_bias = model(batch.images)
     return postprocess(
         logits,
         deltas,
@@ -33,6 +33,7 @@ def infer(
         topk=constants.TOPK_PER_LEVEL,
         nms_thresh=constants.NMS_THRESHOLD,
         detections=constants.DETECTIONS_PER_IMAGE,
+        class_bias=class_bias[0] if class_bias else None,
     )
 
 

@@ -11,16 +11,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detcore import UserError
-from detcore.ops.bias_relu import conv_bias_relu
+from detcore import UserError, native
+from detcore.ops.bias_relu import conv2d, conv_bias_relu
+from detcore.ops.conv3x3 import EightBits, conv3x3, in_8_bits
+from detcore.ops.fold import autocast_dtype, narrow_copies
 from detcore.ops.normalize import normalize
 from detcore.resnet import ResNet, load_exactly
+from detcore.streams import side_by_side
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+Outputs = tuple[list[Tensor], list[Tensor]] | tuple[list[Tensor], list[Tensor], Tensor]
+
+LARGE_LEVELS = 2
+"""Pyramid levels that fill a GPU by themselves: P3 and P4."""
+
 PRIOR = 0.01
 """Probability that a fresh classification head gives to every class of every anchor."""
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, narrow: Mapping[Tensor, Tensor], biased: bool = True) -> Tensor:
+    """conv(x), from narrow copies of its parameters where there are some, and with its bias or without."""
+    if biased and conv.weight not in narrow:
+        return conv(x)
+    bias = narrow.get(conv.bias, conv.bias) if biased else None
+    return conv2d(x, conv, narrow.get(conv.weight, conv.weight), bias)
 
 
 class FeaturePyramid(nn.Module):
@@ -37,12 +53,13 @@ class FeaturePyramid(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        inner = [block(x) for block, x in zip(self.inner_blocks, features, strict=True)]
+        narrow = narrow_copies(self.parameters()) if native.variant("multi_cast") else {}
+        inner = [_convolve(x, block, narrow) for block, x in zip(self.inner_blocks, features, strict=True)]
         for level in range(len(inner) - 2, -1, -1):
             inner[level] = inner[level] + F.interpolate(inner[level + 1], size=inner[level].shape[-2:], mode="nearest")
-        pyramid = [block(x) for block, x in zip(self.layer_blocks, inner, strict=True)]
-        p6 = self.extra_blocks["p6"](pyramid[-1])
-        return [*pyramid, p6, self.extra_blocks["p7"](F.relu(p6))]
+        pyramid = [_convolve(x, block, narrow) for block, x in zip(self.layer_blocks, inner, strict=True)]
+        p6 = _convolve(pyramid[-1], self.extra_blocks["p6"], narrow)
+        return [*pyramid, p6, _convolve(F.relu(p6), self.extra_blocks["p7"], narrow)]
 
 
 class Head(nn.Module):
@@ -63,17 +80,43 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.get_submodule(output_name).bias, bias)
 
-    def _tower(self, x: Tensor) -> Tensor:
+    @property
+    def output(self) -> nn.Conv2d:
+        """The last layer."""
+        return self.get_submodule(self.output_name)
+
+    def _in_8_bits(self, x: Tensor) -> dict[Tensor, EightBits]:
+        """The weights that are multiplied in 8 bits: of the tower and of class logits, which is where the time goes;
+        box deltas, 36 values a cell, stay exact. Empty unless variant fp8_heads is on, and where no gradients flow: a
+        detection would depend on the images beside its own, whose values set the scale."""
+        if not (torch.is_grad_enabled() and native.fp8_heads(x.device.type)):
+            return {}
+        layers = [m for name, m in self.named_modules() if isinstance(m, nn.Conv2d) and name != "bbox_reg"]
+        return {layer.weight: in_8_bits(layer) for layer in layers}
+
+    def _tower(self, x: Tensor, narrow: Mapping[Tensor, Tensor], eight: Mapping[Tensor, EightBits]) -> Tensor:
         """self.conv, each convolution and the ReLU after it as one."""
         for layer in self.conv:
-            if isinstance(layer, nn.Conv2d):
-                x = conv_bias_relu(x, layer)
+            if isinstance(layer, nn.Conv2d) and layer.weight in eight:
+                x = conv3x3(x, layer.weight, layer.bias, eight[layer.weight], relu=True)
+            elif isinstance(layer, nn.Conv2d):
+                x = conv_bias_relu(x, layer, narrow.get(layer.weight))
         return x
 
-    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        output = self.get_submodule(self.output_name)
+    def forward(
+        self, pyramid: Sequence[Tensor], narrow: Mapping[Tensor, Tensor] | None = None, biased: bool = True
+    ) -> list[Tensor]:
+        """narrow: copies of parameters to compute with, if any. biased: whether the last layer's bias is added."""
+        narrow, eight, last = narrow or {}, self._in_8_bits(pyramid[0]), self.output
+
+        def outputs(x: Tensor) -> Tensor:
+            x = self._tower(x, narrow, eight)
+            if last.weight in eight:
+                return conv3x3(x, last.weight, last.bias if biased else None, eight[last.weight])
+            return _convolve(x, last, narrow, biased)
+
         # Channels are anchor-major: moved last, a cell's anchors follow each other. In channels_last that is no copy.
-        cells = [output(self._tower(x)).permute(0, 2, 3, 1) for x in pyramid]
+        cells = [outputs(x).permute(0, 2, 3, 1) for x in pyramid]
         return [x.reshape(x.shape[0], -1, self.values).contiguous() for x in cells]
 
 
@@ -87,6 +130,9 @@ class RetinaNet(nn.Module):
     `image_size` and `anchor_sizes` and is not part of the state dictionary. backbone, norm and trainable_layers: see
     `detcore.resnet.ResNet`. Features are in channels_last; on a GPU call
     `model.to(memory_format=torch.channels_last)` for the weights.
+
+    With the variant class_bias a third output follows, the bias [9 * K] of the class convolution, and the logits lack
+    it: `losses` and `postprocess` add it.
 
     Raises UserError for values that do not fit together and for images of another size.
     """
@@ -125,15 +171,33 @@ class RetinaNet(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), False)
         self.register_buffer("pixel_shift", -torch.tensor(MEAN) / std, False)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, images: Tensor) -> Outputs:
         if tuple(images.shape[-2:]) != self.image_size:
             raise UserError(f"images are {tuple(images.shape[-2:])}, but the model was built for {self.image_size}")
-        device = images.device.type
-        mixed = torch.is_autocast_enabled(device)  # then the first layer wants its type, and no copy in float32 is made
-        dtype = torch.get_autocast_dtype(device) if mixed else self.pixel_scale.dtype
-        x = normalize(images, self.pixel_scale, self.pixel_shift, dtype)
-        pyramid = self.backbone["fpn"](self.backbone["body"](x))
-        return self.head["classification_head"](pyramid), self.head["regression_head"](pyramid)
+        dtype = autocast_dtype(self.pixel_scale)  # under autocast that of the first layer: no copy in float32 is made
+        body = self.backbone["body"]
+        x = normalize(images, self.pixel_scale, self.pixel_shift, dtype, channels=body.image_channels)
+        return self._heads(self.backbone["fpn"](body(x)))
+
+    def _heads(self, pyramid: Sequence[Tensor]) -> Outputs:
+        classify, regress = self.head["classification_head"], self.head["regression_head"]
+        inside, aside = native.variant("class_bias"), native.variant("small_levels")
+        narrow = {}
+        # A convolution inside of autocast gets its weight from autocast's cache; these do not, and there are 5 levels.
+        if aside or any(map(native.variant, ("multi_cast", "conv_epilogues", "frozen_stage"))):
+            biases = [regress.output.bias] if inside else [classify.output.bias, regress.output.bias]
+            narrow = narrow_copies([*(p for p in self.head.parameters() if p.dim() == 4), *biases])
+
+        def heads(levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            return classify(levels, narrow, not inside), regress(levels, narrow)
+
+        if aside:
+            large, small = pyramid[:LARGE_LEVELS], pyramid[LARGE_LEVELS:]
+            parts = side_by_side(lambda: heads(large), lambda: heads(small), (*small, *narrow.values()))
+            outputs = tuple(first + second for first, second in zip(*parts, strict=True))
+        else:
+            outputs = heads(pyramid)
+        return (*outputs, classify.output.bias) if inside else outputs
 
 
 def load_reference_state(model: RetinaNet, state: Mapping, source: str = "the checkpoint") -> None:

@@ -20,19 +20,21 @@ def postprocess(
     topk: int = 1000,
     nms_thresh: float = 0.5,
     detections: int = 300,
+    class_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Detections of a batch: boxes [N, D, 4], scores [N, D] and labels int64 [N, D], best first, D = detections.
 
     logits: [N, A_l, K] and deltas: [N, A_l, 4] of the levels P3..P7, any floating dtype; scores are computed in
     float32. anchors: [A, 4] of all levels, A = sum of A_l. image_size: (height, width). Boxes are x1, y1, x2, y2 in
     pixels of the resized image, clipped to it, of the anchors' dtype. Unused places have box 0, 0, 0, 0, score 0 and
-    label -1. No shape depends on the values, and nothing waits for the device.
+    label -1. No shape depends on the values, and nothing waits for the device. class_bias: [9 * K], what the logits
+    lack, as `single_stage_detector.loss.losses` has it.
     In each level the `topk` (anchor, class) pairs with the highest score above score_thresh are decoded; then, over
     all levels, a box is dropped if it overlaps a better one of its class by more than nms_thresh. Equal to
     torchvision's RetinaNet.postprocess_detections, except for the order among equal scores: here the lowest level,
     anchor and class comes first. Anchors with a NaN among their logits are left out.
     """
-    scores, anchor, labels, found = candidates(logits, deltas, score_thresh, topk)
+    scores, anchor, labels, found = candidates(logits, deltas, score_thresh, topk, class_bias)
     boxes = clip(decode(found.to(anchors.dtype), anchors[anchor]), image_size)
     kept = nms(boxes, scores, labels, nms_thresh, detections)
     empty, at = kept < 0, kept.clamp(min=0)

@@ -30,9 +30,19 @@ needs_kernels = pytest.mark.skipif(
 SIZE, CLASSES = (128, 128), 5
 
 
+@pytest.fixture(autouse=True)
+def always_the_same_algorithms():
+    """What the trial of convolutions would choose, and the order in which some of them add, may differ between runs."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.benchmark_limit
+    cudnn.deterministic = True
+    yield
+    cudnn.deterministic, cudnn.benchmark, cudnn.benchmark_limit = before
+
+
 def train(device: str, precision: str, steps: int = 3, norm: str = "batch") -> tuple[list[float], RetinaNet]:
     """The losses of a few steps on one synthetic batch, and the model after them."""
-    chosen = backend.select(device, precision)
+    chosen = backend.select(device, precision, benchmark_limit=1)
     torch.manual_seed(0)
     model = chosen.place(RetinaNet("resnet18", CLASSES, SIZE, norm, 5, 32, 1, (16, 32, 64, 128, 256)))
     config = Config(norm="batch", pretrained=False, trainable_backbone_layers=5)

@@ -1,4 +1,4 @@
-"""tools/gpu_check.py where there is no GPU: its CPU part, resuming, failures, the table; tools/compare_losses.py."""
+"""tools/gpu_check.py where there is no GPU: its CPU part, what is cut and goes on, hangs, failures, the table."""
 
 import importlib
 import json
@@ -17,24 +17,28 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 try:
     check, core, table = (importlib.import_module(name) for name in ("gpu_check", "gpu_check_core", "gpu_check_table"))
-    infer, ops, runs = (importlib.import_module(f"gpu_check_{name}") for name in ("infer", "ops", "runs"))
-    losses = importlib.import_module("compare_losses")
+    ops, runs, process = (importlib.import_module(f"gpu_check_{name}") for name in ("ops", "runs", "process"))
 finally:
     sys.path.remove(str(ROOT / "tools"))
 
+FILES = ["gpu_check.json", "gpu_check.log", "table.txt"]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU part is that of a machine without a GPU")
 
 
 def run(*words: str | Path, code: int = 0) -> str:
-    """tools/gpu_check.py or compare_losses.py as a user calls it; its output."""
+    """tools/gpu_check.py as a user calls it; its output."""
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=os.environ)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def context(out: Path, budget: float = 60.0) -> core.Context:
-    return core.Context(out, False, True, None, budget, time.monotonic())
+def context(out: Path, budget: float = 60.0, **more) -> core.Context:
+    return core.Context(out, False, True, None, budget, time.monotonic(), work=out / "work", **more)
+
+
+def options(out: Path, *words: str) -> Namespace:
+    return check.arguments(["--out", str(out), "--work", str(out.parent / "work"), *words])
 
 
 def written_since(moment: float) -> list[str]:
@@ -48,11 +52,12 @@ def written_since(moment: float) -> list[str]:
 @no_gpu
 def test_the_cpu_part_from_end_to_end(tmp_path):
     began, out = time.time(), tmp_path / "out"
-    said = run("tools/gpu_check.py", "--out", out, "--quick", "--only", "floor,ops,train,ssd300")
+    work = ("--work", tmp_path / "work")
+    said = run("tools/gpu_check.py", "--out", out, *work, "--quick", "--only", "floor,ops,train,ssd300")
     assert said.count("no GPU on this machine") == 1
     state = json.loads((out / "gpu_check.json").read_text())
     assert state["machine"]["device"] == "cpu" and state["machine"]["torch"] == torch.__version__ and state["quick"]
-    assert list(state["parts"]) == ["floor", "ops", "train", "ssd300"]
+    assert list(state["parts"]) == ["floor", "train", "ssd300", "ops"]
     assert all(part["status"] in ("passed", "skipped") for part in state["parts"].values())
     assert state["parts"]["floor"]["rows"]["copy"]["gb_s"] > 0
     assert state["parts"]["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
@@ -64,9 +69,15 @@ def test_the_cpu_part_from_end_to_end(tmp_path):
     assert printed in said and max(map(len, printed.splitlines())) <= 100
     assert "published" not in printed, "nothing of the CPU is set beside published figures of GPUs"
     assert written_since(began) == []
+    assert sorted(file.name for file in out.iterdir()) == FILES
 
-    again = run("tools/gpu_check.py", "--out", out, "--quick", "--only", "none")
+    again = run("tools/gpu_check.py", "--out", out, *work, "--quick", "--only", "none")
     assert printed in again
+
+    run("tools/gpu_check.py", "--out", out, *work, "--quick", "--only", "floor", "--case", "c?py")
+    before, after = state["parts"], json.loads((out / "gpu_check.json").read_text())["parts"]
+    assert [key for key, row in after["floor"]["rows"].items() if row != before["floor"]["rows"][key]] == ["copy"]
+    assert {**after, "floor": None} == {**before, "floor": None}
 
 
 @no_gpu
@@ -74,7 +85,8 @@ def test_a_failing_part_is_reported_and_the_others_run(tmp_path):
     annotations = tmp_path / "data" / "annotations"
     annotations.mkdir(parents=True)
     (annotations / "instances_train.json").write_text("no json")
-    words = ("--out", tmp_path / "out", "--quick", "--data", tmp_path / "data", "--only", "floor,bccd")
+    words = ("--out", tmp_path / "out", "--work", tmp_path / "work", "--quick", "--data", tmp_path / "data")
+    words += ("--only", "floor,bccd")
     said = run("tools/gpu_check.py", *words, code=1)
     parts = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["parts"]
     assert parts["floor"]["status"] == "passed" and parts["bccd"]["status"] == "failed"
@@ -83,7 +95,7 @@ def test_a_failing_part_is_reported_and_the_others_run(tmp_path):
 
 def test_parts_say_what_they_lack(tmp_path):
     nowhere = core.Context(tmp_path, False, True, tmp_path / "none", 60.0, time.monotonic())
-    for function, reason in (("bccd", "the bccd data is not at"), ("tests", "a GPU"), ("sanitizer", "a GPU")):
+    for function, reason in (("bccd", "the bccd data is not at"), ("sanitizer", "a GPU")):
         core.run_jobs(function, getattr(runs, function)(nowhere), nowhere)
         part = core.load(tmp_path)["parts"][function]
         assert part["status"] == "skipped" and reason in part["reason"]
@@ -119,18 +131,6 @@ def test_the_sanitizer_goes_through_each_tool_and_file(tmp_path, monkeypatch):
     assert "does not support this device" in rows["synccheck single_stage_detector/ops/test_match.py"]["skipped"]
 
 
-def test_junit_files_are_summed_up(tmp_path):
-    report = tmp_path / "tests.xml"
-    cases = '<testcase classname="t" name="a"/><testcase classname="t" name="b"><failure/></testcase>'
-    report.write_text(f"<testsuite>{cases}<testcase classname='t' name='c'><skipped/></testcase></testsuite>")
-    found = runs.summary(report)
-    assert (found["passed"], found["failed"], found["skipped_tests"]) == (1, 1, 1) and found["failures"] == ["t::b"]
-    assert "1 failed: t::b" in found["error"]
-    report.write_text("<testsuite/>")
-    assert runs.summary(report)["error"] == "pytest found no test"
-    assert "tests/test_gpu.py" in runs.gpu_test_files()
-
-
 def test_unknown_parts_are_refused(tmp_path):
     assert "--only trian: choose from build, tests" in run(
         "tools/gpu_check.py", "--out", tmp_path, "--only", "ops,trian", code=2
@@ -138,8 +138,11 @@ def test_unknown_parts_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_parts_fit_into_ten_minutes():
-    assert sum(part.seconds for part in check.PARTS) <= 600
+def test_the_stages_fit_into_their_minutes_and_the_core_comes_first():
+    assert sum(stage.seconds for stage in check.STAGES) == 8 * 60
+    assert check.STAGES[: len(check.CORE)] == check.CORE and sum(stage.seconds for stage in check.CORE) <= 220
+    assert {stage.part for stage in check.STAGES} == set(check.PARTS)
+    assert [stage.part for stage in check.CORE] == ["build", "tests", "floor", "train", "probe", "ssd300"]
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path):
@@ -156,6 +159,62 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path):
     assert done == ["a", "b", "c"]
     part = core.load(tmp_path)["parts"]["floor"]
     assert part["status"] == "passed" and list(part["rows"]) == ["a", "b", "c"] and "running" not in part
+
+
+def test_the_first_cases_are_a_selection_of_their_own(tmp_path):
+    def jobs():
+        return [(key, lambda: {"ms": 1.0}) for key in ("a 1", "a 2", "b 1")]
+
+    def entry():
+        return core.load(tmp_path)["parts"]["train"]
+
+    core.run_jobs("train", jobs(), context(tmp_path, first=1))
+    assert list(entry()["rows"]) == ["a 1"] and entry()["status"] == "passed"
+    assert check.done(entry(), (), 1) and not check.done(entry())
+    assert not check.keep(core.load(tmp_path), "train", named=False)
+    core.run_jobs("train", jobs(), context(tmp_path, cases=("b*", "none")))
+    assert list(entry()["rows"]) == ["a 1", "b 1"] and not check.done(entry())
+    core.run_jobs("train", jobs(), context(tmp_path))
+    assert list(entry()["rows"]) == ["a 1", "b 1", "a 2"] and check.done(entry())
+    assert check.keep(core.load(tmp_path), "train", named=False)
+    state = core.load(tmp_path)
+    assert not check.keep(state, "train", named=False, cases=["a *"]) and list(state["parts"]["train"]["rows"]) == [
+        "b 1"
+    ]
+    assert not check.done(state["parts"]["train"], (), 1)
+
+
+def test_time_is_estimated_by_the_last_job(tmp_path):
+    """The first one pays for trials that the others find done."""
+    clock = [0.0]
+
+    def takes(seconds):
+        return lambda: clock.__setitem__(0, clock[0] + seconds) or {"ms": 1.0}
+
+    jobs = [("first", takes(30.0)), ("second", takes(5.0)), ("third", takes(5.0)), ("late", takes(5.0))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.time, "monotonic", lambda: clock[0])
+        core.run_jobs("train", jobs, replace(context(tmp_path, budget=44.0), began=0.0))
+    part = core.load(tmp_path)["parts"]["train"]
+    assert list(part["rows"]) == ["first", "second", "third"] and part["status"] == "stopped"
+
+
+def test_an_unfinished_row_is_taken_up_again(tmp_path):
+    def cut():
+        core.leave(context(tmp_path), "tests", "ops", {"passed": 1})
+        raise core.OutOfTime("cut", {"passed": 2, "error": "1 failed"})
+
+    def goes_on():
+        return {"passed": 1 + core.load(tmp_path)["parts"]["tests"]["rows"]["ops"]["passed"]}
+
+    core.run_jobs("tests", [("ops", cut), ("steps", goes_on)], context(tmp_path))
+    state = core.load(tmp_path)
+    assert state["parts"]["tests"]["rows"] == {"ops": {"passed": 2, "error": "1 failed", "unfinished": True}}
+    assert not check.keep(state, "tests", named=False) and not check.keep(state, "tests", named=True)
+    core.save(tmp_path, state)
+    core.run_jobs("tests", [("ops", goes_on)], context(tmp_path))
+    row = core.load(tmp_path)["parts"]["tests"]["rows"]["ops"]
+    assert row["passed"] == 3 and "unfinished" not in row
 
 
 def test_errors_skips_and_the_end_of_the_time(tmp_path):
@@ -194,66 +253,80 @@ def test_a_broken_gpu_context_ends_the_process_but_not_the_part(tmp_path):
     assert core.load(tmp_path)["parts"]["ops"]["status"] == "failed"
 
 
-CHILD = """
-import os, signal, sys, time
-sys.path.insert(0, {tools!r})
-from pathlib import Path
-from gpu_check_core import Context, run_jobs
-out = Path(sys.argv[sys.argv.index("--out") + 1])
-def dies(): os.kill(os.getpid(), signal.SIGSEGV)
-def hangs(): time.sleep(100)
-jobs = [("dies", dies), ("fine", lambda: {{"ms": 1.0}}), *([("hangs", hangs)] if {hangs} else [])]
-sys.exit(run_jobs("ops", jobs, Context(out, False, True, None, 60.0, time.monotonic())))
-"""
-
-
-@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_part_outlives_its_process(tmp_path, monkeypatch, hangs):
-    script = tmp_path / "child.py"
-    script.write_text(CHILD.format(tools=str(ROOT / "tools"), hangs=hangs))
-    monkeypatch.setattr(check, "__file__", str(script))
-    monkeypatch.setattr(check, "GRACE", 0.0)
-    options = Namespace(out=tmp_path, quick=True, data=None)
-    check.run_part(check.PARTS[3], 25.0 if hangs else 60.0, options, check.Log(tmp_path / "log"))
-    part = core.load(tmp_path)["parts"]["ops"]
-    assert part["status"] == "failed" and part["rows"]["fine"]["ms"] == 1.0
-    assert part["rows"]["dies"] == {"error": "the process died in it, code -11 (see gpu_check.log)"}
-    assert ("out of time in 'hangs'" in part["reason"]) == hangs
-
-
 def test_results_of_another_commit_are_not_mixed(tmp_path, monkeypatch, capsys):
     core.save(tmp_path, {"version": 1, "commit": "old", "quick": True, "gpu": False, "parts": {"peers": {"rows": {}}}})
     monkeypatch.setattr(check, "run_part", lambda part, *_: None)
-    options = check.arguments(["--out", str(tmp_path), "--quick", "--only", "floor"])
-    check.check(options, False, check.Log(tmp_path / "log"))
+    stages = [check.Stage("floor", 10)]
+    check.check(options(tmp_path, "--quick"), stages, False, process.Log(tmp_path / "log"), time.monotonic())
     assert "all begun anew" in capsys.readouterr().out
     state = core.load(tmp_path)
-    assert state["parts"] == {} and state["commit"] == core.commit()
+    assert list(state["parts"]) in ([], ["floor"]) and state["commit"] == core.commit()
 
 
-def budgets(tmp_path: Path, monkeypatch, *words: str) -> dict[str, float]:
-    """The seconds that each part is given by a check whose parts take no time and leave what is there."""
-    given = {}
-    monkeypatch.setattr(check, "run_part", lambda part, seconds, *_: given.update({part.name: seconds}))
-    check.check(check.arguments(["--out", str(tmp_path), *words]), True, check.Log(tmp_path / "log"))
-    return given
+def given(tmp_path: Path, monkeypatch, *words: str) -> list[tuple]:
+    """(part, seconds, cases, first) of a check whose parts take no time and leave what is there."""
+    calls = []
+    monkeypatch.setattr(
+        check, "run_part", lambda part, s, o, log, r, cases, first: calls.append((part.name, s, cases, first))
+    )
+    chosen = options(tmp_path, *words)
+    check.check(chosen, check.stages_of(chosen, True), True, process.Log(tmp_path / "log"), time.monotonic())
+    return calls
 
 
 def test_a_stopped_part_gets_the_time_of_those_that_are_done(tmp_path, monkeypatch):
     """Its one long job would begin anew at each call and never end."""
-    parts = {part.name: {"status": "passed", "rows": {}} for part in check.PARTS}
+    parts = {name: {"status": "passed", "rows": {}, "done": [[[], 0]]} for name in check.PARTS}
     parts["bccd"] = {"status": "stopped", "rows": {}}
     core.save(tmp_path, {"version": 1, "commit": core.commit(), "quick": False, "gpu": True, "parts": parts})
-    given = budgets(tmp_path, monkeypatch)
-    assert given == {"bccd": pytest.approx(600 - check.GRACE, abs=2)}
+    assert given(tmp_path, monkeypatch) == [("bccd", pytest.approx(480 - check.GRACE - check.ENDING, abs=2), (), 0)]
+
+
+def test_a_core_that_is_through_is_not_begun_again(tmp_path, monkeypatch):
+    parts = {name: {"status": "passed", "rows": {"x": {"ms": 1.0}}, "done": [[[], 0]]} for name in check.PARTS}
+    parts["train"]["done"] = [[[], 1]]
+    core.save(tmp_path, {"version": 1, "commit": core.commit(), "quick": False, "gpu": True, "parts": parts})
+    assert [call[0::2] for call in given(tmp_path, monkeypatch)] == [("train", ())]
+
+
+def test_goes_on_with_the_json_of_another_folder(tmp_path):
+    core.save(tmp_path, {"version": 1, "commit": "abc", "parts": {"floor": {"status": "passed", "rows": {}}}})
+    words = ["--only", "none", "--work", str(tmp_path), "--go-on"]
+    assert check.main(["--out", str(tmp_path / "new"), *words, str(tmp_path / core.NAME)]) == 0
+    assert core.load(tmp_path / "new") == core.load(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--out", str(tmp_path / "other"), *words, str(tmp_path / "none.json")])
 
 
 def test_named_parts_share_all_the_time(tmp_path, monkeypatch):
-    given = budgets(tmp_path, monkeypatch, "--only", "bccd", "--minutes", "8")
-    assert given == {"bccd": pytest.approx(480 - check.GRACE, abs=2)}
-    given = budgets(tmp_path, monkeypatch, "--only", "floor,bccd")
-    seconds = {part.name: part.seconds for part in check.PARTS}
-    assert given["floor"] == pytest.approx(600 * seconds["floor"] / (seconds["floor"] + seconds["bccd"]), abs=2)
+    end = check.GRACE + check.ENDING
+    assert given(tmp_path, monkeypatch, "--only", "bccd", "--minutes", "6") == [
+        ("bccd", pytest.approx(360 - end, abs=2), (), 0)
+    ]
+
+    def time_of(name: str) -> float:
+        return sum(stage.seconds for stage in check.STAGES if stage.part == name)
+
+    calls = given(tmp_path, monkeypatch, "--only", "bccd,floor")
+    assert [call[0] for call in calls] == ["floor", "bccd"]
+    assert calls[0][1] == pytest.approx(480 * time_of("floor") / (time_of("floor") + time_of("bccd")), abs=2)
+
+
+def test_the_core_list_by_name(tmp_path, monkeypatch):
+    calls = [(name, cases, first) for name, _, cases, first in given(tmp_path, monkeypatch, "--only", "core")]
+    assert calls == [(stage.part, stage.cases, stage.first) for stage in check.CORE]
+
+
+def test_cases_are_looked_for_in_all_parts(tmp_path, monkeypatch, capsys):
+    said = "floor: bf16\nprobe! No module\ntrain: bf16 b32 graph native\ntrain: fp16 b32 graph native\nssd300: x\n"
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, said))
+    found = given(tmp_path, monkeypatch, "--case", "bf16*", "--case", "x")
+    assert [(name, cases) for name, _, cases, _ in found] == [
+        ("floor", ("bf16*", "x")), ("train", ("bf16*", "x")), ("ssd300", ("bf16*", "x")),
+    ]  # fmt: skip
+    assert check.main(["--out", str(tmp_path / "new"), "--work", str(tmp_path), "--case", "bf17*"]) == 2
+    assert "no case matches --case bf17*; --list prints them" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def full_state() -> dict:
@@ -262,13 +335,14 @@ def full_state() -> dict:
     speed = times | {"images_per_s": 12345.6, "images_per_s_p10": 12345.6, "images_per_s_p90": 12345.6}
     speed |= {"peak_gib": 139.9, "x_published": 12.34, "percent_of_flop_floor": 123.4}
     op = times | {"reference_ms": 99999.999, "speedup": 1234.5, "mb": 123456.7, "difference": 1e-300}
+    group = {"passed": 1234, "failed": 12, "skipped_tests": 3, "not_run": 7}
+    tests = group | {"groups": {"detcore": group}, "error": "12 failed: " + "tests.test_x::test_y, " * 20}
     families = {
         "batchnorm/elementwise": {"ms": 1234.56, "share": 0.5, "floor_ms": 0.0},
         "other": {"ms": 1, "share": 0.1, "floor_ms": None},
     }
-    tests = {"passed": 1234, "failed": 12, "skipped_tests": 3, "error": "12 failed: " + "tests.test_x::test_y, " * 20}
     parts = {
-        "tests": {"status": "failed", "seconds": 80.0, "rows": {"pytest -m gpu": tests}},
+        "tests": {"status": "failed", "seconds": 80.0, "rows": {"ops": tests}},
         "floor": {"status": "passed", "rows": {"copy": times | {"gb_s": 4300.0}, "bf16": times | {"tflop_s": 790.1}}},
         "ops": {"status": "passed", "rows": {"a very long name of an operation": op | {"percent_of_floor": 99.9}}},
         "train": {"status": "passed", "rows": {"bf16 b32 compiled+graph reference": speed}},
@@ -293,35 +367,17 @@ def test_the_table_fits_and_tells_published_from_measured():
     assert "our target on one H100: 400 images/s, bf16, batch 32 (a target, not measured)" in text
     assert "our targets on one H100, images/s: training 2500, inference 6000 (targets, not measured)" in text
     assert "published for one A100, images/s: training 724, inference 970 (not measured here)" in text
-    assert "FAILED pytest -m gpu: 12 failed" in text and "out of time" in text
+    assert "FAILED ops: 12 failed" in text and "out of time" in text
+    assert "ops detcore: 1234 of 1246 passed, 3 skipped, 7 not run" in text
     assert "bf16 790 TFLOP/s" in text and "copy 4,300 GB/s" in text
 
 
-def test_kernels_find_their_families():
-    names = {
-        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolution/gemm",
-        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>": "convolution/gemm",
-        "void detcore::focal_kernel<c10::BFloat16>(c10::BFloat16 const*, long)": "loss",
-        "void detcore::(anonymous namespace)::highest_kernel(float const*, long*)": "matching",
-        "void detcore::bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
-        "void detcore::nms_kernel(float const*)": "other",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
-        "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "nccl",
-        "Memcpy DtoD (Device -> Device)": "memcpy",
-        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>": "batchnorm/elementwise",
-        "something_else": "other",
-    }
-    assert {name: infer.family(name) for name in names} == names
-
-
-def test_the_next_three_things_are_those_furthest_above_their_floor():
-    rows = {
-        "convolution/gemm": {"ms": 60.0, "share": 0.6, "floor_ms": 50.0},
-        "loss": {"ms": 30.0, "share": 0.3, "floor_ms": 2.0},
-        "memcpy": {"ms": 9.0, "share": 0.09, "floor_ms": 0.0},
-        "other": {"ms": 1.0, "share": 0.01, "floor_ms": None},
-    }
-    assert [words.partition(":")[0] for words in infer.next_things(rows)] == ["loss", "convolution/gemm", "memcpy"]
+def test_a_row_that_is_not_as_it_should_be_does_not_end_a_check():
+    state = full_state()
+    del state["parts"]["train"]["rows"]["bf16 b32 compiled+graph reference"]["images_per_s_p10"]
+    text = table.table(state)
+    assert "speed: a row is not as it should be (KeyError: 'images_per_s_p10'); see the JSON" in text
+    assert "SSD300" in text and "copy 4,300 GB/s" in text
 
 
 def test_differences_of_results():
@@ -330,74 +386,3 @@ def test_differences_of_results():
     assert ops.difference(a, b) == pytest.approx(0.25) and ops.difference(a, a) == 0
     with pytest.raises(ValueError, match="shapes"):
         ops.difference(torch.zeros(2), torch.zeros(3))
-
-
-class TestCompareLosses:
-    def curve(self, path: Path, values: dict[int, float]) -> Path:
-        lines = [{"kind": "start"}]
-        lines += [{"kind": "step", "step": s, "loss": 2 * v, "terms": {"cls": v, "box": v}} for s, v in values.items()]
-        path.mkdir()
-        (path / "progress.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        return path
-
-    def test_within_and_over_the_tolerance(self, tmp_path, capsys):
-        a = self.curve(tmp_path / "a", {1: 1.0, 2: 0.9, 3: 0.8})
-        b = self.curve(tmp_path / "b", {1: 1.0, 2: 0.909, 3: 0.4, 4: 0.1})
-        assert losses.main([str(a), str(b), "--steps", "2"]) == 0
-        assert "within the tolerance of 0.02: over 2 steps" in capsys.readouterr().out
-        written = tmp_path / "numbers.json"
-        assert losses.main([str(a), str(b / "progress.jsonl"), "--json", str(written)]) == 1
-        assert "OVER the tolerance of 0.02" in capsys.readouterr().out
-        found = json.loads(written.read_text())
-        assert found["largest"] == 0.5 and found["at_step"] == 3 and found["steps"] == 3 and not found["within"]
-
-    def test_a_loss_that_is_not_finite_in_one_run_is_over_any_tolerance(self):
-        finite, broken = {1: {"loss": 1.0}}, {1: {"loss": float("nan")}}
-        assert losses.compare(finite, broken)["largest"] == float("inf")
-        assert losses.compare(broken, broken)["largest"] == 0
-
-    def test_draws_both_curves(self, tmp_path):
-        a, b = (self.curve(tmp_path / n, {1: 1.0, 2: 0.9}) for n in "ab")
-        losses.main([str(a), str(b), "--figure", str(tmp_path / "both.html")])
-        page = (tmp_path / "both.html").read_text()
-        assert page.count('class="line') == 2 and "step 2: 1.8 and 1.8" in page
-
-    def test_nothing_to_compare(self, tmp_path):
-        a = self.curve(tmp_path / "a", {1: 1.0})
-        b = self.curve(tmp_path / "b", {2: 1.0})
-        assert "no recorded step in common" in run("tools/compare_losses.py", a, b, code=2)
-        assert "progress.jsonl" in run("tools/compare_losses.py", a, tmp_path / "none", code=2)
-
-    @pytest.mark.parametrize(("code", "fails"), [(0, False), (3, False), (1, True)])
-    def test_a_run_may_miss_the_target(self, tmp_path, monkeypatch, code, fails):
-        """So few steps reach none; none is asked for unless the options do."""
-        called = []
-        result = subprocess.CompletedProcess([], code, "", "what was wrong")
-        monkeypatch.setattr(losses.subprocess, "run", lambda command, **_: called.append(command) or result)
-        options = ["--synthetic", "--no-pretrained", "--target-map", "0.5"]
-        try:
-            losses.train(tmp_path, 3, options, ["--ops", "reference"])
-        except losses.UserError as error:
-            assert fails and "what was wrong" in str(error)
-        else:
-            assert not fails
-        words = called[0][called[0].index("single_stage_detector.train") + 1 :]
-        assert words[:5] == ["--target-map", "none", *options[:3]]
-
-    @pytest.mark.slow
-    def test_runs_both_itself(self, tmp_path):
-        options = [
-            "--synthetic",
-            "--device",
-            "cpu",
-            "--backbone",
-            "resnet18",
-            "--image-size",
-            "64",
-            "64",
-            "--fpn-channels",
-            "16",
-        ]
-        options += ["--head-convs", "1", "--num-classes", "3", "--division", "open"]
-        words = (tmp_path / "a", tmp_path / "b", "--run", "--steps", "3", "--tolerance", "0.001", "--", *options)
-        assert "within the tolerance of 0.001: over 3 steps" in run("tools/compare_losses.py", *words)

@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
-KNOW_DEVICES = {"detcore/backend.py", "detcore/backend_tpu.py", "detcore/native.py", "detcore/data/dali.py"}
+KNOW_DEVICES = {
+    "detcore/backend.py",
+    "detcore/backend_graphs.py",
+    "detcore/backend_tpu.py",
+    "detcore/native.py",
+    "detcore/data/dali.py",
+}
 WRITTEN_BY_RUNS = (".venv", "build", "results")
 LONG_FUNCTIONS = {"detcore/engine.py:train": 120}
 PROGRAMS = ["detcore", *BENCHMARKS]

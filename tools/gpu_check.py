@@ -1,241 +1,263 @@
-"""Everything that wants a GPU, in one command of ten minutes at most; no network is needed.
+"""Everything that wants a GPU, in one command of eight minutes; no network is needed.
 
-    python tools/gpu_check.py --out DIR [--only PART,...] [--quick] [--data DIR] [--minutes 10]
+    python tools/gpu_check.py --out DIR [--only PART,...] [--case PATTERN] [--quick] [--minutes 8]
+                              [--carried DIR] [--data DIR] [--work DIR] [--go-on FILE]
 
-PART is one of build, tests, floor, ops, train, peers, inference, ssd300, profile, losses, bccd, sanitizer.
+PART is one of build, tests, floor, train, probe, ssd300, ops, inference, peers, losses, bccd, sanitizer; `--list`
+prints the cases of each. Measured are this card's copy and matmul rates, single operations (probe), every op beside its
+reference, the training step in all its modes with a profile, torchvision's RetinaNet, inference, SSD300, a real
+training.
 
-Builds the kernels, runs the gpu tests, and measures in one go: this card's copy and matmul rates, every op beside its
-reference, the training step in all its modes, torchvision's RetinaNet, inference, SSD300, a profile, a real training.
-DIR gets gpu_check.json (its keys: tools/gpu_check_core.py), gpu_check.log and what the parts leave; nothing is written
-elsewhere but the build. The table at the end can be printed again from DIR with --only none.
+--only core is the core list of about three minutes: build, the ops' tests, floor, the first case of train, probe, the
+first of ssd300. It comes first without --only too, so that it is the rest that is cut. --only none prints the table.
+Named parts are measured anew if they had come to an end. --case names cases, as in a shell and several times: they
+are measured anew, others not; those of all parts, or of --only's. --quick takes fewer iterations and smaller batches
+(not in the floors).
+
+DIR gets gpu_check.json (its keys: tools/gpu_check_core.py), gpu_check.log and table.txt, nothing else, all of them
+refreshed every few seconds; everything else goes to --work, build/gpu_check. On a machine without a network,
+--carried names the folder that tools/gpu_carry.py has made: packages, compiled libraries, the data set.
 
 Every part runs in a process of its own within its own time, so that a crash costs one row. What does not fit is left
-out and said; called again with the same DIR, the check goes on there. --only measures the named parts anew. Without a
-GPU the parts that make sense on a CPU run on small shapes. Exit code: 0 if nothing failed, 1 if a part did, 2 for
-wrong arguments.
+out and said; called again with the same DIR, or with --go-on and the JSON of the last call, the check goes on there,
+if the code is the same. A case that hangs is passed over from then on.
+Without a GPU the parts that make sense on a CPU run on small shapes; `--quick --minutes 0.4`, called again and again,
+cuts each of them once. Exit code: 0 if nothing failed, 1 if a part did or hung, 2 for wrong arguments, 143 if ended.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
+BEGAN = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     sys.dont_write_bytecode = True  # nothing beside DIR
 
+import gpu_carry  # noqa: E402
 import torch  # noqa: E402
-from gpu_check_core import CONTEXT_LOST, Context, clocks, commit, load, run_jobs, save, status_of  # noqa: E402
+from gpu_check_core import NAME, Context, clocks, commit, load, matches, run_jobs, save  # noqa: E402
+from gpu_check_process import ENDING, GRACE, Log, Part, child_environment, end_with_parent, run_part  # noqa: E402
 from gpu_check_table import PUBLISHED, TARGETS, table  # noqa: E402
 
-GRACE = 10.0
-"""Seconds after a part's time in which its process may still write its last row."""
-CRASHES = 5
-"""So many times is a part started again whose process has died; each time without the job that it died in."""
+PARTS = {
+    part.name: part
+    for part in (
+        Part("build", "gpu_check_runs", "build", None, cpu=True),
+        Part("tests", "gpu_check_tests", "tests", None),
+        Part("floor", "gpu_check_ops", "floor", 30, cpu=True),
+        Part("train", "gpu_check_train", "train", 120, cpu=True),
+        Part("probe", "gpu_check_probe", "probe", 40),
+        Part("ssd300", "gpu_check_ssd", "ssd300", 90, cpu=True),
+        Part("ops", "gpu_check_ops", "ops", 30, cpu=True),
+        Part("inference", "gpu_check_infer", "inference"),
+        Part("peers", "gpu_check_train", "peers", 120),
+        Part("losses", "gpu_check_runs", "losses", None),
+        Part("bccd", "gpu_check_runs", "bccd", None),
+        Part("sanitizer", "gpu_check_runs", "sanitizer", None),
+    )
+}
 
 
 @dataclass(frozen=True)
-class Part:
-    """seconds: its time on a GPU; the times add up to ten minutes. cpu: whether it runs by default without a GPU."""
+class Stage:
+    """A part, or the cases of it that match a pattern, or its first so many; seconds: its time on a GPU."""
 
-    name: str
-    module: str
-    function: str
+    part: str
     seconds: float
-    cpu: bool = False
+    cases: tuple[str, ...] = ()
+    first: int = 0
 
 
-PARTS = (
-    Part("build", "gpu_check_runs", "build", 65, True),
-    Part("tests", "gpu_check_runs", "tests", 75),
-    Part("floor", "gpu_check_ops", "floor", 20, True),
-    Part("ops", "gpu_check_ops", "ops", 50, True),
-    Part("train", "gpu_check_train", "train", 105, True),
-    Part("peers", "gpu_check_train", "peers", 45),
-    Part("inference", "gpu_check_infer", "inference", 35),
-    Part("ssd300", "gpu_check_ssd", "ssd300", 40, True),
-    Part("profile", "gpu_check_infer", "profiled", 25),
-    Part("losses", "gpu_check_runs", "losses", 35),
-    Part("bccd", "gpu_check_runs", "bccd", 75),
-    Part("sanitizer", "gpu_check_runs", "sanitizer", 30),
-)
+CORE = (
+    Stage("build", 30), Stage("tests", 40, cases=("ops",)), Stage("floor", 15), Stage("train", 50, first=1),
+    Stage("probe", 60), Stage("ssd300", 25, first=1),
+)  # fmt: skip
+"""What comes first; about three minutes where the libraries are carried."""
+STAGES = (
+    *CORE, Stage("train", 100), Stage("tests", 25), Stage("ops", 25), Stage("inference", 15), Stage("ssd300", 15),
+    Stage("peers", 15), Stage("losses", 15), Stage("bccd", 40), Stage("sanitizer", 10),
+)  # fmt: skip
+"""Eight minutes."""
 
 
-NEEDED = ("torchvision", "numpy", "mlperf_logging", "msgspec", "pycocotools", "pytest", "hypothesis")
-"""Packages that parts import, beside torch."""
-
-
-class Log:
-    """Lines on the console and in gpu_check.log; `quietly` only in the file."""
-
-    def __init__(self, path: Path):
-        self.file = path.open("a", encoding="utf-8")
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-        self.quietly(text)
-
-    def quietly(self, text: str) -> None:
-        self.file.write(text + "\n")
-        self.file.flush()
-
-
-def child_environment(out: Path) -> dict[str, str]:
-    """Every cache and temporary file of the parts below DIR."""
-    cache, temporary = out / "cache", out / "tmp"
-    temporary.mkdir(exist_ok=True)
-    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda",
-             "HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis"}  # fmt: skip
-    own = {name: str(cache / folder) for name, folder in names.items()}
-    if len(str(temporary)) < 70:  # loader processes make sockets there, whose paths may have 107 characters
-        own["TMPDIR"] = str(temporary)
-    return os.environ | own | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def run_part(part: Part, seconds: float, options: argparse.Namespace, log: Log) -> None:
-    """Runs a part in processes of its own until it is through or its time is over; leaves its status in the JSON."""
-    out, began = options.out, time.monotonic()
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", part.name, "--out", str(out)]
-    command += ["--quick"] * options.quick + (["--data", str(options.data)] if options.data else [])
-    for _ in range(CRASHES):
-        left = seconds - (time.monotonic() - began)
-        code = follow([*command, "--budget", str(left)], left, child_environment(out), log)
-        state = load(out)
-        entry = state["parts"].setdefault(part.name, {})
-        key = entry.pop("running", None)
-        rows = entry.setdefault("rows", {})
-        if code is None:
-            entry.update(status=status_of(rows, False), reason=f"out of time in {key!r}; call again to go on")
-        elif code and key is None and code != CONTEXT_LOST:
-            entry.update(status="failed", reason=f"its process ended with code {code} (see gpu_check.log)")
-        elif code:
-            if key is not None:
-                rows[key] = {"error": f"the process died in it, code {code} (see gpu_check.log)"}
-            entry.update(status=status_of(rows, True), reason="its process died")
-        entry.update(seconds=round(time.monotonic() - began, 1), budget_s=round(seconds, 1))
-        save(out, state)
-        if not code or (key is None and code != CONTEXT_LOST) or seconds - (time.monotonic() - began) < 1:
-            return
-
-
-def follow(command: list[str], seconds: float, environment: dict[str, str], log: Log) -> int | None:
-    """Runs a process with its output in the log; its exit code, or None if it had to be ended."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-    name = command[command.index("--child") + 1]
-
-    def read() -> None:
-        for line in process.stdout:
-            log.quietly(line.rstrip("\n"))
-            if line.startswith(f"{name}: "):
-                print("  " + line.rstrip("\n")[:160], flush=True)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        return process.wait(seconds + GRACE)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)  # it ends what it has started
-            try:
-                process.wait(3)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        reader.join(5)
-
-
-def run_child(options: argparse.Namespace) -> int:
-    """A part, in its own process."""
-    began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    part = next(part for part in PARTS if part.name == options.child)
-    gpu = torch.cuda.is_available()
-    context = Context(options.out, gpu, options.quick, options.data, options.budget, began)
-    jobs = getattr(import_module(part.module), part.function)(context)
-    return run_jobs(part.name, jobs, context)
-
-
-def keep(state: dict, name: str, named: bool) -> bool:
-    """Whether a part's earlier result stands; else what of it can be kept is left in the state."""
-    entry = state["parts"].get(name)
-    if not entry:
-        return False
-    if not named and entry.get("status") in ("passed", "skipped"):
-        return True
-    if named and entry.get("status") != "stopped":
-        del state["parts"][name]
-    else:
-        entry["rows"] = {key: row for key, row in entry.get("rows", {}).items() if "error" not in row}
-    return False
+LEAST = 3.0
+"""A part is not begun with fewer seconds."""
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--only", help="parts to measure anew, separated by commas; none: only print the table")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--only", help="parts to measure anew, separated by commas; core; none: only print the table")
+    parser.add_argument("--case", action="append", default=[], help="a case to measure anew, such as 'bf16 b32 *'")
+    parser.add_argument("--list", action="store_true", help="print the cases of each part")
     parser.add_argument("--quick", action="store_true", help="fewer iterations and smaller shapes")
     parser.add_argument("--data", type=Path, help="the bccd data set, where it is not at shared/data/bccd")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything together")
+    parser.add_argument("--carried", type=Path, help="what tools/gpu_carry.py has made")
+    parser.add_argument("--go-on", type=Path, help="gpu_check.json of an earlier call, where DIR has none")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="caches, runs, temporary files")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    names = [part.name for part in PARTS]
-    wanted = [] if options.only in (None, "none") else options.only.split(",")
-    unknown = [name for name in wanted if name not in names]
+    options.wanted = [] if options.only in (None, "none") else options.only.split(",")
+    unknown = [name for name in options.wanted if name not in PARTS and name != "core"]
     if unknown:
-        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(names)}, none")
-    options.wanted = wanted
-    options.out = options.out.resolve()
-    options.data = options.data.resolve() if options.data else None
+        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(PARTS)}, core, none")
+    if not options.out and not options.list:
+        parser.error("--out DIR: where the results go")
+    if options.go_on and not options.go_on.is_file():
+        parser.error(f"--go-on {options.go_on}: no such file")
+    if options.carried and not (options.carried / gpu_carry.NAME).is_file():
+        parser.error(f"--carried {options.carried}: no {gpu_carry.NAME} in it; tools/gpu_carry.py makes one")
+    for name in ("out", "data", "carried", "work"):
+        given = getattr(options, name)
+        setattr(options, name, given and given.resolve())
+    options.site = None
     return options
 
 
-def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
-    """Runs the chosen parts that are not done, one after the other, with all the minutes among them.
+def list_cases(options: argparse.Namespace) -> int:
+    """Prints "part: case" of every part; for one that can't say, as its module can't be imported, the reason."""
+    for name, part in PARTS.items():
+        context = make_context(options, torch.cuda.is_available())
+        try:
+            for key, _ in getattr(import_module(part.module), part.function)(context):
+                print(f"{name}: {key}")
+        except Exception as error:
+            print(f"{name}! {error}")
+    return 0
+
+
+def parts_of_cases(options: argparse.Namespace) -> list[str]:
+    """The parts that have a case of --case. They are asked in another process, so that this one stays alive.
+
+    Those of --only are taken as they are.
+    """
+    if options.wanted:
+        return [name for name in PARTS if name in options.wanted]
+    command = [sys.executable, __file__, "--list"] + ["--quick"] * options.quick
+    environment = child_environment(options.work, options.site)
+    said = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=60).stdout
+    known = [line.partition(": ")[::2] for line in said.splitlines() if ": " in line]
+    return list(dict.fromkeys(part for part, key in known if matches(key, options.case)))
+
+
+def make_context(options: argparse.Namespace, gpu: bool, began: float = 0.0) -> Context:
+    return Context(
+        options.out, gpu, options.quick, options.data, options.budget, began, options.work, tuple(options.case),
+        options.first, options.carried,
+    )  # fmt: skip
+
+
+def run_child(options: argparse.Namespace) -> NoReturn:
+    """A part, in its own process."""
+    began = time.monotonic()
+    end_with_parent()
+    part = PARTS[options.child]
+    context = make_context(options, torch.cuda.is_available(), began)
+    jobs = getattr(import_module(part.module), part.function)(context)
+    code = run_jobs(part.name, jobs, context)
+    sys.stdout.flush()
+    os._exit(code)  # without torch's own end, which takes seconds, or for ever where the GPU hangs
+
+
+def keep(state: dict, name: str, named: bool, cases: Sequence[str] = ()) -> bool:
+    """Whether a part's earlier result stands; else what of it can be kept is left in the state."""
+    entry = state["parts"].get(name)
+    if not entry:
+        return False
+    rows = entry.get("rows", {})
+    for word in ("running", "through"):  # of a check that was killed
+        entry.pop(word, None)
+    if cases:
+        left = {key: row for key, row in rows.items() if not matches(key, cases)}
+    elif not named and entry.get("status") in ("passed", "skipped") and done(entry):
+        return True
+    elif named and done(entry):
+        del state["parts"][name]
+        return False
+    else:
+        left = {key: row for key, row in rows.items() if "error" not in row or "hung" in row or "unfinished" in row}
+    if len(left) < len(rows):
+        entry["done"] = []
+    entry.update(rows=left, seconds=0)
+    return False
+
+
+def done(entry: dict, cases: Sequence[str] = (), first: int = 0) -> bool:
+    """Whether all jobs of a selection have been through, or all of the part's."""
+    through = entry.get("done", [])
+    return [list(cases), first] in through or [[], 0] in through
+
+
+def stages_of(options: argparse.Namespace, gpu: bool) -> list[Stage]:
+    """What a call is to do, in order."""
+    if options.case:
+        time_of = {stage.part: stage.seconds for stage in STAGES}
+        return [Stage(name, time_of[name], tuple(options.case)) for name in parts_of_cases(options)]
+    if not options.wanted:
+        return [stage for stage in STAGES if gpu or PARTS[stage.part].cpu]
+    named = [
+        Stage(name, sum(stage.seconds for stage in STAGES if stage.part == name))
+        for name in PARTS
+        if name in options.wanted
+    ]
+    core = [stage for stage in CORE if gpu or PARTS[stage.part].cpu] if "core" in options.wanted else []
+    return core + named
+
+
+def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log, began: float) -> None:
+    """Runs the stages that are not done, one after the other, with all the minutes among them.
 
     So a part whose one long job was stopped has more time for it in the next call. What one leaves is the next one's.
     """
-    began = time.monotonic()
     state = load(options.out)
-    identity = {"commit": commit(), "quick": options.quick, "gpu": gpu}
+    head = commit()
+    if head == "unknown" and options.carried:
+        head = gpu_carry.commit(options.carried)
+    identity = {"commit": head, "quick": options.quick, "gpu": gpu}
     if state["parts"] and any(state.get(key) != value for key, value in identity.items()):
         log.say("the results in the folder are of another commit or kind of machine: all begun anew")
         state = {"version": 1, "parts": {}}
     state.update(identity, published=PUBLISHED, targets=TARGETS)
     state["clocks"] = [clocks("start")] if gpu else []
-    chosen = [part for part in PARTS if (part.name in options.wanted if options.wanted else gpu or part.cpu)]
-    todo = [part for part in chosen if not keep(state, part.name, bool(options.wanted))]
+    names = list(dict.fromkeys(stage.part for stage in stages))
+    kept = [name for name in names if keep(state, name, name in options.wanted, options.case)]
     save(options.out, state)
-    for part in chosen:
-        if part not in todo:
-            log.say(f"{part.name}: kept from an earlier call")
-    scale = options.minutes * 60 / max(1.0, sum(part.seconds for part in todo))
+    for name in kept:
+        log.say(f"{name}: kept from an earlier call")
+    todo = [stage for stage in stages if stage.part not in kept]
+    scale = options.minutes * 60 / max(1.0, sum(stage.seconds for stage in todo))
     spare = 0.0
-    for part in todo:
+    for stage in todo:
         state = load(options.out)
-        left = options.minutes * 60 - (time.monotonic() - began)
-        seconds = min(part.seconds * scale + spare, left - GRACE)
-        if seconds < 3:
-            state["parts"].setdefault(part.name, {"rows": {}}).update(status="stopped", reason="no time was left")
-            save(options.out, state)
-            log.say(f"{part.name}: left out, no time is left; call again to go on")
+        entry = state["parts"].setdefault(stage.part, {"rows": {}})
+        if done(entry, stage.cases, stage.first):
             continue
-        log.say(f"{part.name}: {seconds:.0f} s at most")
+        left = options.minutes * 60 - (time.monotonic() - began)
+        seconds = min(stage.seconds * scale + spare, left - GRACE - ENDING)
+        if seconds < LEAST:
+            if entry.get("status") != "failed":
+                entry.update(status="stopped", reason="no time was left for all of it")
+            save(options.out, state)
+            log.say(f"{stage.part}: left out, no time is left; call again to go on")
+            continue
+        log.say(f"{stage.part}: {seconds:.0f} s at most")
         start = time.monotonic()
-        run_part(part, seconds, options, log)
+        run_part(PARTS[stage.part], seconds, options, log, lambda: write_table(options.out), stage.cases, stage.first)
         spare = max(0.0, seconds - (time.monotonic() - start))
     state = load(options.out)
     state["clocks"] += [clocks("end")] if gpu else []
@@ -243,28 +265,50 @@ def check(options: argparse.Namespace, gpu: bool, log: Log) -> None:
     save(options.out, state)
 
 
-def main(argv: list[str]) -> int:
+def write_table(out: Path) -> str:
+    text = table(load(out))
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def main(argv: list[str], began: float | None = None) -> int:
+    """began: time.monotonic() from which the minutes count, if not from now."""
+    began = time.monotonic() if began is None else began
     options = arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.child:
-        return run_child(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    log = Log(options.out / "gpu_check.log")
+        run_child(options)
+    if options.carried:
+        options.data = options.data or gpu_carry.data(options.carried)
+        options.site, said = gpu_carry.put_in_place(options.carried, options.work)
+        sys.path[:0] = [str(options.site)]
+    if options.list:
+        return list_cases(options)
     gpu = torch.cuda.is_available()
+    stages = stages_of(options, gpu)
+    if not stages and options.only != "none":
+        print(f"gpu_check: no case matches --case {' '.join(options.case)}; --list prints them", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.go_on and not (options.out / NAME).exists():
+        shutil.copyfile(options.go_on, options.out / NAME)
+    log = Log(options.out / "gpu_check.log")
+    for line in said if options.carried else ():
+        log.say(line)
     if not gpu:
         log.say(
             "torch sees no GPU on this machine: the CPU part runs, on small shapes; its times say nothing about a GPU"
         )
-    lacking = [name for name in NEEDED if find_spec(name) is None]
+    lacking = [name for name in gpu_carry.NEEDED if find_spec(name) is None]
     if lacking:
-        log.say(f"not installed: {', '.join(lacking)}; parts that want them fail (wheels in PYTHONPATH will do)")
-    if options.only != "none":
-        check(options, gpu, log)
-    state = load(options.out)
-    text = table(state)
-    (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    log.say("\n" + text)
-    return int(any(part.get("status") == "failed" for part in state["parts"].values()))
+        log.say(f"not installed: {', '.join(lacking)}; parts that want them fail (tools/gpu_carry.py takes them along)")
+    try:
+        if options.only != "none":
+            check(options, stages, gpu, log, began)
+    finally:
+        log.say("\n" + write_table(options.out))
+    return int(any(part.get("status") == "failed" for part in load(options.out)["parts"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], BEGAN))

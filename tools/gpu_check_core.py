@@ -8,11 +8,13 @@ dictionary of plain values. gpu_check.json holds, all values measured on this ma
     commit      of the checkout, with "+changes" if it has some; quick: true if measured with --quick
     clocks      [{when, driver, sm_mhz, memory_mhz, temperature_c, power_w, used_mib}], by nvidia-smi at start and end
     seconds     of the last call;  published: MLPerf figures of others, images/s a GPU;  targets: what we aim at
-    parts       name: {status, seconds, budget_s, reason, rows: {key: row}}
+    parts       name: {status, seconds, budget_s, reason, done, running, rows: {key: row}}
                 status: passed, failed (a row has "error"), stopped (out of time, rows are missing), skipped (reason)
+                done: selections [cases, first] whose jobs have all been through; running: the job in progress
 
 Times in rows are medians in ms over `n` iterations, with p10_ms and p90_ms; a row with "skipped" was not measured and
-says why.
+says why; one with "hung" had no end, and is passed over until it is named; "unfinished": the job goes on in the next
+call. "profile" in a row is that of the same step in the same process.
 """
 
 import contextlib
@@ -20,12 +22,14 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +37,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "gpu_check.json"
-CONTEXT_LOST = 3
+CONTEXT_LOST = 43
 """Exit code of a part whose CUDA context is broken: started again, it goes on with the next job."""
+OUT_OF_TIME = 44
+"""How a job ends that is to go on in the next call."""
 
 Row = dict[str, Any]
 Job = tuple[str, Callable[[], Row]]
@@ -45,7 +51,11 @@ class Skip(Exception):
 
 
 class OutOfTime(Exception):
-    """A job was cut off by the end of its part's time; it is left for the next call."""
+    """A job was cut off by the end of its part's time; it is left for the next call, which finds its row so far."""
+
+    def __init__(self, words: str, row: Row | None = None):
+        super().__init__(words)
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a part runs. budget: seconds that it may take, counted from `began` (time.monotonic)."""
+    """Where a part runs. budget: seconds that it may take, counted from `began` (time.monotonic).
+
+    out has the JSON and nothing else of a part; work is for everything that it writes. cases and first choose among
+    its jobs: those whose keys match a pattern (as in a shell), the first so many; empty and 0: all. carried: the folder
+    of tools/gpu_carry.py.
+    """
 
     out: Path
     gpu: bool
@@ -71,6 +86,10 @@ class Context:
     data: Path | None
     budget: float
     began: float
+    work: Path = ROOT / "build" / "gpu_check"
+    cases: tuple[str, ...] = ()
+    first: int = 0
+    carried: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +105,14 @@ class Context:
 
     def left(self) -> float:
         return self.budget - (time.monotonic() - self.began)
+
+    def wants(self, key: str, number: int) -> bool:
+        """Whether a job, the number-th of its part from 0, is among those asked for."""
+        return matches(key, self.cases) if self.cases else not self.first or number < self.first
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def load(out: Path) -> dict[str, Any]:
@@ -122,59 +149,121 @@ def words(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:400]
 
 
-def lost_context(error: BaseException) -> bool:
-    """Whether an error leaves the process's CUDA context unusable, so that every later job would fail too."""
-    text = str(error)
-    return "CUDA error" in text and "out of memory" not in text and "invalid configuration" not in text
+LOST = re.compile(
+    "illegal memory access|unspecified launch failure|cudaErrorLaunch(Failure|Timeout)|launch timed out"
+    "|misaligned address|illegal (instruction|address)|invalid (program counter|address space)"
+    "|hardware stack error|device-side assert|uncorrectable ECC|CUDA driver error"
+    "|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
+)
+"""Words of errors after which every later CUDA call of the process fails too."""
+
+
+def lost_context(words: str, gpu: bool) -> bool:
+    """Whether after an error of these words the process's CUDA context is lost, so that every later job would fail.
+
+    Of a word that says it; other errors, such as a launch of an invalid configuration, may leave it whole, so the GPU
+    itself is asked.
+    """
+    return bool(LOST.search(words)) or (gpu and not answers())
+
+
+def answers() -> bool:
+    """Whether this process's GPU still computes; asked twice, since the first call may report an error of before."""
+    for _ in range(2):
+        try:
+            if torch.ones(2, device="cuda").sum().item() == 2:
+                return True
+        except (RuntimeError, AssertionError):
+            continue
+    return False
+
+
+def leave(context: Context, name: str, key: str, row: Row) -> None:
+    """Saves the row of a job that is still running, as far as it is."""
+    state = load(context.out)
+    state["parts"][name]["rows"][key] = row | {"unfinished": True}
+    save(context.out, state)
 
 
 def run_jobs(name: str, jobs: Iterable[Job], context: Context) -> int:
-    """Runs the jobs that have no row yet, each row saved at once; returns the exit code of the part's process."""
+    """Runs the jobs that are asked for and have no row yet, each row saved at once; the part's exit code."""
     state = load(context.out)
     state["machine"] = machine(context.gpu)
-    part = state["parts"].setdefault(name, {})
-    rows: dict[str, Row] = part.setdefault("rows", {})
-    longest, complete = 0.0, True
-    for key, measure in jobs:
-        if key in rows:
+    rows = state["parts"].setdefault(name, {}).setdefault("rows", {})
+    save(context.out, state)
+    last, complete, left_out, count = 0.0, True, False, 0
+    for number, (key, measure) in enumerate(jobs):
+        if key in rows and "unfinished" not in rows[key]:
             continue
-        if context.left() < longest:
+        if not context.wants(key, number):
+            left_out = True
+            continue
+        if context.left() < last:
             print(f"{name}: stops before {key!r}: {context.left():.0f} s are left of {context.budget:.0f}", flush=True)
             complete = False
             break
-        part["running"] = key
+        row, took, end = run_job(name, key, measure, context)
+        count += 1
+        last = took if count > 1 else took / 4  # the first pays for the process's start and trials
+        state = load(context.out)  # which the job may have changed
+        part = state["parts"][name]
+        del part["running"]
+        rows = part["rows"]
+        if row is not None:
+            rows[key] = row
         save(context.out, state)
-        start = time.monotonic()
-        lost = False
-        try:
-            row = measure()
-        except Skip as reason:
-            row = {"skipped": str(reason)}
-        except OutOfTime as reason:
-            print(f"{name}: {key}: {reason}", flush=True)
-            del part["running"]
+        if end == OUT_OF_TIME:
             complete = False
             break
-        except torch.OutOfMemoryError:
-            row = {"skipped": "out of memory on this card"}
-        except Exception as error:
-            traceback.print_exc()
-            row, lost = {"error": words(error)}, lost_context(error)
-        rows[key] = row | {"took_s": round(time.monotonic() - start, 2)}
-        del part["running"]
-        longest = max(longest, time.monotonic() - start)
-        print(f"{name}: {key}: {brief(row)}", flush=True)
-        if lost:
-            save(context.out, state)
+        if end == CONTEXT_LOST:
             return CONTEXT_LOST
-        save(context.out, state)
         tidy(context.gpu)
+    finish(name, context, complete, left_out)
+    return 0
+
+
+def run_job(name: str, key: str, measure: Callable[[], Row], context: Context) -> tuple[Row | None, float, int]:
+    """(row or None, seconds, 0 or OUT_OF_TIME or CONTEXT_LOST) of a job."""
+    state = load(context.out)
+    state["parts"][name]["running"] = key
+    save(context.out, state)
+    start, end = time.monotonic(), 0
+    try:
+        row = measure()
+    except Skip as reason:
+        row = {"skipped": str(reason)}
+    except OutOfTime as reason:
+        print(f"{name}: {key}: {reason}", flush=True)
+        return reason.row and reason.row | {"unfinished": True}, 0.0, OUT_OF_TIME
+    except torch.OutOfMemoryError:
+        row = {"skipped": "out of memory on this card"}
+    except Exception as error:
+        traceback.print_exc()
+        row = {"error": words(error)}
+        end = CONTEXT_LOST * lost_context(f"{type(error).__name__}: {error}", context.gpu)
+    seconds = time.monotonic() - start
+    print(f"{name}: {key}: {brief(row)}", flush=True)
+    return row | {"took_s": round(seconds, 2)}, seconds, end
+
+
+def finish(name: str, context: Context, complete: bool, left_out: bool) -> None:
+    """Says in the JSON how a part ended."""
+    state = load(context.out)
+    part = state["parts"][name]
+    rows = part["rows"]
+    part["through"] = True
     part["status"] = status_of(rows, complete)
     part["reason"] = next((row["skipped"] for row in rows.values() if "skipped" in row), "")
     if part["status"] != "skipped":
-        part["reason"] = "" if complete else "out of time; call again to go on"
+        part["reason"] = (
+            ("other cases not asked for" if left_out else "") if complete else "out of time; call again to go on"
+        )
+    if complete:
+        through = [[list(context.cases), context.first], *([] if left_out else [[[], 0]])]
+        part["done"] = part.get("done", []) + [
+            selection for selection in through if selection not in part.get("done", [])
+        ]
     save(context.out, state)
-    return 0
 
 
 def tidy(gpu: bool) -> None:

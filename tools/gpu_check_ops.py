@@ -22,10 +22,10 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float
 def floor(context: Context) -> Iterable[Job]:
     """copy: GB/s read and written together. bf16, fp16, tf32, fp32: TFLOP/s of a square matrix product."""
     watch = Stopwatch(context)
-    small = context.quick or not context.gpu
 
     def copy() -> Row:
-        count = 2**24 if small else 2**30
+        # On a GPU five times what its cache holds (50 MB on an H100, 60 on an H200) at least.
+        count = (2**28 if context.quick else 2**30) if context.gpu else 2**24
         source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=context.device)
         target = torch.empty_like(source)
         row = watch.time(lambda: target.copy_(source), least=10)
@@ -137,11 +137,12 @@ def measure(case: Case, context: Context, watch: Stopwatch) -> Row:
 
 def ops(context: Context) -> Iterable[Job]:
     """Every native op at the size of a training step, forward and backward where it has both."""
-    from gpu_check_ssd import ssd_cases  # which imports this file
+    from gpu_check_ssd import ssd_cases  # which imports this file, as the next one does
+    from gpu_check_variants import variant_cases
 
     watch = Stopwatch(context)
     groups = (normalize_cases, bias_relu_cases, match_cases, focal_cases, box_cases, loss_cases, candidate_cases)
-    for group in (*groups, nms_cases, postprocess_cases, ssd_cases):
+    for group in (*groups, nms_cases, postprocess_cases, variant_cases, ssd_cases):
         try:
             cases = list(group(context))
         except Exception as error:  # the op's module can't be imported: that is this op's failure alone
@@ -294,13 +295,13 @@ def box_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "box fwd+bwd, level P3", case
 
 
-def gradient_case(x: Tensor, loss: Callable[[Tensor], Tensor]) -> Case:
-    """The loss of x and its gradient: x must be read and the gradient written, once each."""
+def gradient_case(x: Tensor, loss: Callable[[Tensor], Tensor], *small: Tensor) -> Case:
+    """The loss of x and its gradients, also of what is small: x must be read and its gradient written, once each."""
     x.requires_grad_()
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, ...]:
         value = loss(x)
-        return value, *torch.autograd.grad(value, x)
+        return value, *torch.autograd.grad(value, (x, *small))
 
     return Case("single_stage_detector", lambda: run, 2 * megabytes(x), tolerance=close(x.dtype))
 

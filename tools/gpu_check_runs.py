@@ -1,4 +1,4 @@
-"""The parts of tools/gpu_check.py that start other programs: build, tests, losses, bccd and sanitizer."""
+"""The parts of tools/gpu_check.py that start other programs: build, losses, bccd and sanitizer."""
 
 import json
 import os
@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import xml.etree.ElementTree
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import gpu_carry
 import torch
 from gpu_check_core import ROOT, Context, Job, OutOfTime, Row, Skip
+from gpu_check_tests import gpu_test_files, pytest_command
 
 from detcore import native
 
@@ -57,9 +58,14 @@ def last_words(said: str) -> str:
 
 
 def build(context: Context) -> Iterable[Job]:
-    """The libraries, for this card alone unless TORCH_CUDA_ARCH_LIST says more; without a card for the CPU alone."""
+    """The libraries, for this card alone unless TORCH_CUDA_ARCH_LIST says more; without a card for the CPU alone.
+
+    Those that tools/gpu_carry.py has compiled are taken instead if they are of these sources and for this card.
+    """
 
     def run() -> Row:
+        if context.carried and not unfit(context):
+            return described(gpu_carry.manifest(context.carried)["architectures"] + ", carried")
         chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
         if context.gpu and not chosen:
             chosen = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -71,68 +77,29 @@ def build(context: Context) -> Iterable[Job]:
         impossible = [line for line in done.stdout.splitlines() if "so no kernels are built" in line]
         if done.returncode and not impossible:
             return {"error": last_words(done.stdout)}
-        programs = sorted(folder.parent.name for folder in ROOT.glob("*/csrc"))
+        programs = gpu_carry.programs()
         built = [program for program in programs if native.library_file(program).is_file()]
         if built != programs:
             raise Skip(impossible[0] if impossible else last_words(done.stdout))
-        described = native.describe(programs[-1], context.device)
-        row = {
-            "libraries": ", ".join(f"{program}/_kernels.so" for program in built),
-            "architectures": (chosen or "default") if context.gpu else "the CPU",
-        }
-        lacking = context.gpu and "without nvcc" in described
-        return row | {"ops": described} | ({"error": "built without nvcc: no code for this GPU"} if lacking else {})
+        return described((chosen or "default") if context.gpu else "the CPU")
+
+    def described(architectures: str) -> Row:
+        programs = gpu_carry.programs()
+        said = native.describe(programs[-1], context.device)
+        row = {"libraries": ", ".join(programs), "ops": said}
+        lacking = context.gpu and "because" in said
+        return row | {"architectures": architectures} | ({"error": f"no code for this GPU: {said}"} if lacking else {})
 
     yield "build_ext --inplace", run
 
 
-def gpu_test_files() -> list[str]:
-    """The test files that hold tests for a GPU; others are not even imported, so they may want what is not there."""
-    marks = re.compile(r"mark\.gpu|\bimplementation\b")
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if marks.search(file.read_text(encoding="utf-8"))]
-
-
-def tests(context: Context) -> Iterable[Job]:
-    """pytest -m gpu."""
-
-    def run() -> Row:
-        if not context.gpu:
-            raise Skip("the gpu tests want a GPU")
-        report = context.out / "tests.xml"
-        report.unlink(missing_ok=True)
-        command = [*pytest(context), "-m", "gpu and not dali", f"--junitxml={report}", *gpu_test_files()]
-        done = start(context, command)
-        if not report.is_file():
-            return {"error": f"pytest ended with code {done.returncode}: {last_words(done.stdout)}"}
-        return summary(report)
-
-    yield "pytest -m gpu", run
-
-
-def pytest(context: Context) -> list[str]:
-    """pytest that writes nothing into the checkout."""
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={context.out / 'tmp' / 'pytest'}",
-    ]
-
-
-def summary(report: Path) -> Row:
-    """Counts, and the names of what failed, of a junit file."""
-    cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
-    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = [c for c in cases if c.find("skipped") is not None]
-    names = [f"{c.get('classname')}::{c.get('name')}" for c in bad]
-    row = {"passed": len(cases) - len(bad) - len(skipped), "failed": len(bad), "skipped_tests": len(skipped)}
-    if not cases:
-        return row | {"error": "pytest found no test"}
-    return row | ({"failures": names, "error": f"{len(bad)} failed: {', '.join(names)}"[:400]} if bad else {})
+def unfit(context: Context) -> str:
+    """Why the carried libraries do not serve here, or ""."""
+    if wrong := gpu_carry.in_place(context.carried):
+        return wrong
+    compiled = gpu_carry.manifest(context.carried)["architectures"]
+    card = "{}.{}".format(*torch.cuda.get_device_capability()) if context.gpu else compiled
+    return "" if card == compiled else f"they are for {compiled}, this card is {card}"
 
 
 def data_folder(context: Context) -> Path:
@@ -146,17 +113,19 @@ def data_folder(context: Context) -> Path:
 
 
 def losses(context: Context) -> Iterable[Job]:
-    """tools/compare_losses.py: 200 steps of reference ops against native ones with graphs, fp32, the same data."""
+    """tools/compare_losses.py: 20 steps of reference ops against native ones with graphs, fp32, the same data, and a
+    control that tells how far rounding alone drives them apart."""
 
     def run() -> Row:
-        steps, tolerance = (4, 0.02) if context.quick else (200, 0.02)
-        where = context.out / "losses"
+        steps = 4 if context.quick else 20
+        where = context.work / "losses"
         data = ["--synthetic", "--num-classes", "3"]
         if not context.quick:
             data = ["--dataset-path", str(data_folder(context)), "--workers", "2", "--cache-dir", str(where)]
         options = [*RECIPE, *data, "--precision", "fp32", "--device", "cuda" if context.gpu else "cpu"]
+        options += ["--trainable-backbone-layers", "4"]  # the gradient of the pooling before adds in any order
         command = [sys.executable, "tools/compare_losses.py", str(where / "reference"), str(where / "native"), "--run"]
-        command += ["--steps", str(steps), "--tolerance", str(tolerance), "--figure", str(where / "losses.html")]
+        command += ["--steps", str(steps), "--control", str(where / "control"), "--figure", str(where / "losses.html")]
         command += ["--json", str(where / "losses.json"), "--", *options]
         done = start(context, command)
         if done.returncode not in (0, 1) or not (where / "losses.json").is_file():
@@ -174,9 +143,9 @@ def bccd(context: Context) -> Iterable[Job]:
 
     def case(name: str, options: list[str]) -> Callable[[], Row]:
         def run() -> Row:
-            folder = context.out / "bccd" / name
+            folder = context.work / "bccd" / name
             shutil.rmtree(folder, ignore_errors=True)
-            data = ["--dataset-path", str(data_folder(context)), "--cache-dir", str(context.out / "bccd")]
+            data = ["--dataset-path", str(data_folder(context)), "--cache-dir", str(context.work / "bccd")]
             epochs = "1" if context.quick else "18"
             workers = str(max(1, min(6, (os.cpu_count() or 2) - 2)))
             short = ["--max-iters-per-epoch", "2", "--workers", "1"] if context.quick else ["--workers", workers]
@@ -227,7 +196,8 @@ def sanitizer(context: Context) -> Iterable[Job]:
                 raise Skip("no compute-sanitizer on this machine" if context.gpu else "compute-sanitizer wants a GPU")
             # Without caching every tensor is an allocation of its own, so that a step past its end is seen.
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-            command = [binary, "--tool", tool, "--error-exitcode", "9", *pytest(context), "-x", "-m", "gpu", file]
+            command = [binary, "--tool", tool, "--error-exitcode", "9"]
+            command += [*pytest_command(context.work / "tmp" / "pytest"), "-x", "-m", "gpu", file]
             done = start(context, command, **environment)
             if "Device not supported" in done.stdout:
                 raise Skip("compute-sanitizer says that it does not support this device (a virtual machine's limit)")

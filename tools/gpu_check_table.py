@@ -1,7 +1,7 @@
 """The table of tools/gpu_check.py, from its JSON: at most 100 columns, measured values unless a line says otherwise."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
@@ -17,7 +17,15 @@ Row = dict[str, Any]
 
 
 def table(state: dict[str, Any]) -> str:
-    return "\n".join(part for section in SECTIONS for line in section(state) for part in folded(line.rstrip()))
+    return "\n".join(part for section in SECTIONS for line in lines(section, state) for part in folded(line.rstrip()))
+
+
+def lines(section: Callable[[dict], Iterator[str]], state: dict[str, Any]) -> list[str]:
+    """A section's lines; one that says so where a row is not as it should be, which must not end a check."""
+    try:
+        return list(section(state))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return ["", f"{section.__name__}: a row is not as it should be ({type(error).__name__}: {error}); see the JSON"]
 
 
 def folded(line: str) -> list[str]:
@@ -56,19 +64,20 @@ def overview(state: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'part':10} {'status':8} {'s':>6}  what"
     for name, part in state["parts"].items():
-        yield f"{name:10} {part.get('status', '?'):8} {number(part.get('seconds'), 6)}  {what(part)}"
+        status = "running" if "running" in part else part.get("status", "-")
+        yield f"{name:10} {status:8} {number(part.get('seconds'), 6)}  {what(part)}"
         for key, row in part.get("rows", {}).items():
             if "error" in row:
-                yield f"{'':10} {'':8} {'':6}  FAILED {key}: {row['error']}"
+                yield f"{'':10} {'':8} {'':6}  {'HUNG' if 'hung' in row else 'FAILED'} {key}: {row['error']}"
 
 
 def what(part: dict[str, Any]) -> str:
     found = part.get("rows", {})
     first = next(iter(found.values()), {})
     if "passed" in first:
-        return f"{first['passed']} passed, {first['failed']} failed, {first['skipped_tests']} skipped"
+        return f"{tests(found)}; {part['reason']}" if part.get("reason") else tests(found)
     if "libraries" in first:
-        return f"{first['libraries']} for {first['architectures']}"
+        return f"libraries of {first['libraries']} for {first['architectures']}"
     if "largest" in first:
         return (
             f"largest difference of {first['steps']} losses {first['largest']:.2g} (tolerance {first['tolerance']:g})"
@@ -78,6 +87,18 @@ def what(part: dict[str, Any]) -> str:
     words += f", {failed} failed" if failed else ""
     words += f", {left_out} left out" if left_out else ""
     return f"{words}; {part['reason']}" if part.get("reason") else words
+
+
+def tests(found: dict[str, Row]) -> str:
+    """The counts of the tests of every group, such as "ops detcore 151 of 151, 2 not run"."""
+    words = []
+    for job, row in found.items():
+        for group, r in row.get("groups", {}).items():
+            all_run = r["passed"] + r["failed"]
+            told = f"{job} {group}: {r['passed']} of {all_run} passed"
+            told += f", {r['skipped_tests']} skipped" if r["skipped_tests"] else ""
+            words.append(told + (f", {r['not_run']} not run" if r["not_run"] else ""))
+    return "; ".join(words)
 
 
 def floor(state: dict[str, Any]) -> Iterator[str]:
@@ -105,6 +126,7 @@ def ops(state: dict[str, Any]) -> Iterator[str]:
 
 def speed(state: dict[str, Any]) -> Iterator[str]:
     ours, theirs = rows(state, "train"), rows(state, "peers")
+    ours = {key: row for key, row in ours.items() if "predicted_gain_ms" not in row}
     if not ours and not theirs:
         return
     card = next((name for name in PUBLISHED if name in state.get("machine", {}).get("device", "")), None)
@@ -160,15 +182,80 @@ def ssd300(state: dict[str, Any]) -> Iterator[str]:
         yield "inference: random weights, which find more than trained ones"
 
 
+def variants(state: dict[str, Any]) -> Iterator[str]:
+    ours = rows(state, "train")
+    found = {key: row for key, row in ours.items() if "predicted_gain_ms" in row or "gain_ms" in row}
+    if not found:
+        return
+    main = next((key for key in ours if key not in found), "the main row")
+    yield ""
+    names = f"{'images/s':>9} {'ms':>8} {'gain ms':>8} {'predicted':>10} {'loss':>7} {'later':>7}"
+    yield f"{'beside ' + main:45} {names}"
+    for key, r in found.items():
+        differences = (r.get(f"{name}_difference") for name in ("loss", "later_loss"))
+        losses = " ".join(f"{'-' if d is None else format(d, '.0e'):>7}" for d in differences)
+        yield (
+            f"{key[:45]:45} {number(r['images_per_s'], 9)} {number(r['ms'], 8, 2)} {number(r.get('gain_ms'), 8, 2)} "
+            f"{between(r.get('predicted_gain_ms')):>10} {losses}"
+        )
+    yield "predicted: calculated, ms a step. A variant is kept only if confirmed: by a gain beyond that of"
+    yield "`again`, the same step once more, and by losses (first, after 5 updates) as close as its own"
+
+
+def between(limits: Any) -> str:
+    """Two numbers in words; a dash for None."""
+    if limits is None:
+        return "-"
+    low, high = (f"{value:.1f}".removesuffix(".0") for value in limits)
+    return low if low == high else f"{low} to {high}"
+
+
+def probe(state: dict[str, Any]) -> Iterator[str]:
+    found = rows(state, "probe")
+    if not found:
+        return
+    sums = {key: row for key, row in found.items() if key.startswith("step: ")}
+    yield ""
+    names = f"{'ms':>8} {'10 to 90 %':>13} {'TFLOP/s':>7} {'% matm.':>7} {'GB/s':>6} {'1st s':>6}"
+    yield f"{'single operation':47} {names}"
+    for key, r in found.items():
+        if key in sums:
+            continue
+        spread = f"{r['p10_ms']:.3f}-{r['p90_ms']:.3f}"
+        yield (
+            f"{key[:47]:47} {number(r['ms'], 8, 3)} {spread:>13} {number(r.get('tflop_s'), 7)} "
+            f"{number(r.get('percent_of_matmul'), 7)} {number(r.get('gb_s'), 6, 0)} {number(r.get('first_s'), 6, 2)}"
+        )
+    yield "% matm.: of the matmul rate measured above. 1st s: the first call, with the library's trials"
+    for key, r in sums.items():
+        predicted = between(r.get("predicted_ms"))
+        yield f"  won a {key}: {r['ms']:.2f} ms (predicted for the whole variant: {predicted})"
+    yield from layout({name: None for row in found.values() for name in row.get("layout", ())})
+
+
+def layout(kernels: dict[str, float | None]) -> Iterator[str]:
+    """Whether kernels ran that only change the order in memory."""
+    if not kernels:
+        yield "  layout: none"
+    for name, ms in kernels.items():
+        yield f"  !!! LAYOUT KERNEL{'' if ms is None else f', {ms:.3f} ms'}: {name}"
+
+
 def profile(state: dict[str, Any]) -> Iterator[str]:
-    for key, row in rows(state, "profile").items():
+    found = {key: row for part in ("train", "ssd300") for key, row in rows(state, part).items() if "profile" in row}
+    for key, row in found.items():
+        kernels = row["profile"]
         yield ""
-        yield f"kernels of a step, {key}: {row['ms']:.2f} ms"
+        if "error" in kernels:
+            yield f"kernels of a step, {key}: {kernels['error']}"
+            continue
+        yield f"kernels of a step, {key}: {kernels['ms']:.2f} ms of {row['ms']:.2f} ms"
         yield f"  {'family':24} {'ms':>9} {'share':>7} {'floor ms':>9}"
-        for name, f in row["families"].items():
+        for name, f in kernels["families"].items():
             yield f"  {name:24} {number(f['ms'], 9, 2)} {f['share']:7.1%} {number(f['floor_ms'], 9, 2)}"
+        yield from layout(kernels.get("layout", {}))
         yield "  the next three things:"
-        for i, words in enumerate(row["next"], 1):
+        for i, words in enumerate(kernels["next"], 1):
             yield f"  {i}. {words}"
 
 
@@ -186,4 +273,4 @@ def bccd(state: dict[str, Any]) -> Iterator[str]:
             )
 
 
-SECTIONS = (about, overview, floor, ops, speed, inference, ssd300, profile, bccd)
+SECTIONS = (about, overview, floor, ops, speed, variants, inference, ssd300, profile, probe, bccd)

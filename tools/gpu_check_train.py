@@ -5,27 +5,83 @@ compile_step, chosen by the options of Config; the batch is synthetic and lies o
 """
 
 import math
+import multiprocessing
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from gpu_check_core import Context, Job, Row, Skip, Stopwatch, words
+from gpu_check_core import Context, Job, Row, Skip, Stopwatch, load, words
 from gpu_check_ops import rates
+from gpu_check_profile import profile_step
 from gpu_check_table import PUBLISHED
 
-from detcore import backend, native
+from detcore import backend, native, optim
 
 GFLOP_PER_IMAGE = 1169.0
 """Calculated, of a training step at 800x800 with 264 classes (2 per multiplication and addition)."""
+FP8_GFLOP_PER_IMAGE = 816.0
+"""The same of the heads' towers and class convolution alone, which the variant fp8_heads computes in 8 bits."""
+PREDICTED_GAIN_MS = {
+    "merged_groups": (3.0, 5.0), "conv_epilogues": (3.0, 3.0), "class_bias": (2.2, 2.2), "frozen_stage": (2.2, 2.2),
+    "residual_gradient": (1.8, 1.8), "stem": (0.5, 2.0), "multi_cast": (0.0, 2.0), "small_levels": (0.0, 2.0),
+    "cudnn_benchmark_limit": (0.0, 4.0),
+}  # fmt: skip
+"""What each variant is calculated to win of a step of 32 images in bf16 on an H100: at least, at most. multi_cast and
+small_levels win 2 together; fp8_heads: `predicted_gain`."""
+COMPILE_SECONDS = 180.0
+"""A part with less time compiles last, so that the variants are measured."""
+UPDATES = 5
+"""Updates at RATE between the two losses of a row."""
+RATE = 1e-4
 
-# Mode, ops, precision, batch as a multiple of the main one; the most telling ones first, torch.compile last (minutes).
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the part `train`.
+
+    times: its batch as a multiple of the main one. variants: those that are on; what: how the key calls them. limit:
+    cudnn_benchmark_limit, None for the default. profiled: with its kernels by family.
+    """
+
+    mode: str
+    ops: str
+    precision: str = "bf16"
+    times: float = 1
+    variants: tuple[str, ...] | None = None
+    what: str = ""
+    limit: int | None = None
+    profiled: bool = False
+
+    def key(self, context: Context) -> str:
+        return f"{self.precision} b{self.batch(context)} {self.mode} {self.ops}" + f" {self.what}" * bool(self.what)
+
+    def batch(self, context: Context) -> int:
+        return max(1, int(context.sizes.batch * self.times))
+
+
+NARROW = tuple(name for name in native.VARIANTS if name != "fp8_heads")
+ALL_BUT_FP8 = {"variants": NARROW, "what": "+all but fp8_heads"}
+# The first is the main row, which the others are compared with, and the core list's; then the most telling ones. The
+# same step again tells how far two measurements of one thing lie apart.
 CASES = (
-    ("graph", "native", "bf16", 1), ("eager", "native", "bf16", 1), ("eager", "reference", "bf16", 1),
-    ("graph", "reference", "bf16", 1), ("graph", "native", "bf16", 2), ("graph", "native", "bf16", 1 / 2),
-    ("graph", "native", "bf16", 1 / 4), ("graph", "native", "fp16", 1), ("graph", "native", "tf32", 1),
-    ("eager", "native", "bf16", 1 / 4), ("eager", "native", "bf16", 2), ("compiled", "native", "bf16", 1),
-    ("compiled+graph", "native", "bf16", 1), ("compiled", "reference", "bf16", 1),
+    Case("graph", "native", profiled=True), Case("compiled+graph", "native"),
+    Case("graph", "native", variants=(), what="again"),
+    *(Case("graph", "native", variants=(name,), what=f"+{name}") for name in native.VARIANTS),
+    Case("graph", "native", **ALL_BUT_FP8, profiled=True),
+    Case("graph", "native", variants=tuple(native.VARIANTS), what="+all"),
+    Case("graph", "native", limit=0, what="cudnn_benchmark_limit 0"),
+    Case("eager", "native"), Case("eager", "reference", profiled=True), Case("graph", "reference"),
+    Case("graph", "native", times=2), Case("graph", "native", times=1 / 2), Case("graph", "native", times=1 / 4),
+    Case("graph", "native", "fp16"), Case("graph", "native", "tf32"), Case("eager", "native", times=1 / 4),
+    Case("eager", "native", times=2), Case("compiled", "native"), Case("compiled", "reference"),
+)  # fmt: skip
+QUICK_CASES = (CASES[0], Case("graph", "native", **ALL_BUT_FP8), Case("eager", "native"), Case("eager", "reference"))
+CPU_CASES = (
+    Case("eager", "native", "fp32", profiled=True), Case("eager", "reference", "fp32"),
+    Case("eager", "native", "fp32", **ALL_BUT_FP8),
 )  # fmt: skip
 
 
@@ -34,14 +90,14 @@ def published(device: str) -> tuple[str, float] | None:
     return next(((name, value) for name, value in PUBLISHED.items() if name in device), None)
 
 
-def retinanet(context: Context, batch: int, precision: str, mode: str, ops: str):
-    """RetinaNet's Config: the benchmark's model on a GPU, a small one on a CPU."""
+def retinanet(context: Context, batch: int, precision: str, mode: str, ops: str, **more: Any):
+    """RetinaNet's Config: the benchmark's model on a GPU, a small one on a CPU; more: other fields of it."""
     from single_stage_detector.config import Config
 
     s = context.sizes
     return Config(
         num_classes=s.classes, image_size=(s.image, s.image), backbone=s.backbone, fpn_channels=s.channels,
-        head_convs=s.head_convs, **run_options(context, batch, precision, mode, ops),
+        head_convs=s.head_convs, **run_options(context, batch, precision, mode, ops), **more,
     )  # fmt: skip
 
 
@@ -59,7 +115,7 @@ class TrainStep:
     """
 
     def __init__(self, config: Any):
-        from detcore import engine, optim
+        from detcore import engine
         from detcore.data.synthetic import synthetic_batches
         from detcore.detection import class_count
         from detcore.launcher import World
@@ -75,7 +131,6 @@ class TrainStep:
         self.task = import_module(f"{config.program}.train").build_task(config, RunContext(self.backend, World(), 1))
         state = State(self.task.model, self.task.optimizer, self.backend.scaler(), None)
         self.step = engine.make_train_step(self.task, state, self.task.model, config, self.backend)
-        optim.set_lr(self.task.optimizer, 1e-6)  # weights stay near where they are, as long as the clock runs
         self.task.model.train()
         self.classes = class_count(import_module(f"{config.program}.data").DETECTOR, config)
         shape = (config.image_size, config.batch_size, config.max_boxes)
@@ -83,6 +138,17 @@ class TrainStep:
 
     def __call__(self) -> dict[str, torch.Tensor]:
         return self.step([self.batch])
+
+    def losses(self) -> tuple[float, float]:
+        """The loss of the fresh weights and that after UPDATES updates, which warm the step up.
+
+        The weights are the same in each row: the first loss tells whether its forward pass computes the same, the
+        second whether its gradients do. After it the weights stay near where they are, as long as the clock runs.
+        """
+        optim.set_lr(self.task.optimizer, RATE)
+        values = [float(sum(self().values())) for _ in range(UPDATES + 1)]
+        optim.set_lr(self.task.optimizer, 1e-6)
+        return values[0], values[-1]
 
     def close(self) -> None:
         self.backend.close()
@@ -106,30 +172,91 @@ def judge(row: Row, batch: int, context: Context, precision: str, gflop: float =
 
 def train(context: Context) -> Iterable[Job]:
     """images/s of the training step in every mode; keys such as "bf16 b32 graph native"."""
-    watch = Stopwatch(context)
-    for mode, ops, precision, times in cases(context):
-        batch = max(1, int(context.sizes.batch * times))
-        chosen = retinanet(context, batch, precision, mode, ops), mode
-        yield f"{precision} b{batch} {mode} {ops}", lambda a=chosen: train_row(*a, context, watch)
+    watch, chosen = Stopwatch(context), cases(context)
+    if context.left() < COMPILE_SECONDS:
+        chosen = sorted(chosen, key=lambda case: "compiled" in case.mode)
+    for case in chosen:
+        yield case.key(context), lambda case=case: case_row(case, context, watch)
 
 
-def train_row(config: Any, mode: str, context: Context, watch: Stopwatch, gflop: float = GFLOP_PER_IMAGE) -> Row:
-    """images/s of the training step of a config, and its loss, of any program."""
+def cases(context: Context) -> tuple[Case, ...]:
+    if not context.gpu:
+        return CPU_CASES
+    return QUICK_CASES if context.quick else CASES
+
+
+def case_row(case: Case, context: Context, watch: Stopwatch) -> Row:
+    """The row of a case, beside the main one where it computes the same; a variant's with predicted_gain_ms."""
+    more: dict[str, Any] = {} if case.variants is None else {"variants": case.variants}
+    more |= {} if case.limit is None else {"cudnn_benchmark_limit": case.limit}
+    config = retinanet(context, case.batch(context), case.precision, case.mode, case.ops, **more)
+    measure = train_row if case.limit is None else apart
+    row = measure(config, case.mode, context, watch, GFLOP_PER_IMAGE, case.profiled)
+    if more:
+        row |= {"predicted_gain_ms": predicted_gain(case, context), "variants": case.variants or ()}
+    return row | beside_main(row, case, context)
+
+
+def apart(*arguments: Any) -> Row:
+    """train_row in a process of its own: what cuDNN has chosen for a convolution, a process keeps."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train_row, *arguments).result()
+
+
+def predicted_gain(case: Case, context: Context) -> tuple[float, float] | None:
+    """What a case is calculated to win at least and at most, ms a step; None for another batch than 32, and where a
+    rate that it takes is unknown.
+
+    fp8_heads: at most half the time of its convolutions at the measured matmul rate, and nothing for making the
+    8-bit copies.
+    """
+    if case.batch(context) != 32:
+        return None
+    if case.limit is not None:
+        return PREDICTED_GAIN_MS["cudnn_benchmark_limit"]
+    gains = [PREDICTED_GAIN_MS[name] for name in case.variants or () if name in PREDICTED_GAIN_MS]
+    if {"multi_cast", "small_levels"} <= set(case.variants or ()):
+        gains.append((2.0, -2.0))  # 0 to 4 apart, 2 together
+    if "fp8_heads" in (case.variants or ()):
+        rate = rates(context)[1].get("bf16")
+        if not rate:
+            return None
+        gains.append((0.0, case.batch(context) * FP8_GFLOP_PER_IMAGE / rate / 2))
+    return sum(low for low, _ in gains), sum(high for _, high in gains)
+
+
+def beside_main(row: Row, case: Case, context: Context) -> Row:
+    """gain_ms against the main row, the first case's, and the relative differences of both losses; {} for others than
+    its batch and precision, and without that row."""
+    main = cases(context)[0]
+    found = load(context.out)["parts"].get("train", {}).get("rows", {}).get(main.key(context), {})
+    if case == main or "ms" not in found or (case.precision, case.times) != (main.precision, main.times):
+        return {}
+    differences = {
+        f"{name}_difference": abs(row[name] - found[name]) / abs(found[name])
+        for name in ("loss", "later_loss")
+        if isinstance(row[name], float) and isinstance(found[name], float)
+    }
+    return {"gain_ms": found["ms"] - row["ms"], **differences}
+
+
+def train_row(
+    config: Any, mode: str, context: Context, watch: Stopwatch, gflop: float = GFLOP_PER_IMAGE, profiled: bool = False
+) -> Row:
+    """images/s of the training step of a config of any program, its losses (`TrainStep.losses`), and under "profile"
+    its kernels by family."""
     step = TrainStep(config)
     try:
-        row = watch.time(step, warmup=5, least=5, most=100)
-        loss = float(sum(step().values()))
+        losses = [value if math.isfinite(value) else str(value) for value in step.losses()]
+        row = watch.time(step, warmup=1, least=5, most=100)
+        row |= {"mode": mode, "ops": config.ops, "loss": losses[0], "later_loss": losses[1]}
+        row = judge(row, config.batch_size, context, config.precision, gflop)
+        if profiled:
+            row["profile"] = profile_step(step, context, gflop)
     finally:
         step.close()
         forget_compiled(mode)
-    row |= {"mode": mode, "ops": config.ops, "loss": loss if math.isfinite(loss) else str(loss)}
-    return judge(row, config.batch_size, context, config.precision, gflop)
-
-
-def cases(context: Context) -> Iterable[tuple[str, str, str, float]]:
-    if context.gpu:
-        return CASES[:4] if context.quick else CASES
-    return (("eager", "native", "fp32", 1), ("eager", "reference", "fp32", 1))
+    return row
 
 
 def forget_compiled(mode: str) -> None:

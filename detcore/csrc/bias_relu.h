@@ -1,10 +1,13 @@
-// relu(x + bias (+ residual)) and its gradient; one bit a value is kept between the two.
+// relu(x + bias (+ residual)) and its gradient; one bit a value is kept between the two, or the output.
 //
 // A value's place i is its place in memory: [N, H, W, C] for channels_last, [N, C, H, W] for contiguous tensors. Bit
 // i % 8 of byte i / 8 of the mask says that the gradient passes. A thread has 8 neighbours, so that a byte is its own.
 #pragma once
 
+#include <cstring>
 #include <optional>
+#include <type_traits>
+#include <vector>
 
 #include "kernel.h"
 
@@ -12,7 +15,8 @@ namespace detcore {
 
 constexpr int kGroup = 8;
 
-// 8 values, in one or two accesses of 16 bytes where kWhole, else the first `count` of them, one by one.
+// 8 values, in one or two accesses of 16 bytes where kWhole, else the first `count` of them, one by one. The CPU's code
+// does not ask whether tensors are aligned.
 template <typename T, bool kWhole>
 struct Group {
   static constexpr int kPacks = kGroup * sizeof(T) / sizeof(Pack<T>);
@@ -24,14 +28,22 @@ struct Group {
   HOST_DEVICE Group() {}
   HOST_DEVICE void load(const T* from, int count) {
     if constexpr (kWhole) {
+#if defined(__CUDACC__) || defined(EMULATED_GPU)
       for (int k = 0; k < kPacks; ++k) packs[k] = reinterpret_cast<const Pack<T>*>(from)[k];
+#else
+      std::memcpy(at, from, sizeof(at));
+#endif
     } else {
       for (int k = 0; k < kGroup; ++k) at[k] = k < count ? from[k] : T(0.0f);
     }
   }
   HOST_DEVICE void store(T* to, int count) const {
     if constexpr (kWhole) {
+#if defined(__CUDACC__) || defined(EMULATED_GPU)
       for (int k = 0; k < kPacks; ++k) reinterpret_cast<Pack<T>*>(to)[k] = packs[k];
+#else
+      std::memcpy(to, at, sizeof(at));
+#endif
     } else {
       for (int k = 0; k < kGroup; ++k) {
         if (k < count) to[k] = at[k];
@@ -65,9 +77,64 @@ HOST_DEVICE uint8_t rectify(const float* sums, T* out) {
   return static_cast<uint8_t>(bits);
 }
 
+constexpr int kMostGradients = 3;
+
+// The gradients of one output, one for each of its uses. Their sum is made in float32, in this order, and rounded to T
+// once: of two it is what T's own addition gives.
 template <typename T>
-HOST_DEVICE void mask_gradient(T* grad, uint8_t byte) {
-  for (int k = 0; k < kGroup; ++k) grad[k] = byte >> k & 1 ? grad[k] : T(0.0f);
+struct Gradients {
+  const T* at[kMostGradients];
+  int count;
+};
+
+// 8 sums of the kCount gradients from place `first` on, of which `count` exist, where the byte lets them pass.
+template <typename T, bool kWhole, int kCount>
+HOST_DEVICE void mask_gradients(const Gradients<T>& from, int64_t first, int count, uint8_t byte,
+                                Group<T, kWhole>& group) {
+  group.load(from.at[0] + first, count);
+  if constexpr (kCount > 1) {
+    Group<T, kWhole> others[kCount - 1];
+    for (int g = 1; g < kCount; ++g) others[g - 1].load(from.at[g] + first, count);
+    for (int k = 0; k < kGroup; ++k) {
+      float sum = static_cast<float>(group.at[k]);
+      for (int g = 1; g < kCount; ++g) sum += static_cast<float>(others[g - 1].at[k]);
+      group.at[k] = static_cast<T>(sum);
+    }
+  }
+  for (int k = 0; k < kGroup; ++k) group.at[k] = byte >> k & 1 ? group.at[k] : T(0.0f);
+}
+
+// What lets gradients pass, a byte for a group of places: the bits of the mask,
+struct Bits {
+  const uint8_t* at;
+
+  template <bool kWhole>
+  HOST_DEVICE uint8_t byte(int64_t group, int) const {
+    return at[group];
+  }
+};
+
+// or the output.
+template <typename T>
+struct Shown {
+  const T* at;
+
+  template <bool kWhole>
+  HOST_DEVICE uint8_t byte(int64_t group, int count) const {
+    Group<T, kWhole> values;
+    values.load(at + group * kGroup, count);
+    unsigned bits = 0;
+    for (int k = 0; k < kGroup; ++k) bits |= static_cast<unsigned>(passes(static_cast<float>(values.at[k]))) << k;
+    return static_cast<uint8_t>(bits);
+  }
+};
+
+// Calls f with the number of gradients as a constant.
+template <typename F>
+void for_count(int count, F&& f) {
+  if (count == 1) return f(std::integral_constant<int, 1>());
+  if (count == 2) return f(std::integral_constant<int, 2>());
+  f(std::integral_constant<int, 3>());
 }
 
 // How a dense 4-D tensor lies in memory: the channel of place i is i / inner % channels.
@@ -93,6 +160,14 @@ struct Places {
   }
 };
 
+// Whether the values of `other`, of the same type, lie at the places of those of x.
+inline void check_like(const Tensor& x, const Tensor& other, const char* kind, const char* layout) {
+  check(other.scalar_type() == x.scalar_type() && other.dim() == 4, kind);
+  for (int d = 0; d < 4; ++d) {
+    check(other.size(d) == x.size(d) && (x.size(d) == 1 || other.stride(d) == x.stride(d)), layout);
+  }
+}
+
 // The arguments of both implementations, checked. mask: uint8 [ceil(numel / 8)], or [0] where none is asked for.
 struct BiasRelu {
   Places places;
@@ -112,11 +187,7 @@ struct BiasRelu {
     check(bias_.scalar_type() == ScalarType::Float && bias_.numel() == places.channels,
           "bias must be float32 of one value a channel");
     if (residual_) {
-      check(residual_->scalar_type() == x_.scalar_type() && residual_->dim() == 4, "the residual must be like x");
-      for (int d = 0; d < 4; ++d) {
-        check(residual_->size(d) == x_.size(d) && (x_.size(d) == 1 || residual_->stride(d) == x_.stride(d)),
-              "the residual must have the shape and layout of x");
-      }
+      check_like(x_, *residual_, "the residual must be like x", "the residual must have the shape and layout of x");
     }
   }
 
@@ -125,17 +196,45 @@ struct BiasRelu {
 
 // Arguments of the gradient, checked. dbias: float32 [C], or [0] where none is asked for.
 struct BiasReluBackward {
+  std::vector<const void*> grads;
   Places places;
   Tensor dx, dbias;
-  const uint8_t* bits;
+  const void* mask;  // Bits or Shown
+  bool shown;
 
-  BiasReluBackward(const Tensor& grad, const Tensor& mask, bool sums)
-      : places(grad),
+  BiasReluBackward(const Tensor& grad, const Tensor& mask_, bool sums, const std::optional<Tensor>& second,
+                   const std::optional<Tensor>& third)
+      : grads{grad.data_ptr()},
+        places(grad),
         dx(torch::stable::empty_like(grad)),
         dbias(torch::stable::empty({sums ? places.channels : 0}, ScalarType::Float, std::nullopt, grad.device())),
-        bits(static_cast<const uint8_t*>(contiguous(mask, "mask").data_ptr())) {
-    check(mask.scalar_type() == ScalarType::Byte && mask.numel() == ceil_div(places.numel, kGroup),
-          "mask must be uint8 of one bit a value");
+        mask(mask_.data_ptr()),
+        shown(mask_.scalar_type() != ScalarType::Byte) {
+    if (shown) {
+      check_like(grad, mask_, "the mask must be uint8 or like the gradient", "the mask must lie like the gradient");
+    } else {
+      check(contiguous(mask_, "mask").numel() == ceil_div(places.numel, kGroup), "a mask has one bit a value");
+    }
+    for (const auto& other : {second, third}) {
+      if (!other) continue;
+      check_like(grad, *other, "the gradients must have one dtype", "the gradients must have one shape and layout");
+      grads.push_back(other->data_ptr());
+    }
+  }
+
+  template <typename T>
+  Gradients<T> gradients() const {
+    Gradients<T> result{{}, static_cast<int>(grads.size())};
+    for (int g = 0; g < result.count; ++g) result.at[g] = static_cast<const T*>(grads[g]);
+    return result;
+  }
+
+  // Calls f with the number of gradients as a constant, and with the mask.
+  template <typename T, typename F>
+  void for_kind(F&& f) const {
+    for_count(static_cast<int>(grads.size()), [&](auto count) {
+      shown ? f(count, Shown<T>{static_cast<const T*>(mask)}) : f(count, Bits{static_cast<const uint8_t*>(mask)});
+    });
   }
 
   float* sums() const { return dbias.numel() > 0 ? static_cast<float*>(dbias.data_ptr()) : nullptr; }

@@ -95,29 +95,34 @@ static void channel_sums(const T* values, const Places& p, float* sums) {
   }
 }
 
-template <typename T>
-static void backward(const BiasReluBackward& a, const T* grad) {
+template <typename T, bool kWhole, int kCount, typename Mask>
+static void backward_group(const Gradients<T>& from, const Mask& mask, T* dx, int64_t i, int count) {
+  Group<T, kWhole> group;
+  mask_gradients<T, kWhole, kCount>(from, i * kGroup, count, mask.template byte<kWhole>(i, count), group);
+  group.store(dx + i * kGroup, count);
+}
+
+template <typename T, int kCount, typename Mask>
+static void backward(const BiasReluBackward& a, const Mask& mask) {
   T* dx = static_cast<T*>(a.dx.data_ptr());
+  const Gradients<T> from = a.gradients<T>();
   const int64_t numel = a.places.numel;
   torch::stable::parallel_for(0, ceil_div(numel, kGroup), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < std::min(end, numel / kGroup); ++i) {
-      Group<T, true> group;
-      group.load(grad + i * kGroup, kGroup);
-      mask_gradient(group.at, a.bits[i]);
-      group.store(dx + i * kGroup, kGroup);
+      backward_group<T, true, kCount>(from, mask, dx, i, kGroup);
     }
-    for (int64_t j = std::max(begin * kGroup, numel / kGroup * kGroup); j < std::min(end * kGroup, numel); ++j) {
-      dx[j] = a.bits[j / kGroup] >> j % kGroup & 1 ? grad[j] : T(0.0f);
-    }
+    if (end * kGroup > numel) backward_group<T, false, kCount>(from, mask, dx, end - 1, numel % kGroup);
   });
   if (a.sums()) channel_sums(static_cast<const T*>(dx), a.places, a.sums());
 }
 
-static std::tuple<Tensor, Tensor> bias_relu_backward(const Tensor& grad, const Tensor& mask, bool sums) {
-  const BiasReluBackward a(grad, mask, sums);
+static std::tuple<Tensor, Tensor> bias_relu_backward(const Tensor& grad, const Tensor& mask, bool sums,
+                                                     const std::optional<Tensor>& second,
+                                                     const std::optional<Tensor>& third) {
+  const BiasReluBackward a(grad, mask, sums, second, third);
   for_floating(grad, "the gradient", [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(a, static_cast<const T*>(grad.data_ptr()));
+    a.for_kind<T>([&](auto count, auto mask) { backward<T, count.value>(a, mask); });
   });
   return {a.dx, a.dbias};
 }
@@ -126,7 +131,9 @@ static std::tuple<Tensor, Tensor> bias_relu_backward(const Tensor& grad, const T
 
 SCHEMAS(m) {
   m.def("bias_relu(Tensor x, Tensor bias, Tensor? residual, bool keep) -> (Tensor, Tensor)");
-  m.def("bias_relu_backward(Tensor grad, Tensor mask, bool sums) -> (Tensor, Tensor)");
+  m.def(
+      "bias_relu_backward(Tensor grad, Tensor mask, bool sums, Tensor? second=None, Tensor? third=None) -> (Tensor, "
+      "Tensor)");
 }
 CPU_OPS(m) {
   m.impl("bias_relu", TORCH_BOX(&detcore::bias_relu));

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "bias_relu.h"
 
 namespace detcore {
@@ -49,27 +51,26 @@ __global__ void bias_relu_kernel(const T* x, const float* bias, const T* residua
   }
 }
 
-template <typename T, bool kWhole>
-__global__ void mask_kernel(const T* grad, const uint8_t* bits, T* dx, int64_t numel) {
+template <typename T, bool kWhole, int kCount, typename Mask>
+__global__ void mask_kernel(Gradients<T> from, Mask mask, T* dx, int64_t numel) {
   const int64_t groups = (numel + kGroup - 1) / kGroup;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < groups; i += stride) {
     const int64_t first = i * kGroup;
     const int count = static_cast<int>(numel - first < kGroup ? numel - first : kGroup);
     Group<T, kWhole> group;
-    group.load(grad + first, count);
-    mask_gradient(group.at, bits[i]);
+    mask_gradients<T, kWhole, kCount>(from, first, count, mask.template byte<kWhole>(i, count), group);
     group.store(dx + first, count);
   }
 }
 
-// The same, with partial sums of the gradient. Tensors are rows of `row` groups. A block has `lanes` (a power of two)
-// neighbouring groups of its part of the rows; partial: [parts, row * 8], each value the sum over one part. kResident
-// leaves 32 registers to a thread, too few for float.
-template <typename T>
+// The same for one gradient, with partial sums of it. Tensors are rows of `row` groups. A block has `lanes` (a power of
+// two) neighbouring groups of its part of the rows; partial: [parts, row * 8], each value the sum over one part.
+// kResident leaves 32 registers to a thread, too few for float.
+template <typename T, typename Mask>
 __global__ __launch_bounds__(kThreads,
-                             sizeof(T) == 4 ? 1 : kResident) void mask_sums_kernel(const T* grad, const uint8_t* bits,
-                                                                                   T* dx, float* partial, int64_t rows,
+                             sizeof(T) == 4 ? 1 : kResident) void mask_sums_kernel(Gradients<T> from, Mask mask, T* dx,
+                                                                                   float* partial, int64_t rows,
                                                                                    int row, int lanes, int64_t parts) {
   __shared__ float shared[kGroup * kThreads];
   const int across = (row + lanes - 1) / lanes;
@@ -82,8 +83,7 @@ __global__ __launch_bounds__(kThreads,
     for (int64_t r = part * length + line; r < end; r += at_once) {
       const int64_t i = r * row + group_in_row;
       Group<T, true> group;
-      group.load(grad + i * kGroup, kGroup);
-      mask_gradient(group.at, bits[i]);
+      mask_gradients<T, true, 1>(from, i * kGroup, kGroup, mask.template byte<true>(i, kGroup), group);
       group.store(dx + i * kGroup, kGroup);
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) sums[k] += static_cast<float>(group.at[k]);
@@ -151,8 +151,8 @@ static std::tuple<Tensor, Tensor> bias_relu(const Tensor& x, const Tensor& bias,
 }
 
 // Gradient and partial sums in one pass, then the sums of the partial sums.
-template <typename T>
-static void backward_with_sums(const OnDevice& gpu, const BiasReluBackward& a, const T* grad, T* dx) {
+template <typename T, typename Mask>
+static void backward_with_sums(const OnDevice& gpu, const BiasReluBackward& a, const Mask& mask, T* dx) {
   const int64_t channels = a.places.channels, rows = a.places.numel / channels;
   const int row = static_cast<int>(channels / kGroup);
   int lanes = 1;
@@ -161,27 +161,35 @@ static void backward_with_sums(const OnDevice& gpu, const BiasReluBackward& a, c
   const int64_t parts = at_most < ceil_div(kSumBlocks, across) ? at_most : ceil_div(kSumBlocks, across);
   const Tensor partial = torch::stable::empty({parts, channels, 1, 1}, ScalarType::Float, std::nullopt, a.dx.device());
   const float* sums = static_cast<const float*>(partial.data_ptr());
-  gpu.launch(&mask_sums_kernel<T>, parts * across, kThreads, grad, a.bits, dx, static_cast<float*>(partial.data_ptr()),
-             rows, row, lanes, parts);
+  gpu.launch(&mask_sums_kernel<T, Mask>, parts * across, kThreads, a.gradients<T>(), mask, dx,
+             static_cast<float*>(partial.data_ptr()), rows, row, lanes, parts);
   gpu.launch(&channel_sums_kernel<float>, channels, kThreads, sums, a.sums(), Places(partial));
 }
 
-static std::tuple<Tensor, Tensor> bias_relu_backward(const Tensor& grad, const Tensor& mask, bool sums) {
-  const BiasReluBackward a(grad, mask, sums);
+template <typename T, int kCount, typename Mask>
+static void backward(const BiasReluBackward& a, const Mask& mask, const OnDevice& gpu) {
+  T* dx = static_cast<T*>(a.dx.data_ptr());
+  const bool alike =
+      std::all_of(a.grads.begin(), a.grads.end(), aligned) && aligned(dx) && (!a.shown || aligned(a.mask));
+  if (kCount == 1 && a.sums() && a.places.numel > 0 && alike && whole_rows(a.places)) {
+    return backward_with_sums(gpu, a, mask, dx);
+  }
+  const bool whole = alike && a.places.numel % kGroup == 0;
+  gpu.launch(whole ? &mask_kernel<T, true, kCount, Mask> : &mask_kernel<T, false, kCount, Mask>,
+             blocks_for(a.places.numel), kThreads, a.gradients<T>(), mask, dx, a.places.numel);
+  if (a.sums()) {
+    gpu.launch(&channel_sums_kernel<T>, a.places.channels, kThreads, static_cast<const T*>(dx), a.sums(), a.places);
+  }
+}
+
+static std::tuple<Tensor, Tensor> bias_relu_backward(const Tensor& grad, const Tensor& mask, bool sums,
+                                                     const std::optional<Tensor>& second,
+                                                     const std::optional<Tensor>& third) {
+  const BiasReluBackward a(grad, mask, sums, second, third);
   const OnDevice gpu(grad);
-  const bool alike = aligned(grad.data_ptr()) && aligned(a.dx.data_ptr());
   for_floating(grad, "the gradient", [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(grad.data_ptr());
-    T* dx = static_cast<T*>(a.dx.data_ptr());
-    if (a.sums() && a.places.numel > 0 && alike && whole_rows(a.places)) {
-      return backward_with_sums(gpu, a, from, dx);
-    }
-    gpu.launch(alike && a.places.numel % kGroup == 0 ? &mask_kernel<T, true> : &mask_kernel<T, false>,
-               blocks_for(a.places.numel), kThreads, from, a.bits, dx, a.places.numel);
-    if (a.sums()) {
-      gpu.launch(&channel_sums_kernel<T>, a.places.channels, kThreads, static_cast<const T*>(dx), a.sums(), a.places);
-    }
+    a.for_kind<T>([&](auto count, auto mask) { backward<T, count.value>(a, mask, gpu); });
   });
   return {a.dx, a.dbias};
 }

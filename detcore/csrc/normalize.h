@@ -31,7 +31,14 @@ HOST_DEVICE T normalized(uint8_t value, float scale, float shift) {
   return static_cast<T>(fmaf(static_cast<float>(value), scale, shift));
 }
 
-// The arguments of both implementations, checked; out: [N, 3, H, W] in channels_last.
+// The value of channel c of an output with 3, 4 or 8 channels: 0 behind the colours.
+template <typename T>
+HOST_DEVICE T channel_value(const Source& source, const float* scale, const float* shift, int64_t image, int64_t pixel,
+                            int c) {
+  return c < kColours ? normalized<T>(source.at(image, pixel, c), scale[c], shift[c]) : T(0.0f);
+}
+
+// The arguments of both implementations, checked; out: [N, channels, H, W] in channels_last.
 struct Normalize {
   Source source;
   const float* scale;
@@ -40,16 +47,17 @@ struct Normalize {
   int64_t count;
 
   Normalize(const Tensor& images, const Tensor& scale_, const Tensor& shift_, ScalarType dtype,
-            const std::optional<Tensor>& flip)
-      : source(checked(images, flip)),
+            const std::optional<Tensor>& flip, int64_t channels)
+      : source(checked(images, flip, channels)),
         scale(three(scale_)),
         shift(three(shift_)),
-        out(torch::stable::empty({images.size(0), kColours, images.size(2), images.size(3)}, dtype, std::nullopt,
+        out(torch::stable::empty({images.size(0), channels, images.size(2), images.size(3)}, dtype, std::nullopt,
                                  images.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast)),
         count(images.size(0)) {}
 
  private:
-  static Source checked(const Tensor& images, const std::optional<Tensor>& flip) {
+  static Source checked(const Tensor& images, const std::optional<Tensor>& flip, int64_t channels) {
+    check(channels == 3 || channels == 4 || channels == 8, "channels must be 3, 4 or 8");
     check(images.scalar_type() == ScalarType::Byte && images.dim() == 4 && images.size(1) == kColours,
           "images must be uint8 [N, 3, H, W]");
     const int64_t width = images.size(3), pixels = images.size(2) * width;

@@ -4,7 +4,9 @@
 // for that class; then only the rows of the chosen anchors are read again.
 #pragma once
 
+#include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "select.h"
@@ -25,7 +27,21 @@ struct Levels {
   int64_t images, classes, topk;
   int64_t all_anchors, all_slots;  // of one image
   float floor;
+  const float* bias;  // null, or [per_cell, classes]: what the logits of anchor a lack is row a % per_cell
+  int64_t per_cell;
+
+  HOST_DEVICE const float* bias_of(int64_t anchor) const { return bias + anchor % per_cell * classes; }
 };
+
+// A logit as it is compared: as the network wrote it, or with a bias the sum in float32.
+template <typename T, bool kBias>
+using Logit = std::conditional_t<kBias, float, T>;
+
+template <typename T, bool kBias>
+HOST_DEVICE Logit<T, kBias> logit_of(const T* row, const float* bias, int64_t label) {
+  if constexpr (kBias) return static_cast<float>(row[label]) + bias[label];
+  return row[label];
+}
 
 // The outputs of one call, [N, P] and [N, P, 4].
 struct Found {
@@ -40,8 +56,9 @@ struct Candidates {
   Levels levels{};
   Tensor logits, anchors, labels, deltas;
 
-  Candidates(const std::vector<Tensor>& logits_, const std::vector<Tensor>& deltas_, int64_t topk, double floor)
-      : Candidates(measured(logits_, deltas_, topk, floor), logits_[0], deltas_[0]) {}
+  Candidates(const std::vector<Tensor>& logits_, const std::vector<Tensor>& deltas_, int64_t topk, double floor,
+             const std::optional<Tensor>& bias)
+      : Candidates(measured(logits_, deltas_, topk, floor, bias), logits_[0], deltas_[0]) {}
 
   Found found() const {
     return {static_cast<float*>(logits.data_ptr()), static_cast<int64_t*>(anchors.data_ptr()),
@@ -62,7 +79,7 @@ struct Candidates {
   }
 
   static Levels measured(const std::vector<Tensor>& logits, const std::vector<Tensor>& deltas, int64_t topk,
-                         double floor) {
+                         double floor, const std::optional<Tensor>& bias) {
     check(!logits.empty() && logits.size() <= kMostLevels && logits.size() == deltas.size(),
           "logits and deltas must be lists over the same levels, 1 to 8");
     check(topk > 0 && topk <= std::numeric_limits<int32_t>::max(), "topk must be positive and below 2^31");
@@ -73,6 +90,14 @@ struct Candidates {
     levels.classes = logits[0].size(2);
     levels.topk = topk;
     levels.floor = static_cast<float>(floor);
+    if (bias) {
+      const int64_t values = contiguous(*bias, "bias").numel();
+      check(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && values > 0 && levels.classes > 0 &&
+                values % levels.classes == 0,
+            "bias must be float32, one value a class of each anchor of a cell");
+      levels.bias = static_cast<const float*>(bias->data_ptr());
+      levels.per_cell = values / levels.classes;
+    }
     for (int l = 0; l < levels.count; ++l) {
       const Tensor& wide = contiguous(logits[l], "logits");
       const Tensor& narrow = contiguous(deltas[l], "deltas");
@@ -86,6 +111,7 @@ struct Candidates {
       check(reinterpret_cast<uintptr_t>(narrow.data_ptr()) % 4 == 0, "deltas must start at a multiple of 4 bytes");
       const int64_t pairs = wide.size(1) * levels.classes;
       check(pairs <= std::numeric_limits<int32_t>::max(), "a level has too many (anchor, class) pairs");
+      check(!bias || wide.size(1) % levels.per_cell == 0, "with a bias a level must have whole cells of anchors");
       levels.logits[l] = wide.data_ptr();
       levels.deltas[l] = narrow.data_ptr();
       levels.anchors[l] = wide.size(1);
@@ -101,14 +127,15 @@ struct Candidates {
 
 // Writes a pair, or where anchor < 0 none, to an output place. The deltas are copied as they are: 4 of delta_bytes
 // each, which are delta_bytes words of 4 bytes.
-template <typename T>
+template <typename T, bool kBias>
 HOST_DEVICE void write_pair(const Levels& levels, const Found& found, int delta_bytes, int64_t image, int level,
                             int64_t slot, int64_t anchor, int64_t label) {
   const int64_t to = image * levels.all_slots + levels.slot[level] + slot;
   const bool none = anchor < 0;
   const int64_t row = none ? 0 : image * levels.anchors[level] + anchor;
-  const T* logits = static_cast<const T*>(levels.logits[level]);
-  found.logits[to] = none ? -INFINITY : static_cast<float>(logits[row * levels.classes + label]);
+  const T* logits = static_cast<const T*>(levels.logits[level]) + row * levels.classes;
+  const float* bias = kBias && !none ? levels.bias_of(anchor) : nullptr;
+  found.logits[to] = none ? -INFINITY : static_cast<float>(logit_of<T, kBias>(logits, bias, label));
   found.anchors[to] = none ? 0 : levels.first[level] + anchor;
   found.labels[to] = none ? 0 : label;
   const uint32_t* from = static_cast<const uint32_t*>(levels.deltas[level]) + row * delta_bytes;

@@ -20,18 +20,20 @@ static void keep_best(std::vector<Ranked>& all, int64_t most) {
 
 // The key of a row's best logit; 0 with a NaN among them. Most rows are below the floor: the first loop, which
 // compilers turn into vector instructions, finds them.
-template <typename T>
-static Key best_key(const T* row, int64_t classes, float floor) {
+template <typename T, bool kBias>
+static Key best_key(const T* row, const float* bias, int64_t classes, float floor) {
   int32_t high = 0;
-  for (int64_t k = 0; k < classes; ++k) high |= !(static_cast<float>(row[k]) < floor);  // NaN is not below
+  for (int64_t k = 0; k < classes; ++k) {
+    high |= !(static_cast<float>(logit_of<T, kBias>(row, bias, k)) < floor);  // NaN is not below
+  }
   if (!high) return 0;
   Key best = 0;
-  for (int64_t k = 0; k < classes; ++k) best = std::max(best, key_of(row[k], floor));
-  return best == kNoNumber<T> ? 0 : best;
+  for (int64_t k = 0; k < classes; ++k) best = std::max(best, key_of(logit_of<T, kBias>(row, bias, k), floor));
+  return best == kNoNumber<Logit<T, kBias>> ? 0 : best;
 }
 
 // The pairs of one image and level.
-template <typename T>
+template <typename T, bool kBias>
 static void choose(const Levels& levels, const Found& found, int delta_bytes, const Key* best, int64_t image,
                    int level) {
   const int64_t classes = levels.classes;
@@ -50,45 +52,52 @@ static void choose(const Levels& levels, const Found& found, int delta_bytes, co
             })->key;
   }
   for (const Ranked& anchor : anchors) {
+    const T* row = logits + anchor.index * classes;
+    const float* bias = kBias ? levels.bias_of(anchor.index) : nullptr;
     for (int64_t k = 0; k < classes; ++k) {
-      const int64_t index = anchor.index * classes + k;
-      const Key key = key_of(logits[index], levels.floor);
-      if (key >= least) pairs.push_back({key, index});
+      const Key key = key_of(logit_of<T, kBias>(row, bias, k), levels.floor);
+      if (key >= least) pairs.push_back({key, anchor.index * classes + k});
     }
   }
   keep_best(pairs, levels.slots[level]);
   for (int64_t slot = 0; slot < levels.slots[level]; ++slot) {
     const bool filled = slot < static_cast<int64_t>(pairs.size());
     const int64_t index = filled ? pairs[slot].index : 0;
-    write_pair<T>(levels, found, delta_bytes, image, level, slot, filled ? index / classes : -1, index % classes);
+    write_pair<T, kBias>(levels, found, delta_bytes, image, level, slot, filled ? index / classes : -1,
+                         index % classes);
   }
+}
+
+template <typename T, bool kBias>
+static void find(const Levels& levels, const Found& found, int delta_bytes) {
+  std::vector<Key> best(levels.images * levels.all_anchors);
+  for (int level = 0; level < levels.count; ++level) {
+    const T* rows = static_cast<const T*>(levels.logits[level]);
+    const int64_t anchors = levels.anchors[level];
+    torch::stable::parallel_for(0, levels.images * anchors, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t anchor = row % anchors;
+        const float* bias = kBias ? levels.bias_of(anchor) : nullptr;
+        best[row / anchors * levels.all_anchors + levels.first[level] + anchor] =
+            best_key<T, kBias>(rows + row * levels.classes, bias, levels.classes, levels.floor);
+      }
+    });
+  }
+  torch::stable::parallel_for(0, levels.images * levels.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      choose<T, kBias>(levels, found, delta_bytes, best.data(), i / levels.count, static_cast<int>(i % levels.count));
+    }
+  });
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> candidates(const std::vector<Tensor>& logits,
                                                              const std::vector<Tensor>& deltas, int64_t topk,
-                                                             double floor) {
-  const Candidates a(logits, deltas, topk, floor);
-  const Levels& levels = a.levels;
-  const Found found = a.found();
+                                                             double floor, const std::optional<Tensor>& bias) {
+  const Candidates a(logits, deltas, topk, floor, bias);
   const int delta_bytes = static_cast<int>(a.deltas.element_size());
   for_floating(logits[0], "logits", [&](auto zero) {
     using T = decltype(zero);
-    std::vector<Key> best(levels.images * levels.all_anchors);
-    for (int level = 0; level < levels.count; ++level) {
-      const T* rows = static_cast<const T*>(levels.logits[level]);
-      const int64_t anchors = levels.anchors[level];
-      torch::stable::parallel_for(0, levels.images * anchors, 256, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          best[row / anchors * levels.all_anchors + levels.first[level] + row % anchors] =
-              best_key(rows + row * levels.classes, levels.classes, levels.floor);
-        }
-      });
-    }
-    torch::stable::parallel_for(0, levels.images * levels.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        choose<T>(levels, found, delta_bytes, best.data(), i / levels.count, static_cast<int>(i % levels.count));
-      }
-    });
+    bias ? find<T, true>(a.levels, a.found(), delta_bytes) : find<T, false>(a.levels, a.found(), delta_bytes);
   });
   return a.result();
 }
@@ -96,6 +105,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> candidates(const std::vector<T
 }  // namespace detcore
 
 SCHEMAS(m) {
-  m.def("candidates(Tensor[] logits, Tensor[] deltas, int topk, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "candidates(Tensor[] logits, Tensor[] deltas, int topk, float floor, Tensor? bias=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 CPU_OPS(m) { m.impl("candidates", TORCH_BOX(&detcore::candidates)); }

@@ -1,6 +1,8 @@
 // Sigmoid focal loss (alpha 0.25, gamma 2) and its derivative, from one exponential.
 #pragma once
 
+#include <optional>
+
 #include "exp.h"
 #include "targets.h"
 
@@ -64,22 +66,39 @@ constexpr float focal_constant() {
   return std::is_same_v<T, Half> ? 65536.f : 1.f;
 }
 
-// The arguments of both implementations, checked; gradient like logits, loss float32 [].
+// The arguments of both implementations, checked; gradient like logits, loss float32 [], bias_gradient float32 like the
+// bias, or [0] without one. A cell's anchors are `per_cell` rows that follow each other, of `columns` logits in all.
 struct Focal {
   Targets targets;
   int64_t rows;  // of all images
   int classes;
   Tensor gradient, loss;
+  const float* bias;
+  int64_t columns, per_cell;
+  Tensor bias_gradient;
 
-  Focal(const Tensor& logits, const Tensor& matched, const Tensor& labels, const Tensor& weight, int64_t first)
+  Focal(const Tensor& logits, const Tensor& matched, const Tensor& labels, const Tensor& weight, int64_t first,
+        const std::optional<Tensor>& bias_)
       : targets(matched, labels, weight, logits.dim() == 3 ? logits.size(1) : 0, first),
         rows(logits.dim() == 3 ? logits.size(0) * logits.size(1) : 0),
         classes(logits.dim() == 3 ? static_cast<int>(logits.size(2)) : 0),
         gradient(torch::stable::empty_like(contiguous(logits, "logits"))),
-        loss(torch::stable::empty({}, ScalarType::Float, std::nullopt, logits.device())) {
+        loss(torch::stable::empty({}, ScalarType::Float, std::nullopt, logits.device())),
+        bias(bias_ ? static_cast<const float*>(contiguous(*bias_, "bias").data_ptr()) : nullptr),
+        columns(bias_ ? bias_->numel() : classes),
+        per_cell(classes > 0 ? columns / classes : 0),
+        bias_gradient(torch::stable::empty({bias_ ? columns : 0}, ScalarType::Float, std::nullopt, logits.device())) {
     check(logits.dim() == 3 && logits.size(0) == targets.images, "logits must be [N, R, K]");
     check(logits.size(2) > 0 && logits.size(2) < (1 << 20), "there must be 1 to 2^20 classes");
+    if (bias_) {
+      check(bias_->scalar_type() == ScalarType::Float && bias_->dim() == 1 && columns > 0 && columns < (1 << 24) &&
+                columns % classes == 0 && targets.rows % per_cell == 0,
+            "bias must be float32, one value a class of each anchor of a cell, and R whole cells");
+    }
   }
+
+  int64_t cells() const { return rows / per_cell; }
+  float* bias_sums() const { return bias ? static_cast<float*>(bias_gradient.data_ptr()) : nullptr; }
 };
 
 }  // namespace detcore

@@ -30,12 +30,13 @@ struct Targets {
     check(first >= 0 && first + rows <= anchors, "the level's rows are not among the anchors");
   }
 
-  HOST_DEVICE int64_t match(int64_t row) const { return matched[row / rows * anchors + first + row % rows]; }
+  HOST_DEVICE int64_t match(int64_t row) const { return match(row / rows, row % rows); }
+  HOST_DEVICE int64_t match(int64_t image, int64_t row) const { return matched[image * anchors + first + row]; }
 
   // The place of the row's box among those of all images, or a negative number for a row that has none.
-  HOST_DEVICE int64_t box(int64_t row) const {
-    const int64_t index = match(row);
-    return index >= 0 && index < most ? row / rows * most + index : -1;
+  HOST_DEVICE int64_t box(int64_t row) const { return place(row / rows, match(row)); }
+  HOST_DEVICE int64_t place(int64_t image, int64_t index) const {
+    return index >= 0 && index < most ? image * most + index : -1;
   }
 };
 

@@ -12,7 +12,7 @@ OP = "single_stage_detector::candidates"
 
 
 def candidates_reference(
-    logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int, floor: float
+    logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int, floor: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The native op in plain PyTorch: logits float32, anchors and labels int64, each [N, P], and deltas [N, P, 4].
 
@@ -20,6 +20,9 @@ def candidates_reference(
     level after level, and in a level in the order of anchor and class. A level's unused places come last and hold
     minus infinity and zeros. An anchor with a NaN among its logits has no pair.
     """
+    if bias is not None:
+        rows = bias.unflatten(0, (-1, logits[0].shape[2]))
+        logits = [(x.float().unflatten(1, (-1, len(rows))) + rows).flatten(1, 2) for x in logits]
     parts, first = [], 0
     for wide, narrow in zip(logits, deltas, strict=True):
         values, anchors, labels = _level(wide, topk, floor)
@@ -84,7 +87,11 @@ def _floor(score_thresh: float) -> float:
 
 
 def candidates(
-    logits: Sequence[Tensor], deltas: Sequence[Tensor], score_thresh: float, topk: int
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    score_thresh: float,
+    topk: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores float32, anchors int64 and labels int64, each [N, P], and deltas [N, P, 4] of the pairs to suppress among.
 
@@ -94,13 +101,15 @@ def candidates(
     -1. anchors count through all levels.
     Of equal logits at the limit of a level, and of equal scores in the result, the lowest level, anchor and class comes
     first. An anchor with a NaN among its logits has no pair. No gradients.
+    bias: [C * K], float32, is added to the logits in float32, as `single_stage_detector.ops.focal.focal_loss` has it.
     """
     floor = _floor(score_thresh)
-    if native.runs(OP, *logits, *deltas):
+    if native.runs(OP, *logits, *deltas, *([] if bias is None else [bias])):
         logits, deltas = [x.contiguous() for x in logits], [x.contiguous() for x in deltas]
-        found = torch.ops.single_stage_detector.candidates(logits, deltas, topk, floor)
+        bias = None if bias is None else bias.float().contiguous()
+        found = torch.ops.single_stage_detector.candidates(logits, deltas, topk, floor, bias)
     else:
-        found = candidates_reference(logits, deltas, topk, floor)
+        found = candidates_reference(logits, deltas, topk, floor, bias)
     best, anchors, labels, here = found
     scores = torch.sigmoid(best)
     # masked_fill: torch.where would copy its number to the device, which a graph can't capture
@@ -114,7 +123,7 @@ if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(
-        logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int, floor: float
+        logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int, floor: float, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         places = sum(min(topk, wide.shape[1] * wide.shape[2]) for wide in logits)
         shape = (logits[0].shape[0], places)

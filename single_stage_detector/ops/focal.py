@@ -73,8 +73,13 @@ class _WeightedFocal(torch.autograd.Function):
         return gradient.scatter_(1, at, value[:, None]), None, None
 
 
-def focal_reference(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+def focal_reference(
+    logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int = 0, bias: Tensor | None = None
+) -> Tensor:
     """`focal_loss` in plain PyTorch, for any floating dtype; the dtype of weight is that of the arithmetic."""
+    if bias is not None:
+        bias = bias.to(weight.dtype).unflatten(0, (-1, logits.shape[2]))
+        logits = (logits.to(weight.dtype).unflatten(1, (-1, len(bias))) + bias).flatten(1, 2)
     matched = matched[:, first : first + logits.shape[1]]
     target = torch.full_like(matched, UNMATCHED)
     if labels.shape[1]:
@@ -83,32 +88,43 @@ def focal_reference(logits: Tensor, matched: Tensor, labels: Tensor, weight: Ten
     return _WeightedFocal.apply(logits.flatten(0, 1), target.flatten(), weights.flatten())
 
 
-def focal_loss(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+def focal_loss(
+    logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int = 0, bias: Tensor | None = None
+) -> Tensor:
     """Sum of weighted sigmoid focal losses (alpha 0.25, gamma 2) of a level: a scalar in the dtype of weight.
 
     logits: [N, R, K], the rows of the anchors first..first + R. matched: int64 [N, A], what `match` gave for all
     anchors; rows that are IGNORED are left out. labels: int64 [N, M], classes 0..K-1 where matched points to.
     weight: [N], float32 at least, the factor of all terms of an image; 0..1, no gradient.
+    bias: [C * K], float32, what logits of a convolution without it lack: rows are cells of C anchors, and row r takes
+    the K values of anchor r % C. It is added in float32, where a convolution's own would round the sum to the dtype of
+    logits: so the loss is nearer to the exact one, and differs by up to half a unit in the last place of each logit.
+    Its gradient is the sum of the logits' gradients before they are rounded.
     The native op computes the gradient in the forward pass and keeps it instead of the logits, in their dtype and in
     float16 times KEPT_IN_FLOAT16. It allows one backward pass for each forward pass; a second one raises RuntimeError.
     """
-    if native.runs(OP, logits, matched, labels, weight):
-        arguments = (x.contiguous() for x in (logits, matched, labels, weight))
-        return torch.ops.single_stage_detector.focal(*arguments, first)[0]
-    return focal_reference(logits, matched, labels, weight, first)
+    given = (logits, matched, labels, weight) if bias is None else (logits, matched, labels, weight, bias)
+    if native.runs(OP, *given):
+        arguments = (x.contiguous() for x in given[:4])
+        return torch.ops.single_stage_detector.focal(*arguments, first, None if bias is None else bias.float())[0]
+    return focal_reference(logits, matched, labels, weight, first, bias)
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    kept(ctx, output[1])
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.biased = inputs[5] is not None
+    kept(ctx, *output[1:])
 
 
-def _backward(ctx, upstream: Tensor | None, _: None) -> tuple:
-    return take(ctx, upstream, KEPT_IN_FLOAT16), None, None, None, None
+def _backward(ctx, upstream: Tensor | None, *_: None) -> tuple:
+    gradient = take(ctx, upstream, KEPT_IN_FLOAT16)
+    return gradient, None, None, None, None, take(ctx, upstream, KEPT_IN_FLOAT16, 1) if ctx.biased else None
 
 
 if native.loaded(OP):
     torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
 
     @torch.library.register_fake(OP)
-    def _(logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        return weight.new_empty(()), torch.empty_like(logits)
+    def _(
+        logits: Tensor, matched: Tensor, labels: Tensor, weight: Tensor, first: int, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return weight.new_empty(()), torch.empty_like(logits), weight.new_empty(0 if bias is None else bias.numel())

@@ -132,7 +132,7 @@ def test_describe(monkeypatch):
     assert native.describe("detcore", cpu) == "ops: _kernels.so"
     with native.using("reference"):
         assert native.describe("detcore", cpu) == "ops: the PyTorch references (--ops reference)"
-    monkeypatch.setattr(native, "_has", lambda op, device: device == "cpu")
+    monkeypatch.setattr(native, "has", lambda op, device: device == "cpu")
     file = native.library_file("detcore")
     assert native.describe("detcore", torch.device("cuda")) == (
         f"ops: WARNING, slower than the kernels: the PyTorch references, because {file} has no code for cuda: "

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from detcore import UserError
+from detcore import UserError, native
+from detcore.ops import conv as conv_module
 from detcore.ops.bias_relu import bias_relu, bias_relu_reference
 from detcore.resnet import BACKBONES, NORMS, ResNet, load_backbone, load_exactly, weights_file_name
 
@@ -73,14 +75,54 @@ def test_convolutions_that_leave_their_bias_to_the_op(name, implementation, monk
     features, expected = ours(x), list(theirs(x).values())
     blocks = {"resnet18": 8, "resnext50_32x4d": 16}[name]
     assert (used.count(2), used.count(3)) == (1 + (1 if name == "resnet18" else 2) * blocks, blocks)
+    gpu = implementation.name == "cuda"
     for own, other in zip(features, expected):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 if gpu else 1e-5)
     sum(f.mean() for f in features).backward()
     sum(f.mean() for f in expected).backward()
     gradients = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
-        scale = gradients[key].grad.abs().max().item()
-        torch.testing.assert_close(parameter.grad, gradients[key].grad, rtol=1e-3, atol=1e-3 * scale)
+        wanted = gradients[key].grad
+        if gpu:  # one value that rounding puts on the other side of ReLU's corner moves a whole filter, by 1e-2 at most
+            assert (parameter.grad - wanted).norm() <= 3e-2 * wanted.norm(), key
+        else:
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+class Additions(TorchDispatchMode):
+    """Counts the sums of feature maps."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith("aten.add") and all(getattr(a, "ndim", 0) == 4 for a in args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_the_gradients_of_a_block_come_apart(name, implementation, monkeypatch):
+    """The variant residual_gradient: no sum of feature maps is left, and the gradients are the same. Where three are
+    added in one rounding instead of two, in the three feature maps, the last digits differ."""
+    for module in ("detcore.ops.bias_relu", "detcore.resnet"):
+        monkeypatch.setattr(f"{module}.leaves_bias", lambda x, conv: True)
+    model = twin(name, "frozen", 3)[0].to(implementation.device, memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 64, 40, generator=torch.Generator().manual_seed(2)).to(implementation.device)
+    results = []
+    for variants in ((), ("residual_gradient",)):
+        with native.using("native", *variants):
+            features = model(x)
+            loss = sum(f.square().mean() for f in features)
+        with Additions() as additions:
+            gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        results.append((additions.count, [f.detach() for f in features], gradients))
+    (usual, features, gradients), (left, same_features, same_gradients) = results
+    blocks = {"resnet18": 2 + 2 + 2, "resnext50_32x4d": 4 + 6 + 3}[name]
+    assert usual == blocks - 1 + 2 and left == 0  # all but the last block's; C3 and C4 have a third use
+    assert all(map(torch.equal, features, same_features))
+    for expected, found in zip(gradients, same_gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    layer4 = [n.startswith("layer4") for n, p in model.named_parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b, last in zip(gradients, same_gradients, layer4, strict=True) if last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,6 +134,100 @@ def test_the_maximum_before_bias_and_relu_changes_nothing(implementation, monkey
     expected = model.maxpool(bias_relu_reference(convolved, model.bn1.shift))
     monkeypatch.setattr("detcore.resnet.leaves_bias", lambda x, conv: True)
     assert torch.equal(model._stem(x), expected)
+
+
+VARIANTS = ("merged_groups", "conv_epilogues", "frozen_stage", "stem")
+EACH_VARIANT = pytest.mark.parametrize(
+    "variants", [*((v,) for v in VARIANTS), VARIANTS, (*VARIANTS, "residual_gradient", "multi_cast")], ids=",".join
+)
+
+
+def padded(model: ResNet, x: torch.Tensor) -> torch.Tensor:
+    """Images with as many channels as the network wants."""
+    return F.pad(x, (0, 0, 0, 0, 0, model.image_channels - 3)).contiguous(memory_format=torch.channels_last)
+
+
+def outcome(model: ResNet, x: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Features, and the gradients of what learns."""
+    model.zero_grad(set_to_none=True)
+    features = model(padded(model, x))
+    sum((i + 1) * f.float().square().mean() for i, f in enumerate(features)).backward()
+    return features, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@EACH_VARIANT
+@pytest.mark.parametrize(
+    ("name", "norm", "trainable_layers"),
+    [("resnext50_32x4d", "frozen", 3), ("resnext50_32x4d", "batch", 5), ("resnet18", "frozen", 5)],
+)
+def test_variants_compute_the_same(name, norm, trainable_layers, variants):
+    model = twin(name, norm, trainable_layers)[0].double().to(memory_format=torch.channels_last)
+    state = {key: (value.shape, value.stride()) for key, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 64, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    features, gradients = outcome(model, x)
+    with native.using("auto", *variants):
+        found, found_gradients = outcome(model, x)
+    for own, other in zip(found, features):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
+    assert found_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[key], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+    assert {key: (value.shape, value.stride()) for key, value in model.state_dict().items()} == state
+
+
+@EACH_VARIANT
+def test_variants_in_mixed_precision(variants):
+    model = twin("resnext50_32x4d", "frozen", 3)[0].to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 40, generator=torch.Generator().manual_seed(2))
+    exact, exact_gradients = outcome(model, x)
+    with native.using("auto", *variants), torch.autocast("cpu", torch.bfloat16):
+        found, gradients = outcome(model, x)
+    for own, other in zip(found, exact):
+        assert own.dtype == torch.bfloat16 and (own.float() - other).norm() < 0.01 * other.norm()
+    for key, gradient in exact_gradients.items():
+        assert gradients[key].dtype == torch.float32
+        assert (gradients[key] - gradient).norm() < 0.1 * gradient.norm(), key
+
+
+def test_the_stem_of_padded_images(implementation):
+    model = twin("resnet18", "frozen", 3)[0].to(implementation.device, memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 37, 50, generator=torch.Generator().manual_seed(4)).to(implementation.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = model.to(dtype), x.to(dtype)
+        expected = model._stem(x.contiguous(memory_format=torch.channels_last))
+        with native.using("native", "stem"):
+            assert model.image_channels == 4
+            found = model._stem(padded(model, x))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert model.image_channels == ResNet("resnet18", "batch").image_channels == 3
+
+
+def test_variants_compile():
+    torch.compiler.reset()
+    model, x = twin("resnet18", "frozen", 3)[0], torch.randn(1, 3, 32, 40)
+    with native.using("auto", *VARIANTS):
+        x = padded(model, x)
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        for own, other in zip(found, model(x)):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_stages_alone_are_fused(monkeypatch):
+    calls, forward = [], conv_module._forward
+    monkeypatch.setattr(conv_module, "_forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    model, x = ResNet("resnext50_32x4d", "frozen", 3), torch.randn(1, 3, 64, 64)
+    count = {"frozen": 1 + 3 * 3, "all": 1 + 3 * 16}
+    for variant, expected in (("frozen_stage", "frozen"), ("conv_epilogues", "all")):
+        with native.using("auto", variant):
+            calls.clear()
+            assert [f.requires_grad for f in model(x)] == [True] * 3
+            assert len(calls) == count[expected]
+            calls.clear()
+            with torch.no_grad():
+                model(x)
+            assert len(calls) == count["all"]
 
 
 def test_folded_norms_follow_loading_and_types():
@@ -132,10 +268,12 @@ def test_frozen_layers():
     assert all(p.requires_grad for p in ResNet("resnet18", "batch", 5).parameters())
 
 
-def test_frozen_layers_keep_nothing_for_the_backward():
+@pytest.mark.parametrize("variants", [(), ("frozen_stage",), VARIANTS], ids=",".join)
+def test_frozen_layers_keep_nothing_for_the_backward(variants):
     model, saved = ResNet("resnet18", "frozen", 3), []
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept):
-        before = model.layer1(model._stem(torch.randn(1, 3, 64, 64)))
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept)
+    with native.using("auto", *variants), hooks:
+        before = model.layer1(model._stem(padded(model, torch.randn(1, 3, 64, 64))))
         assert not saved and not before.requires_grad
         assert model.layer2(before).requires_grad
     assert saved

@@ -6,9 +6,9 @@
         torch.library.opcheck(torch.ops.detcore.normalize.default, (images, ...))
 
 While a test has the fixture, `torch.ops.<program>.<op>` and so the public functions, with their autograd and fakes,
-run the implementation; `native.using("native")` is on, so that nothing falls back silently. The oracle is the op's
-`x_reference`. New tensors hold NaN (or the largest integer) until they are written, so that a kernel that leaves a
-hole is found.
+run the implementation; `native.using("native")` is on, so that nothing falls back silently, and float32 is float32 in
+a GPU's convolutions, too (no TF32). The oracle is the op's `x_reference`. New tensors hold NaN (or the largest integer)
+until they are written, so that a kernel that leaves a hole is found.
 
 "emulated gpu" compiles csrc/*_gpu.cu with g++ and runs each thread of each block as a fiber: see emulated_gpu.h for
 what it finds. It runs about 10 million barriers (or returns, or warp primitives) of threads a second, so keep shapes
@@ -64,13 +64,18 @@ def running(name: str) -> Iterator[Implementation]:
     if missing := next(filter(None, map(native.load, programs())), ""):
         unavailable(missing)
     fill = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tf32, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     overrides = [route_to_emulated(program) for program in programs()] if name == "emulated gpu" else []
     torch.use_deterministic_algorithms(True, warn_only=True)  # also fills new tensors
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # on by default
     try:
         with native.using("native"):
             yield Implementation(name, torch.device("cuda" if name == "cuda" else "cpu"))
     finally:
         torch.use_deterministic_algorithms(fill[0], warn_only=fill[1])
+        torch.set_float32_matmul_precision(tf32)
+        torch.backends.cudnn.allow_tf32 = convolutions
         for library in overrides:
             library._destroy()
 

@@ -13,15 +13,17 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detcore import UserError
+from detcore import UserError, native
 from detcore.resnet import NORMS
 from single_stage_detector.anchors import grids
 from single_stage_detector.loss import losses
 from single_stage_detector.model import MEAN, STD, RetinaNet, load_reference_state
+from tests.single_stage_detector.test_variants import Conversions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
 SIZE = (104, 152)
 CLASSES = 6
+VARIANTS = ("merged_groups", "conv_epilogues", "frozen_stage", "stem")
 
 
 def torchvision_model(norm: str = "frozen") -> TorchvisionRetinaNet:
@@ -215,6 +217,44 @@ def test_unfitting_checkpoints_are_refused_and_change_nothing():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match="list"):
         load_reference_state(model, {"model": [1, 2]})
+
+
+def learned(model: RetinaNet, variants: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """All outputs in one row, and the gradients, of a step with some variants on."""
+    model.zero_grad(set_to_none=True)
+    with native.using("auto", *variants):
+        outputs = torch.cat([x.flatten() for levels in model(some_images()) for x in levels])
+        outputs.square().mean().backward()
+    return outputs.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "variants", [("merged_groups",), ("conv_epilogues",), ("frozen_stage",), ("stem",), VARIANTS], ids=",".join
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variants_compute_the_same(variants, dtype):
+    model = small(fpn_channels=32, head_convs=2)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    model = model.to(dtype, memory_format=torch.channels_last)
+    expected, gradients = learned(model, ())
+    found, others = learned(model, variants)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+    assert (found - expected).norm() < tolerance * expected.norm() and others.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert (others[key] - gradient).norm() < tolerance * gradient.norm(), key
+
+
+@pytest.mark.parametrize("variant", ["conv_epilogues", "frozen_stage"])
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_heads_weights_become_narrow_once_for_all_levels(variant, learning):
+    model = small(fpn_channels=32, head_convs=2)
+    weights = [p for p in model.head.parameters() if p.dim() == 4]
+    mixed, gradients = torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learning)
+    with native.using("auto", variant), mixed, gradients, Conversions(weights) as seen:
+        model(some_images())
+    assert len(seen.single) <= len(weights) and seen.passes + len(seen.single) > 0
 
 
 def test_memory_layout_changes_nothing():

@@ -169,6 +169,24 @@ class TestEvalBatchSize:
         detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, CPU)
         assert limits == [4]
 
+    @pytest.mark.parametrize(("elements", "limit"), [(40, 5), (39, 4), (16, 2)])
+    def test_no_tensor_is_larger_than_a_gpu_takes(self, config, model, monkeypatch, elements, limit):
+        limits = []
+
+        class Gpu(backend.Backend):
+            is_gpu = True
+
+            def largest_batch(self, try_batch, start, limit):
+                limits.append(limit)
+                return 1
+
+        gpu = Gpu(torch.device("cpu"), "fp32")
+        monkeypatch.setattr(detection, "widest", lambda *given: 8)
+        monkeypatch.setattr(detection, "LARGEST_TENSOR", elements)
+        monkeypatch.setattr(detection.distributed, "agree", lambda values, device: values)
+        detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, gpu)
+        assert limits == [limit]
+
     def test_found_once_and_used_in_every_evaluation(self, config, model, monkeypatch):
         sizes, calls = [], []
         monkeypatch.setattr(detection, "eval_batch_size", lambda *arguments: calls.append(True) or 5)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from detcore import backend
+from detcore import UserError, backend
 from detcore.data.ahead import one_ahead
 from detcore.data.batch import Batch, whole_images
 from detcore.data.synthetic import synthetic_batches
@@ -253,39 +253,77 @@ def test_a_gpu_gets_the_same_values_as_without_ahead():
 
 
 class TestLargestBatch:
-    def tried(self, device: str, start: int, limit: int, most: int) -> tuple[int, list[int]]:
+    @pytest.fixture
+    def given_back(self, monkeypatch) -> list[bool]:
+        """Stands in for a GPU that can be waited for; whether its memory was given back."""
+        given_back: list[bool] = []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        return given_back
+
+    def tried(self, device: str, start: int, limit: int, most: int, error=None) -> tuple[int, list[int]]:
         sizes: list[int] = []
 
         def try_batch(size: int) -> None:
             sizes.append(size)
             if size > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error or torch.OutOfMemoryError("CUDA out of memory")
 
         return backend.Backend(torch.device(device), "fp32").largest_batch(try_batch, start, limit), sizes
 
-    def test_doubles_until_memory_ends(self):
+    def test_doubles_until_memory_ends(self, given_back, capsys):
         assert self.tried("cuda", 2, 128, most=40) == (32, [4, 8, 16, 32, 64])
+        assert capsys.readouterr().err == (
+            "evaluation batches of 64 do not fit, so that 32 are taken: CUDA out of memory\n"
+        )
 
     @pytest.mark.parametrize(("start", "limit", "found"), [(2, 20, 16), (32, 128, 128), (24, 128, 96), (8, 3, 8)])
-    def test_stops_at_the_limit(self, start, limit, found):
+    def test_stops_at_the_limit(self, given_back, capsys, start, limit, found):
         assert self.tried("cuda", start, limit, most=10**9)[0] == found
+        assert capsys.readouterr().err == ""
 
-    def test_nothing_larger_fits(self):
+    def test_nothing_larger_fits(self, given_back):
         assert self.tried("cuda", 16, 128, most=16) == (16, [32])
 
     def test_the_cpu_tries_nothing(self):
         assert self.tried("cpu", 2, 128, most=10**9) == (2, [])
 
-    def test_other_errors_are_not_hidden(self):
-        def try_batch(size: int) -> None:
-            raise RuntimeError("a real mistake")
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "GET was unable to find an engine to execute this computation",
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+            "Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false.",
+        ],
+    )
+    def test_any_failure_of_a_size_is_one_that_does_not_fit(self, given_back, capsys, words):
+        assert self.tried("cuda", 32, 128, most=64, error=RuntimeError(f"{words}\nfrom somewhere")) == (64, [64, 128])
+        assert capsys.readouterr().err == f"evaluation batches of 128 do not fit, so that 64 are taken: {words}\n"
 
-        with pytest.raises(RuntimeError, match="a real mistake"):
-            backend.Backend(torch.device("cuda"), "fp32").largest_batch(try_batch, 1, 8)
+    def test_mistakes_of_the_program_are_not_hidden(self, given_back):
+        with pytest.raises(TypeError, match="a real mistake"):
+            self.tried("cuda", 1, 8, most=1, error=TypeError("a real mistake"))
 
-    def test_memory_of_the_failed_trial_is_given_back_after_it(self, monkeypatch):
-        given_back = []
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    def test_a_fault_that_shows_only_when_waited_for_belongs_to_its_size(self, given_back, monkeypatch, capsys):
+        """And one that stays has cost the process its GPU."""
+        waits = iter([None, RuntimeError("CUDA error: out of range"), None])
+
+        def synchronize(device) -> None:
+            if error := next(waits, None):
+                raise error
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        assert self.tried("cuda", 1, 8, most=8) == (2, [2, 4])
+        assert (
+            "evaluation batches of 4 do not fit, so that 2 are taken: CUDA error: out of range"
+            in capsys.readouterr().err
+        )
+        said = r"batches of 4 failed \(no kernel\), .* \(CUDA error: gone\).*--eval-batch-size 2"
+        waits = iter([None, RuntimeError("CUDA error: gone")])
+        with pytest.raises(UserError, match=said):
+            self.tried("cuda", 1, 8, most=2, error=RuntimeError("no kernel"))
+
+    def test_memory_of_the_failed_trial_is_given_back_after_it(self, given_back):
         self.tried("cuda", 2, 8, most=100)
         assert not given_back
         self.tried("cuda", 2, 8, most=4)
@@ -294,8 +332,14 @@ class TestLargestBatch:
     @pytest.mark.gpu
     @needs_gpu
     def test_on_a_gpu(self):
+        """Within a tenth of its memory, since other processes may use it as well."""
         device = backend.select("cuda", "fp32")
-        whole = torch.cuda.mem_get_info()[1]
-        found = device.largest_batch(lambda n: torch.empty(n, whole // 20, dtype=torch.uint8, device="cuda"), 1, 64)
-        assert 4 <= found <= 16
-        torch.empty(whole // 20 * found, dtype=torch.uint8, device="cuda")
+        unit = torch.cuda.mem_get_info()[1] // 200
+        torch.cuda.set_per_process_memory_fraction(0.1)
+        try:
+            found = device.largest_batch(lambda n: torch.empty(n, unit, dtype=torch.uint8, device="cuda"), 1, 64)
+            assert 4 <= found <= 16
+            torch.empty(unit * found, dtype=torch.uint8, device="cuda")
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.empty_cache()

@@ -170,11 +170,13 @@ def test_a_torchvision_that_cannot_says_so_before_training(index, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("antialias", [False, True])
 def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
+    """More where colours have half the resolution: nvJPEG repeats them, libjpeg interpolates. On these pictures, of
+    random colours every 8 pixels, that is 4.5 levels in the mean."""
     from detcore import backend
 
     coco.categories(1)
     for image_id in range(24):
-        coco.add_image(image_id, 400 + 8 * image_id, 300, [(1, 10, 10, 50, 60)])
+        coco.add_image(image_id, 400 + 8 * image_id, 300, [(1, 10, 10, 50, 60)], subsampling=image_id % 2 * 2)
     grey = coco.add_image(24, 200, 100)
     Image.open(grey).convert("L").save(grey)
     coco.write()
@@ -187,4 +189,4 @@ def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
         assert a.images.device == device.device and a.images.stride() == b.images.stride()
         assert torch.equal(a.image_id.cpu(), b.image_id) and torch.equal(a.boxes.cpu(), b.boxes)
         difference = (a.images.cpu().int() - b.images.int()).abs().float()
-        assert difference.mean(dim=(1, 2, 3)).max() < 3
+        assert (difference.mean(dim=(1, 2, 3)) < torch.where(b.image_id % 2 == 1, 8, 3)).all()

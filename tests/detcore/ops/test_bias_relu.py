@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from detcore import native
 from detcore.ops import bias_relu as module
-from detcore.ops.bias_relu import bias_relu, bias_relu_reference, conv_bias_relu
+from detcore.ops.bias_relu import bias_relu, bias_relu_apart, bias_relu_reference, conv_bias_relu, conv_bias_relu_apart
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
@@ -87,7 +87,9 @@ def test_special_values(implementation, dtype):
     bias = torch.tensor([-0.0, 0.0, 1.0], device=implementation.device).repeat_interleave(8)
     upstream = on(implementation.device, torch.arange(1.0, x.numel() + 1).view(x.shape).to(dtype))
     found, grad, _ = with_gradients(bias_relu, [x, bias], upstream)
-    expected, expected_grad, _ = with_gradients(bias_relu_reference, [x, bias], upstream)
+    # On the CPU: a GPU's maximum of -0 and 0, which torch.relu is there, is 0.
+    expected, expected_grad, _ = with_gradients(bias_relu_reference, [x.cpu(), bias.cpu()], upstream.cpu())
+    found, grad = found.cpu(), grad.cpu()
     assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
     assert equal_bits(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert torch.equal(grad, expected_grad)
@@ -114,7 +116,58 @@ def test_opcheck(implementation, layout):
         torch.library.opcheck(OP.default, (x.detach(), bias.detach(), None, False))
         mask = torch.full([(x.numel() + 7) // 8], 0x5A, dtype=torch.uint8, device=x.device)
         for sums in (False, True):
-            torch.library.opcheck(torch.ops.detcore.bias_relu_backward.default, (residual.detach(), mask, sums))
+            for grads in itertools.accumulate([[residual.detach()]] * 3):
+                given = (grads[0], mask, sums, *grads[1:])
+                torch.library.opcheck(torch.ops.detcore.bias_relu_backward.default, given)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradients_of_several_uses_are_added_where_they_are_masked(implementation, dtype, layout):
+    for shape, uses in itertools.product(SHAPES, (1, 2, 3)):
+        values = tensors(shape, dtype, layout, implementation.device)
+        generator = torch.Generator().manual_seed(uses)
+        upstream = [torch.randn(shape, generator=generator).to(values[0]) for _ in range(uses)]
+        upstream = [u.contiguous(memory_format=layout) for u in upstream]
+        leaves = [v.clone().requires_grad_() for v in values]
+        outs = bias_relu_apart(*leaves)
+        assert all(o.data_ptr() == outs[0].data_ptr() and equal_bits(o, outs[0]) for o in outs)
+        found = torch.autograd.grad(outs[3 - uses :], leaves, upstream)
+        total = sum((u.float() for u in upstream[1:]), upstream[0].float()).to(dtype)
+        out, *expected = with_gradients(bias_relu, values, total)
+        assert equal_bits(outs[2].detach(), out) and equal_bits(found[0], expected[0])
+        assert equal_bits(found[2], expected[2]) and found[0].stride() == values[0].stride()
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
+        if uses == 2:  # what autograd adds by itself, in every bit
+            out = bias_relu(*leaves)
+            assert equal_bits(torch.autograd.grad([out, out], leaves, upstream)[0], found[0])
+
+
+def test_uses_apart_without_gradients_or_the_op(implementation):
+    x, bias, residual = tensors((2, 8, 3, 5), torch.float32, torch.channels_last, implementation.device)
+    assert all(out is first for first, *rest in [bias_relu_apart(x, bias, residual)] for out in rest)
+    with native.using("reference"):
+        a, b, c = bias_relu_apart(x.clone().requires_grad_(), bias, residual)
+    assert a is b is c and a.requires_grad
+    leaf = x.clone().requires_grad_()
+    a, b, c = bias_relu_apart(leaf, bias)
+    assert torch.autograd.grad(a.sum() * 0 + 1, leaf, allow_unused=True)[0].eq(0).all()
+    mask, op = torch.zeros(30, dtype=torch.uint8, device=x.device), torch.ops.detcore.bias_relu_backward
+    for wrong in (x.contiguous(), x.half(), x[:1]):
+        with pytest.raises(RuntimeError, match="gradients"):
+            op(x, mask, False, wrong)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_conv_bias_relu_apart_is_for_the_variant_alone(implementation, monkeypatch, fused):
+    monkeypatch.setattr(module, "leaves_bias", lambda x, conv: fused)
+    conv = nn.Conv2d(8, 16, 1).to(implementation.device)
+    x, _ = tensors((2, 8, 5, 7), torch.float32, torch.channels_last, implementation.device, residual=False)
+    plain = conv_bias_relu_apart(x, conv, conv.weight, conv.bias)
+    with native.using("native", "residual_gradient"):
+        found = conv_bias_relu_apart(x, conv, conv.weight, conv.bias)
+    assert isinstance(plain, Tensor) and isinstance(found, tuple) == fused
+    assert torch.equal(plain, found[0] if fused else found)
 
 
 def test_compiles(implementation):

@@ -22,14 +22,17 @@ def pictures(shape: tuple[int, int, int], layout: str = "contiguous") -> torch.T
     return images.contiguous(memory_format=LAYOUTS[layout])
 
 
-def check(images: torch.Tensor, dtype: torch.dtype, flip: torch.Tensor | None, device: torch.device) -> None:
+def check(
+    images: torch.Tensor, dtype: torch.dtype, flip: torch.Tensor | None, device: torch.device, channels: int = 3
+) -> None:
     """The op gives what the reference gives in float64, rounded once; native sums round once, as fmaf does."""
     mirrored = None if flip is None else flip.to(device)
-    found = normalize(images.to(device), SCALE.to(device), SHIFT.to(device), dtype, mirrored)
-    assert found.dtype == dtype and found.shape == images.shape
+    found = normalize(images.to(device), SCALE.to(device), SHIFT.to(device), dtype, mirrored, channels)
+    assert found.dtype == dtype and found.shape == (len(images), channels, *images.shape[2:])
     assert found.is_contiguous(memory_format=torch.channels_last)
     exact = normalize_reference(images, SCALE.double(), SHIFT.double(), torch.float64, flip)
-    assert torch.equal(found.cpu(), exact.float().to(dtype))
+    assert torch.equal(found[:, :3].cpu(), exact.float().to(dtype))
+    assert not found[:, 3:].any()
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -48,7 +51,19 @@ def test_random_shapes(implementation, data):
     images = pictures(shape, data.draw(st.sampled_from(sorted(LAYOUTS))))
     flip = data.draw(st.none() | st.lists(st.booleans(), min_size=shape[0], max_size=shape[0]))
     flip = None if flip is None else torch.tensor(flip)
-    check(images, data.draw(st.sampled_from(DTYPES)), flip, implementation.device)
+    channels = data.draw(st.sampled_from([3, 4, 8]))
+    check(images, data.draw(st.sampled_from(DTYPES)), flip, implementation.device, channels)
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padded_channels(implementation, dtype, channels):
+    for shape in SHAPES:
+        check(pictures(shape), dtype, None, implementation.device, channels)
+    images = pictures((2, 3, 5))
+    found = normalize_reference(images, SCALE, SHIFT, dtype, None, channels)
+    assert found.is_contiguous(memory_format=torch.channels_last) and not found[:, 3:].any()
+    assert torch.equal(found[:, :3], normalize_reference(images, SCALE, SHIFT, dtype))
 
 
 def test_every_value_of_every_colour(implementation):
@@ -73,11 +88,12 @@ def test_part_of_a_larger_tensor_is_refused(implementation):
         ({"shift": torch.ones(3, dtype=torch.int64)}, "scale and shift must be float32 of 3 values"),
         ({"flip": torch.ones(3, dtype=torch.bool)}, "flip must be bool"),
         ({"flip": torch.ones(2, dtype=torch.uint8)}, "flip must be bool"),
+        ({"channels": 5}, "channels must be 3, 4 or 8"),
     ],
 )
 def test_wrong_arguments_are_named(implementation, change, message):
     arguments = {"images": pictures((2, 5, 5)), "scale": SCALE, "shift": SHIFT, "flip": None} | change
-    arguments = {k: v if v is None else v.to(implementation.device) for k, v in arguments.items()}
+    arguments = {k: v.to(implementation.device) if torch.is_tensor(v) else v for k, v in arguments.items()}
     with pytest.raises(RuntimeError, match=message):
         normalize(dtype=torch.float32, **arguments)
 
@@ -89,6 +105,7 @@ def test_registration(implementation, layout, flip):
     flip = None if flip is None else flip.to(device)
     images, scale, shift = pictures((2, 5, 8), layout).to(device), SCALE.to(device), SHIFT.to(device)
     torch.library.opcheck(torch.ops.detcore.normalize.default, (images, scale, shift, torch.bfloat16, flip))
+    torch.library.opcheck(torch.ops.detcore.normalize.default, (images, scale, shift, torch.float32, flip, 4))
 
 
 def test_the_reference_is_the_formula():

@@ -25,12 +25,18 @@ def outputs(images: int, levels: tuple[int, ...], classes: int, dtype=torch.floa
     return [x.to(dtype) for x in logits], [x.to(dtype) for x in deltas]
 
 
-def check(device, logits: list[Tensor], deltas: list[Tensor], topk: int, floor: float = -INF) -> tuple[Tensor, ...]:
+def check(
+    device, logits: list[Tensor], deltas: list[Tensor], topk: int, floor: float = -INF, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The op's results, which must be the reference's in every bit."""
     ours = torch.ops.single_stage_detector.candidates(
-        [x.to(device) for x in logits], [x.to(device) for x in deltas], topk, floor
+        [x.to(device) for x in logits],
+        [x.to(device) for x in deltas],
+        topk,
+        floor,
+        None if bias is None else bias.to(device),
     )
-    for own, expected in zip(ours, candidates_reference(logits, deltas, topk, floor), strict=True):
+    for own, expected in zip(ours, candidates_reference(logits, deltas, topk, floor, bias), strict=True):
         assert own.dtype == expected.dtype
         assert torch.equal(own.cpu(), expected)
     return ours
@@ -52,6 +58,39 @@ def test_random_outputs(implementation, images, levels, classes, dtype, topk, fl
         levels = levels[:1]
     logits, deltas = outputs(images, tuple(levels), classes, dtype, seed, step)
     check(implementation.device, logits, deltas, topk, floor)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    images=st.integers(0, 2),
+    cells=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    per_cell=st.sampled_from([1, 3, 9]),
+    classes=st.sampled_from([1, 5, 16, 264]),
+    dtype=st.sampled_from(DTYPES),
+    topk=st.sampled_from([1, 31, 1000]),
+    floor=st.sampled_from([-INF, -2.5, INF]),
+    step=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 1000),
+)
+def test_the_bias_of_the_convolution(implementation, images, cells, per_cell, classes, dtype, topk, floor, step, seed):
+    if sum(cells) * per_cell * classes > 30000:
+        cells = [4]
+    logits, deltas = outputs(images, tuple(c * per_cell for c in cells), classes, dtype, seed, step)
+    bias = outputs(1, (per_cell,), classes, torch.float32, seed + 1, step)[0][0].flatten()
+    check(implementation.device, logits, deltas, topk, floor, bias)
+
+
+def test_a_bias_is_the_sum_made_before(implementation):
+    """In float32 the results are those of logits that have their bias, in every bit; NaN and infinities too."""
+    logits, deltas = outputs(2, (45, 18), 8)
+    logits[0][0, 3, 2], logits[1][1, 4], logits[1][0, 1, 1] = torch.nan, -INF, INF
+    bias = outputs(1, (9,), 8, seed=3)[0][0].flatten()
+    summed = [(x.unflatten(1, (-1, 9)) + bias.view(9, 8)).flatten(1, 2) for x in logits]
+    given = [[x.to(implementation.device) for x in part] for part in (logits, summed, deltas)]
+    found = candidates(given[0], given[2], 0.05, 50, bias.to(implementation.device))
+    assert all(map(torch.equal, found, candidates(given[1], given[2], 0.05, 50)))
+    plain = candidates(given[0], given[2], 0.05, 50)
+    assert not torch.equal(found[0], plain[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,11 +189,17 @@ def test_scores_are_above_the_threshold_and_fall(implementation, threshold):
         ({"deltas": [torch.zeros(2, 6, 4)]}, "with the logits' N and A"),
         ({"deltas": [torch.zeros(2, 5, 4, dtype=torch.float64)]}, "of 2 or 4 bytes"),
         ({"topk": 0}, "topk must be positive"),
+        ({"bias": torch.zeros(4)}, "bias must be float32"),
+        ({"bias": torch.zeros(3, dtype=torch.float64)}, "bias must be float32"),
+        ({"bias": torch.zeros(1, 3)}, "bias must be float32"),
+        ({"bias": torch.zeros(6)}, "whole cells"),
     ],
 )
 def test_wrong_arguments_are_named(implementation, change, message):
     arguments = {"logits": [torch.zeros(2, 5, 3)], "deltas": [torch.zeros(2, 5, 4)], "topk": 3, "floor": 0.0} | change
     move = {k: [x.to(implementation.device) for x in v] if isinstance(v, list) else v for k, v in arguments.items()}
+    if "bias" in move:
+        move["bias"] = move["bias"].to(implementation.device)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.single_stage_detector.candidates(**move)
 
@@ -172,6 +217,8 @@ def test_registration(implementation, dtype):
     device = implementation.device
     arguments = [x.to(device) for x in logits], [x.to(device) for x in deltas], 20, -3.0
     torch.library.opcheck(torch.ops.single_stage_detector.candidates.default, arguments)
+    bias = torch.ones(5, device=device)
+    torch.library.opcheck(torch.ops.single_stage_detector.candidates.default, (*arguments, bias))
 
 
 def test_the_number_of_threads_does_not_matter():

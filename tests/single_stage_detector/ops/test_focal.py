@@ -226,6 +226,112 @@ def test_compiled_in_one_graph(implementation):
     assert torch.equal(value, expected) and torch.equal(gradient, wanted)
 
 
+def check_bias(implementation, dtype, images, cells, anchors, classes, factor=1.0, spread=4.0):
+    """Value and both gradients, which must be float64's of the same rounded logits and the exact sum with the bias."""
+    logits, matched, labels, weight, first = case(images + cells, images, cells * anchors, classes, spread=spread)
+    bias = torch.randn(anchors * classes, generator=torch.Generator().manual_seed(4))
+    device, logits = implementation.device, logits.to(dtype)
+    results = []
+    for loss, kind, place in ((focal_loss, dtype, device), (focal_reference, torch.float64, "cpu")):
+        wide = torch.promote_types(kind, torch.float32)
+        leaves = [logits.to(place, kind).requires_grad_(), bias.to(place, wide).requires_grad_()]
+        given = (matched.to(place), labels.to(place), weight.float().to(place, wide), first)
+        value = loss(leaves[0], *given, leaves[1])
+        results.append([value.detach(), *torch.autograd.grad(value * factor, leaves)])
+    (value, gradient, sums), (expected, wanted, exact) = results
+    torch.testing.assert_close(value.cpu().double(), expected, rtol=3e-6, atol=1e-12)
+    rounding = ROUNDING[dtype] * (2 if factor == 3 else 1)
+    smallest = 2**-24 if dtype == torch.float16 else 1e-7
+    torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=rounding, atol=smallest)
+    assert sums.dtype == torch.float32 and sums.shape == bias.shape
+    scale = wanted.unflatten(1, (cells, -1)).abs().sum((0, 1)).flatten()  # of the terms: sums of both signs cancel
+    assert ((sums.cpu().double() - exact).abs() <= 1e-5 * scale + 1e-9).all()
+    return [t.cpu() for t in results[0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (2, 5, 9, 1),
+        (3, 7, 2, 3),
+        (2, 45, 9, 8),
+        (1, 3, 9, 264),
+        (2, 5, 3, 91),
+        (3, 70, 1, 4),
+        (2, 40, 9, 40),
+    ],
+)
+def test_the_bias_of_the_convolution_and_its_gradient(implementation, shape, dtype):
+    check_bias(implementation, dtype, *shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [0.25, 65536.0, 3.0])
+def test_the_bias_gradient_times_what_comes_from_above(implementation, factor, dtype):
+    if factor == 65536 and dtype == torch.float16:
+        factor = 16384.0  # a gradient that float16 holds
+    check_bias(implementation, dtype, 2, 11, 3, 8, factor, spread=1.0)
+
+
+def test_the_reference_is_a_convolution_with_its_bias():
+    """float64: the gradient of the bias as autograd has it through the convolution."""
+    generator = torch.Generator().manual_seed(8)
+    anchors, classes = 3, 4
+    conv = torch.nn.Conv2d(5, anchors * classes, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(2, 5, 4, 6, generator=generator, dtype=torch.float64)
+    _, matched, labels, weight, first = case(1, 2, 24 * anchors, classes)
+
+    def rows(bias):
+        out = torch.nn.functional.conv2d(x, conv.weight, bias, padding=1)
+        return out.permute(0, 2, 3, 1).reshape(2, -1, classes)
+
+    given = (matched, labels, weight, first)
+    inside = focal_reference(rows(None), *given, conv.bias)
+    outside = focal_reference(rows(conv.bias), *given)
+    found, expected = (torch.autograd.grad(v, list(conv.parameters())) for v in (inside, outside))
+    torch.testing.assert_close(inside, outside, rtol=1e-12, atol=0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_bias_gradient_repeats_with_any_number_of_threads(implementation):
+    threads = torch.get_num_threads()
+    few = implementation.name == "emulated gpu"
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(check_bias(implementation, torch.float32, 2, 60 if few else 3000, 2, 24))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(("images", "cells"), [(0, 5), (2, 0)])
+def test_no_cells_have_no_bias_gradient(implementation, images, cells):
+    logits, matched, labels, weight, first = case(1, images, cells * 3, 8)
+    inputs = [x.to(implementation.device) for x in (logits.float(), matched, labels, weight.float())]
+    bias = torch.ones(24, device=implementation.device, requires_grad=True)
+    value = focal_loss(*inputs, first, bias)
+    assert value == 0 and torch.equal(torch.autograd.grad(value, bias)[0], torch.zeros_like(bias))
+
+
+def test_opcheck_and_compilation_with_a_bias(implementation):
+    logits, matched, labels, weight, first = case(2, 2, 6, 8)
+    inputs = [x.to(implementation.device) for x in (logits.float(), matched, labels, weight.float())]
+    bias = torch.linspace(-1, 1, 24, device=implementation.device)
+    op = torch.ops.single_stage_detector.focal
+    torch.library.opcheck(op.default, (*inputs, first, bias))
+    torch.library.opcheck(
+        op.default, (inputs[0].requires_grad_(), *inputs[1:], first, bias.requires_grad_()), test_utils=WITH_GRADIENTS
+    )
+    compiled = torch.compile(lambda *given: op(*given)[0], backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(*inputs, first, bias), (inputs[0], bias)) for f in (compiled, focal_loss))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_wrong_arguments_are_refused(implementation):
     logits, matched, labels, weight, _ = case(2, 2, 5, 8)
     x, m, k, w = (t.to(implementation.device) for t in (logits.float(), matched, labels, weight.float()))
@@ -233,3 +339,6 @@ def test_wrong_arguments_are_refused(implementation):
     for wrong in ((x[0], m, k, w, 0), (x, m[:1], k, w, 0), (x, m, k, w.double(), 0), (x, m, k, w, 7), (x, m, k, w, -1)):
         with pytest.raises(RuntimeError):
             op(*wrong)
+    for bias in (x.new_ones(16), x.new_ones(7), x.new_ones(0), x.new_ones(40).double(), x.new_ones(5, 8)):
+        with pytest.raises(RuntimeError, match="bias must be"):
+            op(x, m, k, w, 0, bias)
