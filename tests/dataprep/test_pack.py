@@ -1,27 +1,15 @@
-"""pack_dataset.py as a person calls it. What it writes is tested with detcore.data.pack."""
+"""pack_dataset.py as a person calls it; test_shard_writer.py has what it writes."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dataprep import pack
 from detcore.cli import run_main
-
-SCRIPT = Path(__file__).resolve().parents[2] / "public-scripts" / "pack_dataset.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("pack_dataset", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pack_dataset"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -40,35 +28,35 @@ def data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def call(script, *words) -> int:
-    return run_main(script.main, [str(word) for word in words])
+def call(*words) -> int:
+    return run_main(pack.main, [str(word) for word in words])
 
 
-def test_both_splits(script, data, tmp_path, capsys):
+def test_both_splits(data, tmp_path, capsys):
     out = tmp_path / "out"
-    assert call(script, data, out, "--shard-size", "11k", "--shuffle", 5) == 0
+    assert call(data, out, "--shard-size", "11k", "--shuffle", 5) == 0
     said = capsys.readouterr()
     assert "12 images in" in said.out and "3 images in" in said.out and f"--shards {out}" in said.out
     assert "packing train: 12 of 12 (100%)" in said.err and "ETA" in said.err
-    assert call(script, data, out, "--shard-size", "11k", "--shuffle", 5) == 0
+    assert call(data, out, "--shard-size", "11k", "--shuffle", 5) == 0
     said = capsys.readouterr()
     assert "written now: 0 shards" in said.out and "unknown" not in said.err and "0/s" not in said.err
-    assert call(script, out, "--check") == 0
+    assert call(out, "--check") == 0
     assert "are as they were packed" in capsys.readouterr().out
     path = out / "val" / "00000.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert call(script, out, "--check") == 2
+    assert call(out, "--check") == 2
     assert "00000.tar" in capsys.readouterr().err
-    assert call(script, data, out) == 2
+    assert call(data, out) == 2
     assert "--shard-size 11k, now 1G, --shuffle 5, now none" in capsys.readouterr().err
-    assert call(script, data, out, "--force") == 0
+    assert call(data, out, "--force") == 0
 
 
-def test_one_split_and_a_pair_by_its_paths(script, data, tmp_path, capsys):
-    assert call(script, data, tmp_path / "a", "--split", "val") == 0
+def test_one_split_and_a_pair_by_its_paths(data, tmp_path, capsys):
+    assert call(data, tmp_path / "a", "--split", "val") == 0
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["val"]
     parts = ["--annotations", data / "annotations/instances_val.json", "--images", data / "val"]
-    assert call(script, tmp_path / "b", *parts, "--split", "val") == 0
+    assert call(tmp_path / "b", *parts, "--split", "val") == 0
     for path in (tmp_path / "a/val").iterdir():
         assert path.read_bytes() == (tmp_path / "b/val" / path.name).read_bytes()
     capsys.readouterr()
@@ -88,19 +76,19 @@ def test_one_split_and_a_pair_by_its_paths(script, data, tmp_path, capsys):
         (["DIR", "--check"], "holds no shards"),
     ],
 )
-def test_mistakes(script, data, tmp_path, capsys, words, expected):
+def test_mistakes(data, tmp_path, capsys, words, expected):
     words = [word.replace("DIR", str(data)).replace("OUT", str(tmp_path / "out")) for word in words]
     try:
-        code = call(script, *words)
+        code = call(*words)
     except SystemExit as end:
         code = end.code
     said = capsys.readouterr().err
     assert code == 2 and expected in said and "Traceback" not in said
 
 
-def test_an_image_that_went(script, data, tmp_path, capsys):
+def test_an_image_that_went(data, tmp_path, capsys):
     (data / "train" / "3.jpg").unlink()
-    assert call(script, data, tmp_path / "out") == 2
+    assert call(data, tmp_path / "out") == 2
     assert "1 of the 12 images" in capsys.readouterr().err
     shutil.copy(data / "train" / "4.jpg", data / "train" / "3.jpg")
-    assert call(script, data, tmp_path / "out") == 0
+    assert call(data, tmp_path / "out") == 0

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "public-scripts"))
-
-from download_sets import METADATA, WEIGHTS, class_mids, coco_archives, image_ids, weights_item
-
+from dataprep.download_sets import METADATA, WEIGHTS, class_mids, coco_archives, image_ids, weights_item
 from detcore import UserError
 
 FIFTYONE = Path(__file__).resolve().parents[2] / "public-scripts" / "openimages_with_fiftyone.py"

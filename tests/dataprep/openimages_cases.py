@@ -3,20 +3,13 @@
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "public-scripts"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
-import make_openimages
-import openimages_stages
-import openimages_tables
-import openimages_to_coco
+from dataprep import openimages, openimages_stages, openimages_tables
+from tools import make_openimages
 
 FLAGS = openimages_tables.FLAGS
 IMAGES = 60
@@ -30,7 +23,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(openimages_stages, "_OBJECTS", 7)
     monkeypatch.setattr(openimages_tables, "_BATCH", 11)
     monkeypatch.setattr(openimages_tables, "_BLOCK", 5_000)
-    monkeypatch.setattr(openimages_to_coco, "SMALL", 0)
+    monkeypatch.setattr(openimages, "SMALL", 0)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +40,7 @@ def source(made, tmp_path):
 
 
 def run(folder, *words, workers=1):
-    return openimages_to_coco.main([str(folder), "--split", "train", "--workers", str(workers), *map(str, words)])
+    return openimages.main([str(folder), "--split", "train", "--workers", str(workers), *map(str, words)])
 
 
 def output(folder, name="openimages-mlperf"):

@@ -3,20 +3,13 @@
 import errno
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from dataprep import openimages_stages, openimages_tables
 from detcore import UserError
-
-sys.path.append(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "public-scripts"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
-import openimages_stages
-import openimages_tables
-from openimages_cases import (
+from tests.dataprep.openimages_cases import (
     made,
     met,
     output,

@@ -17,10 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from download_headers import content_length, jpeg_problem, network_words, retry_after, server_md5
-
+from dataprep.download_headers import content_length, jpeg_problem, network_words, retry_after, server_md5
 from detcore import UserError
 
 try:

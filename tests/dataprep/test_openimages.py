@@ -11,17 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dataprep import openimages, openimages_pieces, openimages_stages
 from detcore import UserError
-
-sys.path.append(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "public-scripts"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
-import make_openimages
-import openimages_pieces
-import openimages_stages
-import openimages_to_coco
-from openimages_cases import expected, made, output, rows_of, run, small_parts, source, summary, table
+from tests.dataprep.openimages_cases import expected, made, output, rows_of, run, small_parts, source, summary, table
+from tools import make_openimages
 
 __all__ = ["made", "small_parts", "source"]  # fixtures
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("base", [0, 1])
 def test_as_a_plain_reading(source, base):
-    names = openimages_to_coco.MLPERF_CLASSES.read_text().splitlines()
+    names = openimages.MLPERF_CLASSES.read_text().splitlines()
     assert run(source, "--category-base", base) == 0
     labels = json.loads(output(source).read_text())
     images, annotations = expected(source, names, base)
@@ -96,7 +89,7 @@ def test_published_names_single_files_and_names_as_labels(source, tmp_path):
     words = ["--boxes", tmp_path / "b.csv", "--class-descriptions", source / "class-descriptions-boxable.csv"]
     words += ["--images", source / "train" / "data", "--output", tmp_path / "out" / "a.json"]
     words += ["--image-ids", source / "train-images-boxable-with-rotation.csv"]
-    assert openimages_to_coco.main(list(map(str, words))) == 0
+    assert openimages.main(list(map(str, words))) == 0
     assert (tmp_path / "out" / "a.json").read_bytes() == reference
     assert labels.is_dir()
 
@@ -122,11 +115,11 @@ def test_options_that_do_not_fit(source, tmp_path):
         ([str(source), "--split", "validation"], "validation/labels/detections.csv"),
     ):
         with pytest.raises(UserError, match=message):
-            openimages_to_coco.main(words)
+            openimages.main(words)
     words = ["--boxes", table(source), "--class-descriptions", source / "train/metadata/classes.csv", "--images"]
     words += [source / "train/data", "--output", tmp_path / "a.json", "--image-ids", tmp_path / "no.csv"]
     with pytest.raises(UserError, match=r"no\.csv: no such file"):
-        openimages_to_coco.main(list(map(str, words)))
+        openimages.main(list(map(str, words)))
     shutil.rmtree(source / "train" / "data")
     with pytest.raises(UserError, match="should hold the images"):
         run(source)
@@ -142,7 +135,7 @@ def test_a_tally_keeps_few_examples():
 
 def test_without_pyarrow(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr(openimages_to_coco.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(openimages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install 'pyarrow"):
         run(source)
 

@@ -1,22 +1,15 @@
-"""Where the data sets that verify_dataset.py and pack_dataset.py know keep their parts, and what was published of them.
+"""The data sets that verify and pack know: where they keep their parts, and what was published of them.
 
-The layouts are those of `detcore.data.layouts`, which training uses, and COCO 2014 besides. This file imports nothing
-that has to be installed, so that `with_packages` can be called before anything else.
+The layouts are those of `detcore.data.layouts`, which training uses, and COCO 2014 besides.
 """
 
-import importlib.util
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from detcore import UserError
-from detcore.cli import BAD_INPUT
 from detcore.data.layouts import LAYOUTS, Layout
 
-VENV = Path(__file__).resolve().parents[1] / ".venv"
+MLPERF_CLASSES = Path(__file__).with_name("openimages_mlperf_classes.txt")  # one name a line, in the order of their ids
 
 ALL = LAYOUTS | {
     "coco2014": Layout(
@@ -24,22 +17,6 @@ ALL = LAYOUTS | {
         "val2014", "annotations/instances_val2014.json", 80, False, "drop",
     ),
 }  # fmt: skip
-
-
-def with_packages(*names: str) -> None:
-    """Start the program again with the repository's own .venv if packages are missing here; there: say so and leave."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if not missing:
-        return
-    python = VENV / "bin" / "python"
-    if python.exists() and Path(sys.prefix).resolve() != VENV.resolve():
-        sys.stdout.flush()
-        os.execv(python, [str(python), *sys.argv])
-    advice = f"make {VENV} (make setup) or activate the environment that has them"
-    if python.exists():
-        advice = f"install them there: {python} -m pip install -r requirements.lock"
-    print(f"error: {sys.executable} has no {', '.join(missing)}; {advice}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
 
 
 def counted(count: int, word: str) -> str:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import openimages_pieces as pieces
-import openimages_tables as tables
-from jpeg_header import BadHeader, read_header
-from openimages_pieces import Tally
-from openimages_tables import BOX, FILE, FLAGS, Classes, Source
 
+from dataprep import openimages_pieces as pieces
+from dataprep import openimages_tables as tables
+from dataprep.jpeg_header import BadHeader, read_header
+from dataprep.openimages_pieces import Tally
+from dataprep.openimages_tables import BOX, FILE, FLAGS, Classes, Source
 from detcore import UserError
 
 _VERSION = 1  # of the pieces; others are not continued

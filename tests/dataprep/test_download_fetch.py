@@ -4,24 +4,17 @@ import errno
 import hashlib
 import itertools
 import os
-import sys
 import threading
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "public-scripts"))
-
-import download_fetch
-import download_headers
-from download_fetch import Client, Failed, Item, Missing, Patience, Stopped
-from download_server import running
-
+from dataprep import download_fetch, download_headers
+from dataprep.download_fetch import Client, Failed, Item, Missing, Patience, Stopped
 from detcore import UserError
+from tests.dataprep.download_server import running
 
 CONTENT = bytes(range(256)) * 400
 OTHER = bytes(reversed(CONTENT))

@@ -1,6 +1,5 @@
 """Archives that want to write elsewhere, that are damaged, that meet what is there already."""
 
-import sys
 import tarfile
 import zipfile
 from io import BytesIO
@@ -8,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "public-scripts"))
-
-from download_unpack import unpack
-
+from dataprep.download_unpack import unpack
 from detcore import UserError
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataprep import shard_writer
 from detcore import UserError
-from detcore.data import pack, shards
+from detcore.data import shards
 from detcore.data.coco import CocoIndex
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,8 @@ def visible(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def do(index, folder, **more) -> pack.Packed:
-    return pack.pack(index, folder, **{"shard_bytes": 12_000, "threads": 2} | more)
+def do(index, folder, **more) -> shard_writer.Packed:
+    return shard_writer.pack(index, folder, **{"shard_bytes": 12_000, "threads": 2} | more)
 
 
 def test_any_tar_program_reads_them(index, tmp_path):
@@ -113,14 +114,14 @@ def test_an_end_at_any_rename_goes_on(index, tmp_path, monkeypatch):
 PROGRAM = """
 import sys
 from pathlib import Path
-from detcore.data import pack
+from dataprep import shard_writer
 from detcore.data.coco import CocoIndex
 
 def done(images, size, new):
     print(images, flush=True)
 
 index = CocoIndex.open(sys.argv[1], sys.argv[2])
-pack.pack(index, Path(sys.argv[3]), shard_bytes=12_000, threads=2, done=done)
+shard_writer.pack(index, Path(sys.argv[3]), shard_bytes=12_000, threads=2, done=done)
 """
 
 
@@ -156,7 +157,7 @@ def test_what_is_damaged_is_written_again(index, tmp_path, damage):
 def test_check_reads_everything(index, tmp_path):
     do(index, tmp_path)
     seen = []
-    pack.check(shards.open_folder(tmp_path), lambda images, size, new: seen.append(images))
+    shard_writer.check(shards.open_folder(tmp_path), lambda images, size, new: seen.append(images))
     assert sum(seen) == 13
     path = tmp_path / "00001.tar"
     data = bytearray(path.read_bytes())
@@ -165,7 +166,7 @@ def test_check_reads_everything(index, tmp_path):
     with pytest.raises(
         UserError, match=r"00001\.tar: its members are not those of the index \(crc, first at member 0\)"
     ):
-        pack.check(shards.open_folder(tmp_path))
+        shard_writer.check(shards.open_folder(tmp_path))
 
 
 def test_another_packing_is_not_touched_without_force(index, tmp_path):
@@ -176,7 +177,7 @@ def test_another_packing_is_not_touched_without_force(index, tmp_path):
     assert visible(tmp_path) == before
     made = do(index, tmp_path, shard_bytes=50_000, shuffle=3, force=True)
     assert made.shards == len(list(tmp_path.glob("*.tar"))) == len(list(tmp_path.glob("*.idx"))) < 4
-    pack.check(shards.open_folder(tmp_path))
+    shard_writer.check(shards.open_folder(tmp_path))
 
 
 def test_a_folder_with_other_files_is_refused_even_with_force(index, tmp_path):
@@ -254,18 +255,18 @@ def test_a_full_disk(index, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_gives_back_other_bytes(index, tmp_path, monkeypatch):
-    scan = pack.scan
+    scan = shard_writer.scan
 
     def forgetful(path):
         part = scan(path)
         return part._replace(crc=part.crc ^ np.uint32(1))
 
-    monkeypatch.setattr(pack, "scan", forgetful)
+    monkeypatch.setattr(shard_writer, "scan", forgetful)
     with pytest.raises(UserError, match="gives back other bytes than were written"):
         do(index, tmp_path)
     assert not list(tmp_path.glob("*.tar"))
 
 
 def test_two_at_once(index, tmp_path):
-    with pack._alone(tmp_path), pytest.raises(UserError, match="another process is packing"):
+    with shard_writer._alone(tmp_path), pytest.raises(UserError, match="another process is packing"):
         do(index, tmp_path)

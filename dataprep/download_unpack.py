@@ -8,14 +8,11 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detcore import UserError
 

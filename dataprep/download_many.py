@@ -11,10 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from download_fetch import Client, Failed, Item, Missing, Stopped, disk_words
-
+from dataprep.download_fetch import Client, Failed, Item, Missing, Stopped, disk_words
 from detcore import UserError
 from detcore.progress import duration
 

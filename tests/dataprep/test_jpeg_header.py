@@ -1,8 +1,6 @@
 """Headers of JPEG files, against Pillow."""
 
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "public-scripts"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
-import jpeg_header
-import make_openimages
-from jpeg_header import BadHeader, read_header
+from dataprep import jpeg_header
+from dataprep.jpeg_header import BadHeader, read_header
+from tools import make_openimages
 
 
 def pillow(data: bytes) -> tuple:

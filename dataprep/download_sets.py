@@ -7,15 +7,11 @@ stand in its file names.
 
 import csv
 import re
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from download_fetch import Item
-
+from dataprep.download_fetch import Item
 from detcore import UserError
 
 OPENIMAGES_METADATA = "https://storage.googleapis.com/openimages"

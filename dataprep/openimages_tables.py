@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import openimages_pieces as pieces
-from openimages_pieces import Tally
 
+from dataprep import openimages_pieces as pieces
+from dataprep.openimages_pieces import Tally
 from detcore import UserError
 
 FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")

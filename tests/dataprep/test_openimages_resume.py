@@ -13,16 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dataprep import openimages, openimages_stages, openimages_tables
 from detcore import UserError
-
-sys.path.append(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "public-scripts"))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-
-import openimages_stages
-import openimages_tables
-import openimages_to_coco
-from openimages_cases import (
+from tests.dataprep.openimages_cases import (
     expected,
     made,
     output,
@@ -54,18 +47,18 @@ def test_another_result_is_not_overwritten(source, capsys):
 
 def test_two_runs_at_once(source):
     work = output(source).with_name(f".{output(source).name}.work")
-    with openimages_to_coco._locked(work, output(source)), pytest.raises(UserError, match="another run"):
+    with openimages._locked(work, output(source)), pytest.raises(UserError, match="another run"):
         run(source)
 
 
 def test_inputs_that_change_while_they_are_read(source, monkeypatch):
-    encode = openimages_to_coco.encode_head
+    encode = openimages.encode_head
 
     def change(*arguments):
         (source / "train/data" / f"{'f' * 16}.jpg").write_bytes(b"new")
         return encode(*arguments)
 
-    monkeypatch.setattr(openimages_to_coco, "encode_head", change)
+    monkeypatch.setattr(openimages, "encode_head", change)
     with pytest.raises(UserError, match="changed while"):
         run(source)
     assert not output(source).exists()
@@ -118,7 +111,7 @@ def test_finished_parts_are_not_done_again(source, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(openimages_to_coco, "encode_head", stop)
+        patch.setattr(openimages, "encode_head", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source)
     with monkeypatch.context() as patch:
@@ -142,7 +135,7 @@ def test_damaged_parts_are_done_again(source, monkeypatch, name):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(openimages_to_coco, "encode_head", stop)
+        patch.setattr(openimages, "encode_head", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source)
     part = next(output(source).parent.glob(".*.work")) / name
@@ -157,13 +150,13 @@ def test_changed_inputs_start_over_and_say_so(source, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(openimages_to_coco, "encode_head", stop)
+        patch.setattr(openimages, "encode_head", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source)
     rewrite(source, lambda number, row: [row] if number % 2 else [])
     run(source)
     assert "starting over: the boxes changed" in capsys.readouterr().err
-    names = openimages_to_coco.MLPERF_CLASSES.read_text().splitlines()
+    names = openimages.MLPERF_CLASSES.read_text().splitlines()
     assert json.loads(output(source).read_text())["annotations"] == expected(source, names)[1]
 
 
@@ -184,18 +177,17 @@ def test_a_killed_worker(source, monkeypatch):
 
 def test_workers_end_with_their_parent(source, tmp_path):
     """Also when it is killed, which it cannot tell them."""
-    script = f"""
-import os, sys, time
-sys.path[:0] = [{str(ROOT / "public-scripts")!r}, {str(ROOT)!r}]
-from openimages_pieces import Crew
+    script = """
+import os, time
+from dataprep.openimages_pieces import Crew
 def work(job, number):
     if number == 5:
-        print(*[p for p in open(f"/proc/{{os.getppid()}}/task/{{os.getppid()}}/children").read().split()], flush=True)
+        print(*[p for p in open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split()], flush=True)
     time.sleep(0.01 if number < 5 else 1000)
 with Crew(3, None) as crew:
     list(crew.run(work, [(i,) for i in range(8)]))
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     children = process.stdout.readline().split()
     assert len(children) == 3
     process.kill()
@@ -211,7 +203,7 @@ def test_a_disk_that_fills(source, tmp_path):
     words = ["--boxes", table(source), "--class-descriptions", source / "train/metadata/classes.csv"]
     words += ["--images", source / "train/data", "--image-ids", source / "train/metadata/image_ids.csv"]
     words = [*map(str, words), "--classes", "all", "--workers", "1", "--output"]
-    assert openimages_to_coco.main([*words, str(labels / "reference.json")]) == 0
+    assert openimages.main([*words, str(labels / "reference.json")]) == 0
     reference = (labels / "reference.json").read_bytes()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("no right to mount a small tmpfs")
@@ -221,14 +213,14 @@ def test_a_disk_that_fills(source, tmp_path):
         for size in sizes:
             subprocess.run(["mount", "-o", f"remount,size={size}k", small], check=True)
             try:
-                openimages_to_coco.main([*words, str(small / "a.json")])
+                openimages.main([*words, str(small / "a.json")])
             except UserError as error:
                 assert re.search(r"the disk is full.*same command", str(error))
                 assert not (small / "a.json").exists()
                 full += 1
         assert full > 2
         subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
-        openimages_to_coco.main([*words, str(small / "a.json")])
+        openimages.main([*words, str(small / "a.json")])
         assert (small / "a.json").read_bytes() == reference
     finally:
         subprocess.run(["umount", small], check=True)

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "public-scripts"))
-
-from download_sets import WEIGHTS
-
+from dataprep.download_sets import WEIGHTS
 from detcore.resnet import BACKBONES, weights_file_name
 
 SCRIPT = Path(__file__).resolve().parents[2] / "public-scripts" / "download_backbone.sh"

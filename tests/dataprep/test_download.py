@@ -12,17 +12,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "public-scripts"))
-
-import download
-import download_many
-from download_server import Server, command, run, running
-from download_sets import METADATA
-
+from dataprep import download, download_fetch, download_many
+from dataprep.download_sets import METADATA
 from detcore import UserError
+from tests.dataprep.download_server import Server, command, run, running
 
-SCRIPTS = Path(download.__file__).parent
+SCRIPTS = Path(__file__).resolve().parents[2] / "public-scripts"
 CLASSES = "/m/01,Zebra\n/m/02,Apple\n/m/03,Unlisted thing\n"
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 
@@ -265,13 +260,14 @@ def test_the_journal_of_a_killed_process(tmp_path):
 
 
 class Called:
-    """Stands in for subprocess.run and notes the words."""
+    """Stands in for subprocess.run and records module and arguments."""
 
     def __init__(self, returncode: int = 0) -> None:
         self.words, self.returncode = [], returncode
 
-    def __call__(self, words, check):
-        self.words.append([Path(words[1]).name, *words[2:]])
+    def __call__(self, words, check, env):
+        assert words[:3] == [sys.executable, "-P", "-m"] and env["PYTHONPATH"].startswith(str(SCRIPTS.parent))
+        self.words.append([words[3].removeprefix("dataprep."), *words[4:]])
         return subprocess.CompletedProcess(words, self.returncode)
 
 
@@ -285,13 +281,13 @@ def test_conversion_and_verification_follow(server, tmp_path, monkeypatch):
     assert download.main(words) == 0
     folder = str(tmp_path / "set")
     pairs = [
-        ["verify_dataset.py", "--annotations", f"{folder}/{split}/labels/openimages-classes.json",
+        ["verify", "--annotations", f"{folder}/{split}/labels/openimages-classes.json",
          "--images", f"{folder}/{split}/data", "--partial"]
         for split in ("train", "validation")
     ]  # fmt: skip
     assert called.words == [
-        ["openimages_to_coco.py", folder, "--split", "train", "--classes", classes],
-        ["openimages_to_coco.py", folder, "--split", "validation", "--classes", classes],
+        ["openimages", folder, "--split", "train", "--classes", classes],
+        ["openimages", folder, "--split", "validation", "--classes", classes],
         *pairs,
     ]
     called.returncode = 2
@@ -313,7 +309,7 @@ def test_what_is_verified(tmp_path, monkeypatch, words, verified):
     monkeypatch.setattr(download.subprocess, "run", called)
     assert download.main(["openimages", "-d", str(tmp_path), "--with-fiftyone", *words]) == 0
     words = [word.replace("SET", str(tmp_path)) for word in verified or []]
-    assert called.words[1:] == ([["verify_dataset.py", *words]] if verified else [])
+    assert called.words[1:] == ([["verify", *words]] if verified else [])
 
 
 def test_default_folder_is_the_container_s_mount(tmp_path, monkeypatch, capsys):
@@ -328,7 +324,7 @@ def test_default_folder_is_the_container_s_mount(tmp_path, monkeypatch, capsys):
     assert download.main(["openimages", "--with-fiftyone", "--no-verify"]) == 0
     assert "goes away with the container" in capsys.readouterr().err
     assert called.words[0][:3] == [
-        "openimages_with_fiftyone.py", "--dataset-dir", str(tmp_path / "ssd_dataset" / "open-images-v6")
+        "openimages_fiftyone", "--dataset-dir", str(tmp_path / "ssd_dataset" / "open-images-v6")
     ]  # fmt: skip
 
 
@@ -344,7 +340,7 @@ def test_the_shell_scripts(name):
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["download_fetch"], "urllib3", None)
+    monkeypatch.setattr(download_fetch, "urllib3", None)
     with pytest.raises(UserError, match="pip install 'urllib3"):
         download.main(["backbone", "-d", str(tmp_path)])
 

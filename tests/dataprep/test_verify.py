@@ -1,7 +1,6 @@
 """verify_dataset.py: each finding provoked on small real files, whole data sets found fine, the exit code and files."""
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -13,21 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataprep import data_sets, shard_writer, verify, verify_images
 from detcore import UserError
 from detcore.cli import run_main
-from detcore.data import manifest, pack, verify
+from detcore.data import manifest
 from detcore.data.coco import CocoIndex
 
 SCRIPT = Path(__file__).resolve().parents[2] / "public-scripts" / "verify_dataset.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("verify_dataset", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["verify_dataset"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class Data:
@@ -70,14 +61,14 @@ def data(tmp_path) -> Data:
 
 
 @pytest.fixture
-def verified(script, data, tmp_path, capsys):
+def verified(data, tmp_path, capsys):
     """Runs the script on the data set: exit code, what was said, findings by what."""
 
     def run(*words: object) -> tuple[int, str, dict[str, dict]]:
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
         words = (words if "--annotations" in words else (data.root, *words)) + ("--json", report, "--workers", 2)
-        code = run_main(script.main, [str(word) for word in words])
+        code = run_main(verify.main, [str(word) for word in words])
         found = json.loads(report.read_text())["findings"] if report.exists() else []
         said = capsys.readouterr()
         return code, said.out + said.err, {item["what"]: item for item in found}
@@ -282,7 +273,7 @@ def test_categories_that_differ_between_the_splits(verified, data):
 
 def openimages(data: Data, first: int, count: int = 264) -> None:
     """The same data set in the layout openimages-mlperf, its categories numbered from `first`."""
-    names = (SCRIPT.parent / "openimages_mlperf_classes.txt").read_text().splitlines()
+    names = data_sets.MLPERF_CLASSES.read_text().splitlines()
     for split, long in (("train", "train"), ("val", "validation")):
         content = data.content[split]
         content["categories"] = [{"id": first + k, "name": names[k]} for k in range(count)]
@@ -321,12 +312,12 @@ def test_openimages_with_other_classes(verified, data):
     assert item["count"] == 2 and item["examples"][0].startswith("Acorn instead of ")
 
 
-def test_published_bytes(script, verified, data, monkeypatch):
+def test_published_bytes(verified, data, monkeypatch):
     openimages(data, 0)
     size = sum(path.stat().st_size for path in (data.root / "train/data").iterdir())
-    published = script.dataset_layouts.Published
+    published = data_sets.Published
     table = {("openimages-mlperf", "train"): published(12, size), ("openimages-mlperf", "val"): published(3, 5)}
-    monkeypatch.setattr(script.dataset_layouts, "PUBLISHED", table)
+    monkeypatch.setattr(data_sets, "PUBLISHED", table)
     code, _said, found = verified()
     item = found["bytes more or fewer than published"]
     assert code == 1 and (item["split"], item["level"]) == ("val", "problem") and "--full" in item["do"]
@@ -354,7 +345,7 @@ def test_the_manifest_is_written_and_checked(verified, data):
 
 def test_shards(verified, data, tmp_path):
     file = data.root / "annotations/instances_train.json"
-    pack.pack(CocoIndex.open(file, data.root / "train"), tmp_path / "shards", shard_bytes=10_240)
+    shard_writer.pack(CocoIndex.open(file, data.root / "train"), tmp_path / "shards", shard_bytes=10_240)
     assert verified("--annotations", file, "--images", tmp_path / "shards", "--full")[:1] == (0,)
     path = tmp_path / "shards/00001.tar"
     content = bytearray(path.read_bytes())
@@ -369,23 +360,23 @@ def test_shards(verified, data, tmp_path):
     [[], ["nowhere"], ["DIR", "--annotations", "x.json"], ["DIR", "--layout", "coco2018"], ["DIR", "--workers", "-1"],
      ["DIR", "--force"], ["--annotations", "a", "--images", "b", "--write-manifest"]],
 )  # fmt: skip
-def test_mistakes_of_use(script, data, capsys, words):
+def test_mistakes_of_use(data, capsys, words):
     try:
-        code = run_main(script.main, [word.replace("DIR", str(data.root)) for word in words])
+        code = run_main(verify.main, [word.replace("DIR", str(data.root)) for word in words])
     except SystemExit as end:
         code = end.code
     assert code == 2 and capsys.readouterr().err
 
 
 def test_a_killed_process_is_said_not_waited_for(data, tmp_path, monkeypatch, verified):
-    look = verify._look
+    check_chunk = verify_images._check_chunk
 
     def killed(index, first, last):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(verify, "_look", killed)
+    monkeypatch.setattr(verify_images, "_check_chunk", killed)
     code, said, _found = verified("--full", "--list", tmp_path / "list.csv")
-    monkeypatch.setattr(verify, "_look", look)
+    monkeypatch.setattr(verify_images, "_check_chunk", check_chunk)
     assert code == 2 and "was killed" in said and not list(tmp_path.glob("*.csv")) + list(tmp_path.glob(".*.part"))
 
 

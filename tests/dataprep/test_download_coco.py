@@ -3,18 +3,14 @@
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "public-scripts"))
-
-from download_server import Server, command, run, running
-from download_sets import coco_archives
+from dataprep.download_sets import coco_archives
+from tests.dataprep.download_server import Server, command, run, running
 
 
 @pytest.fixture

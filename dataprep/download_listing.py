@@ -4,13 +4,10 @@ import sys
 import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from download_fetch import Client, Failed, Missing
+from dataprep.download_fetch import Client, Failed, Missing
 
 WORTH_IT = 1000  # files; fewer are asked for one by one
 
