@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dataprep.data_sets import MLPERF_CLASSES
-from dataprep.download_fetch import Client, Item, Patience, is_right
+from dataprep.download_fetch import Client, Item, RetryPolicy, is_right
 from dataprep.download_listing import WORTH_IT, listed_sizes
 from dataprep.download_many import Journal, Summary, fetch_all, human, require_all
 from dataprep.download_sets import (
@@ -80,13 +80,13 @@ def openimages(args: argparse.Namespace) -> int:
         if args.convert:
             _verify(folder, splits, args)
     finally:
-        if client.unstated:
-            words = "this server stated no checksums: sizes and JPEG markers were compared"
-            print(f"note: {words} ({client.unstated:,} images)", file=sys.stderr, flush=True)
+        if client.without_checksum:
+            what = "this server stated no checksums: sizes and JPEG markers were compared"
+            print(f"note: {what} ({client.without_checksum:,} images)", file=sys.stderr, flush=True)
     got, wanted = (sum(column) for column in zip(*counts, strict=True))
     if got < wanted:
-        words = "; not the MLPerf data set" if args.classes == "mlperf" else ""
-        print(f"{folder}: a part: {got:,} of {wanted:,} images{words}", flush=True)
+        note = "; not the MLPerf data set" if args.classes == "mlperf" else ""
+        print(f"{folder}: a part: {got:,} of {wanted:,} images{note}", flush=True)
     return OK
 
 
@@ -124,7 +124,7 @@ def _images(
         result = fetch_all(
             items, client, total=len(ids), connections=args.connections, what=f"{split} images", journal=journal
         )
-    _say(data, result)
+    _print_summary(data, result)
     require_all(result, folder / split / "missing-images.jsonl", allow_missing=args.allow_missing)
     return result.present + result.fetched, len(ids)
 
@@ -132,7 +132,7 @@ def _images(
 def _sizes_of_others(
     data: Path, split: str, ids: list[str], journal: Journal, client: Client, args: argparse.Namespace
 ) -> dict[str, int]:
-    """The right sizes of files that another program brought, if they are many: else each costs a question."""
+    """The right sizes of files that another program brought, if they are many: else the server is asked for each."""
     with os.scandir(data) as entries:
         there = {entry.name for entry in entries if entry.name not in journal.sizes}
     others = {f"{name}.jpg" for name in ids} & there
@@ -228,14 +228,14 @@ def _fetch(items: list[Item], client: Client, args: argparse.Namespace) -> None:
     if not todo:
         return
     result = fetch_all(todo, client, total=len(todo), connections=args.connections, what="download")
-    problems = [words for _, words in result.missing + result.failed]
+    problems = [reason for _, reason in result.missing + result.failed]
     if problems:
         raise UserError(f"{'; '.join(problems)}. Run again to go on, or choose another server")
 
 
 def _client(args: argparse.Namespace, stall: float = STALL) -> Client:
-    patience = Patience(attempts=args.attempts, delay=args.retry_delay, stall=args.stall or stall)
-    return Client(args.connections, patience)
+    policy = RetryPolicy(attempts=args.attempts, delay=args.retry_delay, stall=args.stall or stall)
+    return Client(args.connections, policy)
 
 
 def _class_names(choice: str) -> list[str] | None:
@@ -277,7 +277,7 @@ def _run(module: str, *arguments: object) -> None:
         raise UserError(f"{SCRIPTS[module]} ended with exit code {done.returncode}; its message stands above")
 
 
-def _say(folder: Path, result: Summary) -> None:
+def _print_summary(folder: Path, result: Summary) -> None:
     print(
         f"{folder}: {result.fetched:,} files fetched ({human(result.bytes)} in {duration(result.seconds)}), "
         f"{result.present:,} were there, {len(result.missing):,} not on the server, {len(result.failed):,} failed",
@@ -294,34 +294,34 @@ def _parser() -> argparse.ArgumentParser:
     style |= {"parents": [_common()], "prog": os.environ.get("DOWNLOAD_CALLED_AS") or None}
 
     add = commands.add_parser("openimages", help="the MLPerf subset of OpenImages-v6", **style).add_argument
-    words = f"the data set; default: $DATASET_PATH, else {MOUNT}/open-images-v6"
-    add("-d", "--dir", "--dataset-path", type=Path, metavar="DIR", help=words)
+    text = f"the data set; default: $DATASET_PATH, else {MOUNT}/open-images-v6"
+    add("-d", "--dir", "--dataset-path", type=Path, metavar="DIR", help=text)
     add("--split", choices=["train", "validation", "all"], default="all", help="what to fetch; default: all")
-    words = "only images with a box of these classes; FILE: one name or MID a line; default: mlperf"
-    add("--classes", default="mlperf", metavar="mlperf|all|FILE", help=words)
-    words = "go on although the server says that it has not (404) some images: a part of the data set"
-    add("--allow-missing", action="store_true", help=words)
+    text = "only images with a box of these classes; FILE: one name or MID a line; default: mlperf"
+    add("--classes", default="mlperf", metavar="mlperf|all|FILE", help=text)
+    text = "go on although the server says that it has not (404) some images: a part of the data set"
+    add("--allow-missing", action="store_true", help=text)
     add("--no-convert", dest="convert", action="store_false", help="only fetch")
     add("--no-verify", dest="verify", action="store_false", help="no verify_dataset.py at the end")
-    words = "the original way: fiftyone downloads and exports; needs fiftyone and many hours"
-    add("--with-fiftyone", action="store_true", help=words)
+    text = "the original way: fiftyone downloads and exports; needs fiftyone and many hours"
+    add("--with-fiftyone", action="store_true", help=text)
     _url(add, "--metadata-url", "OPENIMAGES_METADATA_URL", OPENIMAGES_METADATA, "the CSV files")
     _url(add, "--images-url", "OPENIMAGES_IMAGES_URL", OPENIMAGES_IMAGES, "the images")
 
     for year in (2017, 2014):
         add = commands.add_parser(f"coco{year}", help=f"COCO {year}", **style).add_argument
-        words = f"the data set, or only its archives if -o is given; default: {MOUNT}/coco{year}"
-        add("-d", "--dir", "--download-path", type=Path, metavar="DIR", help=words)
+        text = f"the data set, or only its archives if -o is given; default: {MOUNT}/coco{year}"
+        add("-d", "--dir", "--download-path", type=Path, metavar="DIR", help=text)
         add("-o", "--output", "--output-path", type=Path, metavar="DIR", help="the data set")
         add("--keep-archives", action="store_true", help="leave the zip files after unpacking")
         _url(add, "--url", "COCO_URL", COCO, "COCO's files")
 
     add = commands.add_parser("backbone", help="ImageNet weights", **style).add_argument
-    words = f"default: $BACKBONE_DIR, else $TORCH_HOME, else {MOUNT}/torch-home"
-    words = f"the weights go to DIR/hub/checkpoints (training: TORCH_HOME=DIR); {words}"
-    add("-d", "--dir", type=Path, metavar="DIR", help=words)
-    words = f"{', '.join(WEIGHTS)}, all, or another file of that server; default: resnext50_32x4d"
-    add("names", nargs="*", metavar="NAME", help=words)
+    text = f"default: $BACKBONE_DIR, else $TORCH_HOME, else {MOUNT}/torch-home"
+    text = f"the weights go to DIR/hub/checkpoints (training: TORCH_HOME=DIR); {text}"
+    add("-d", "--dir", type=Path, metavar="DIR", help=text)
+    text = f"{', '.join(WEIGHTS)}, all, or another file of that server; default: resnext50_32x4d"
+    add("names", nargs="*", metavar="NAME", help=text)
     _url(add, "--url", "BACKBONE_URL", BACKBONES, "the weights")
 
     add = commands.add_parser("file", help="files by address", **style).add_argument
@@ -333,26 +333,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _url(add: Callable, option: str, variable: str, default: str, what: str) -> None:
-    words = f"the server of {what}, for a mirror; default: ${variable}, else {default}"
+    text = f"the server of {what}, for a mirror; default: ${variable}, else {default}"
     default = (os.environ.get(variable) or default).rstrip("/")
-    add(option, default=default, metavar="URL", type=lambda text: text.rstrip("/"), help=words)
+    add(option, default=default, metavar="URL", type=lambda text: text.rstrip("/"), help=text)
 
 
 def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument_group("how to fetch").add_argument
-    words = "files at the same time; default: 64"
-    add("--connections", type=_number(int, 1, 1024), default=64, metavar="N", help=words)
-    words = "tries a file without a new byte; default: 8"
-    add("--attempts", type=_number(int, 1, 1000), default=8, metavar="N", help=words)
-    words = "seconds before the second try, doubled up to 60; the server's Retry-After wins; default: 1"
-    add("--retry-delay", type=_number(float, 0, 3600), default=1.0, metavar="S", help=words)
-    words = "seconds without data until a connection is given up; "
-    words += f"default: {STALL_OF_IMAGES:g} for images, {STALL:g} for archives"
-    add("--stall", type=_number(float, 0.1, 3600), metavar="S", help=words)
-    words = "do not compare with published sizes and hashes: for a mirror (--*url or the *_URL variables named here)"
-    words += " with other or fewer files"
-    add("--trust-server", action="store_true", help=words)
+    text = "files at the same time; default: 64"
+    add("--connections", type=_number(int, 1, 1024), default=64, metavar="N", help=text)
+    text = "tries a file without a new byte; default: 8"
+    add("--attempts", type=_number(int, 1, 1000), default=8, metavar="N", help=text)
+    text = "seconds before the second try, doubled up to 60; the server's Retry-After wins; default: 1"
+    add("--retry-delay", type=_number(float, 0, 3600), default=1.0, metavar="S", help=text)
+    text = "seconds without data until a connection is given up; "
+    text += f"default: {STALL_OF_IMAGES:g} for images, {STALL:g} for archives"
+    add("--stall", type=_number(float, 0.1, 3600), metavar="S", help=text)
+    text = "do not compare with published sizes and hashes: for a mirror (--*url or the *_URL variables named here)"
+    text += " with other or fewer files"
+    add("--trust-server", action="store_true", help=text)
     return common
 
 

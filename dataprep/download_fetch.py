@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from dataprep.download_headers import content_length, jpeg_problem, network_words, retry_after, server_md5
+from dataprep.download_headers import content_length, jpeg_problem, network_reason, retry_after, server_md5
 from detcore import UserError
 
 try:
@@ -27,7 +27,7 @@ except ImportError:  # a login node may have Python and nothing else; download.p
 
 CHUNK = 1 << 18
 LARGE = 8 << 20  # bytes; larger files are worth an ETag file, and an fsync before they get their name
-SLOWEST = 1024  # bytes/s over Patience.stall seconds; below, the connection counts as stalled
+SLOWEST = 1024  # bytes/s over RetryPolicy.stall seconds; below, the connection counts as stalled
 DAMAGED_LIMIT = 3  # how often a file may arrive with wrong bytes
 LONGEST_RETRY_AFTER = 900.0  # seconds; a server that asks for more is asked again after these
 
@@ -44,11 +44,11 @@ class Stopped(Exception):
     """Another thread or Ctrl-C ended the download."""
 
 
-class _Again(Exception):
+class _Retry(Exception):
     """May work the next time. after: seconds that the server asked for. now: without any wait."""
 
-    def __init__(self, words: str, after: float | None = None, now: bool = False) -> None:
-        super().__init__(words)
+    def __init__(self, reason: str, after: float | None = None, now: bool = False) -> None:
+        super().__init__(reason)
         self.after, self.now = after, now
 
 
@@ -71,7 +71,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """attempts: without a new byte between them. Times are seconds; delay doubles from attempt to attempt."""
 
     attempts: int = 8
@@ -90,7 +90,7 @@ class _Part:
         self._names = {"md5", *(name for name, _ in item.hashes)}
         self.reset()
         known = self.note.read_text(encoding="latin-1").strip() if self.note.is_file() else ""
-        if self.path.is_file() and (known or item.hashes):  # else nothing tells whether a continuation fits
+        if self.path.is_file() and (known or item.hashes):  # else nothing shows whether a continuation fits
             self.validator = known
             with open(self.path, "rb") as file:
                 while chunk := file.read(CHUNK):
@@ -117,24 +117,24 @@ class Client:
     Proxies are those of the environment (https_proxy, no_proxy, ...), certificates those of the system (SSL_CERT_FILE).
     """
 
-    def __init__(self, connections: int, patience: Patience, stop: threading.Event | None = None) -> None:
+    def __init__(self, connections: int, policy: RetryPolicy, stop: threading.Event | None = None) -> None:
         if urllib3 is None:
             raise UserError(f"{sys.executable} has no urllib3, which downloads need: pip install 'urllib3>=2.2,<3'")
-        self.patience, self.stop = patience, stop or threading.Event()
+        self.policy, self.stop = policy, stop or threading.Event()
         self.retries, self.last_reason = 0, ""  # why something was tried again, newest
-        self.unstated = 0  # images that came without any checksum
+        self.without_checksum = 0  # images that came without any checksum
         self._connections = connections
         self._managers: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
         self._not_before = 0.0  # all threads wait for it after a Retry-After
-        self._timeout = urllib3.Timeout(connect=patience.connect, read=patience.stall)
+        self._timeout = urllib3.Timeout(connect=policy.connect, read=policy.stall)
         self._redirects = urllib3.Retry(connect=0, read=0, redirect=5, status=0, other=0, total=None)
 
     def fetch(self, item: Item, report: Callable[[int], None] = lambda count: None) -> tuple[int, int]:
-        """Fetch one file; returns its size and how many bytes came over the network. `report` hears of each chunk.
+        """Fetch one file; returns its size and how many bytes came over the network.
 
-        Raises Missing, Failed or Stopped; UserError where the disk is full, the folder cannot be
-        written, or the server has another file than the published one.
+        report(bytes) is called for each chunk. Raises Missing, Failed or Stopped; UserError where the disk is full,
+        the folder cannot be written, or the server has another file than the published one.
         """
         received = 0
 
@@ -148,7 +148,7 @@ class Client:
             part = _Part(item)
             return self._persist(item, lambda: self._transfer(item, part, count), part, lambda: received), received
         except OSError as error:  # urllib3 wraps those of the network
-            raise UserError(disk_words(error, item.path)) from error
+            raise UserError(disk_message(error, item.path)) from error
 
     def size_of(self, url: str) -> int | None:
         """The size that the server states, by a HEAD request; None if it states none. Raises as `fetch` does."""
@@ -156,7 +156,7 @@ class Client:
         def ask() -> int | None:
             response = self._open("HEAD", url, {})
             response.release_conn()
-            self._judge(response.status, response, url)
+            self._check_status(response.status, response, url)
             return content_length(response.headers)
 
         return self._persist(Item(url, Path()), ask, None, lambda: 0)
@@ -167,10 +167,10 @@ class Client:
         def ask() -> bytes:
             response = self._open("GET", url, {})
             try:
-                self._judge(response.status, response, url)
+                self._check_status(response.status, response, url)
                 return response.read()
             except urllib3.exceptions.HTTPError as error:
-                raise self._again(error) from error
+                raise self._retry(error) from error
             finally:
                 response.release_conn()
 
@@ -185,28 +185,28 @@ class Client:
             except _Damaged as error:
                 if part:
                     part.remove()
-                words = f"damaged, {error}"
+                reason = f"damaged, {error}"
                 damaged += 1
                 if damaged == DAMAGED_LIMIT:
                     raise Failed(f"{item.url} arrived damaged {damaged} times ({error}) and was removed") from error
                 wait = self._backoff(damaged)
-            except _Again as error:
+            except _Retry as error:
                 failures = 1 if received() > before else failures + 1
-                before, words = received(), str(error)
-                if failures >= self.patience.attempts:
+                before, reason = received(), str(error)
+                if failures >= self.policy.attempts:
                     raise Failed(f"{item.url} could not be fetched: {error}") from error
                 wait = 0.0 if error.now else self._backoff(failures)
                 if error.after is not None:
                     wait = max(wait, min(error.after, LONGEST_RETRY_AFTER))
                     self._not_before = max(self._not_before, time.monotonic() + wait)
             host = urlsplit(item.url).hostname or ""
-            self.last_reason = words if host in words else f"{words} ({host})"
+            self.last_reason = reason if host in reason else f"{reason} ({host})"
             self.retries += 1
             self._wait(wait)
 
     def _backoff(self, failures: int) -> float:
         """Half of it is drawn, so that many threads do not come back at the same moment."""
-        full = min(self.patience.delay * 2 ** (failures - 1), self.patience.longest)
+        full = min(self.policy.delay * 2 ** (failures - 1), self.policy.longest)
         return full * random.uniform(0.5, 1.0)
 
     def _wait(self, seconds: float) -> None:
@@ -222,8 +222,8 @@ class Client:
                 options = {"maxsize": self._connections, "block": True, "timeout": self._timeout}
                 if proxy:
                     address = proxy if "://" in proxy else f"http://{proxy}"
-                    words = urlsplit(address)
-                    login = f"{unquote(words.username)}:{unquote(words.password or '')}" if words.username else None
+                    parts = urlsplit(address)
+                    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
                     headers = urllib3.make_headers(proxy_basic_auth=login)
                     self._managers[proxy] = urllib3.ProxyManager(address, proxy_headers=headers, **options)
                 else:
@@ -239,17 +239,17 @@ class Client:
         except urllib3.exceptions.LocationValueError as error:
             raise Failed(f"{url} is no address: {error}") from error
         except urllib3.exceptions.HTTPError as error:
-            raise self._again(error) from error
+            raise self._retry(error) from error
 
-    def _again(self, error: Exception) -> _Again:
-        return _Again(network_words(error, self.patience.stall))
+    def _retry(self, error: Exception) -> _Retry:
+        return _Retry(network_reason(error, self.policy.stall))
 
-    def _judge(self, status: int, response: "urllib3.BaseHTTPResponse", url: str) -> None:
+    def _check_status(self, status: int, response: "urllib3.BaseHTTPResponse", url: str) -> None:
         """Raises for every status that brings no file."""
         if status in (404, 410):
             raise Missing(f"{url}: {status} {response.reason or ''}".strip())
         if status in (408, 425, 429) or status >= 500:
-            raise _Again(f"the server answered {status}", after=retry_after(response.headers.get("Retry-After")))
+            raise _Retry(f"the server answered {status}", after=retry_after(response.headers.get("Retry-After")))
         if status not in (200, 206, 416):
             raise Failed(f"{url} could not be fetched: the server answered {status} {response.reason or ''}".strip())
 
@@ -263,12 +263,12 @@ class Client:
         response = self._open("GET", item.url, headers)
         whole = False
         try:
-            self._judge(response.status, response, item.url)
+            self._check_status(response.status, response, item.url)
             if response.status == 416:  # nothing beyond the part: it is whole, or of another version
                 if item.hashes and _problem(item, part, {}) is None:
                     return _finish(item, part)
                 part.remove()
-                raise _Again("the server cannot continue the part that is here", now=True)
+                raise _Retry("the server cannot continue the part that is here", now=True)
             total = _agree(item, part, response)
             self._receive(part, response, total, report)
             whole = True
@@ -280,7 +280,7 @@ class Client:
             raise _Damaged(problem)
         if item.image and not item.hashes and not server_md5(response.headers, guess=True):
             with self._lock:
-                self.unstated += 1
+                self.without_checksum += 1
         return _finish(item, part)
 
     def _receive(
@@ -297,7 +297,7 @@ class Client:
                 try:
                     chunk = response.read1(CHUNK)
                 except urllib3.exceptions.HTTPError as error:
-                    raise self._again(error) from error
+                    raise self._retry(error) from error
                 if not chunk:
                     break
                 view = memoryview(chunk)
@@ -308,12 +308,12 @@ class Client:
                 if self.stop.is_set():
                     raise Stopped
                 now = time.monotonic()
-                if now - mark > self.patience.stall:
+                if now - mark > self.policy.stall:
                     if part.length - at_mark < SLOWEST * (now - mark):
-                        raise _Again(f"slower than {SLOWEST} bytes/s")
+                        raise _Retry(f"slower than {SLOWEST} bytes/s")
                     mark, at_mark = now, part.length
         if total is not None and part.length < total:
-            raise _Again(f"the connection ended after {part.length:,} of {total:,} bytes")
+            raise _Retry(f"the connection ended after {part.length:,} of {total:,} bytes")
 
 
 def _agree(item: Item, part: _Part, response: "urllib3.BaseHTTPResponse") -> int | None:
@@ -328,7 +328,7 @@ def _agree(item: Item, part: _Part, response: "urllib3.BaseHTTPResponse") -> int
         fits = found and int(found[1]) == part.length and (not part.validator or part.validator in (etag, validator))
         if not fits:
             part.remove()
-            raise _Again("the server continued another part or version than the one here", now=True)
+            raise _Retry("the server continued another part or version than the one here", now=True)
         total = int(found[3]) if found[3] != "*" else int(found[2]) + 1
     else:
         part.reset()
@@ -381,7 +381,7 @@ def is_right(item: Item) -> bool:
     return True
 
 
-def disk_words(error: OSError, path: Path) -> str:
+def disk_message(error: OSError, path: Path) -> str:
     """What a person reads when a file cannot be written."""
     return (
         f"{error.filename or path}: {error.strerror or error}; free space or mend the folder, then run the same "

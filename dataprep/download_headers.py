@@ -62,7 +62,7 @@ def jpeg_problem(path: Path, end: bool) -> str | None:
     return None
 
 
-def network_words(error: Exception, stall: float) -> str:
+def network_reason(error: Exception, stall: float) -> str:
     """An exception of urllib3 without its objects' addresses. stall: seconds after which a silent server is left."""
     reason = getattr(error, "reason", None) or error
     if type(reason).__name__ == "ReadTimeoutError":

@@ -11,15 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataprep.download_fetch import Client, Failed, Item, Missing, Stopped, disk_words
+from dataprep.download_fetch import Client, Failed, Item, Missing, Stopped, disk_message
 from detcore import UserError
 from detcore.progress import duration
 
 JOURNAL = ".downloaded"
 SHOWN = 5  # problems that are printed; all are in the file
-PATIENCE_WITH_404 = 1000  # files that the server does not have, without one that it has: a wrong address
+MOST_404_IN_A_ROW = 1000  # files that the server does not have, without one that it has: a wrong address
 LOG_EVERY = 30.0  # seconds between lines where there is no terminal
-LAST_WORDS = 3.0  # seconds that threads get to end after Ctrl-C; a stalled read would keep them longer
+STOP_TIMEOUT = 3.0  # seconds that threads get to end after Ctrl-C; a stalled read would keep them longer
 
 
 class Journal:
@@ -85,7 +85,7 @@ class Journal:
             if lines:
                 self._file.write(b"".join(lines))
         except OSError as error:
-            raise UserError(disk_words(error, self.path)) from error
+            raise UserError(disk_message(error, self.path)) from error
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Summary:
     failed: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _Crew:
+class _Workers:
     """The threads that share one list of files. The first exception that is about no single file ends them all."""
 
     def __init__(self, items: Iterable[Item], client: Client, journal: Journal | None, connections: int) -> None:
@@ -121,7 +121,7 @@ class _Crew:
                     item = next(self._items, None)
                 if item is None:
                     return
-                self._one(item)
+                self._fetch_one(item)
         except Stopped:
             return
         except BaseException as error:
@@ -129,16 +129,16 @@ class _Crew:
                 self.error = self.error or error
             self._client.stop.set()
 
-    def _one(self, item: Item) -> None:
+    def _fetch_one(self, item: Item) -> None:
         try:
             size = self._size_if_there(item)
             present = size is not None
             if not present:
                 size, _ = self._client.fetch(item, self._count_bytes)
         except Missing as error:
-            return self._bad(item, self.result.missing, str(error))
+            return self._record_problem(item, self.result.missing, str(error))
         except Failed as error:
-            return self._bad(item, self.result.failed, str(error))
+            return self._record_problem(item, self.result.failed, str(error))
         if self._journal and self._journal.sizes.get(item.path.name) != size:
             self._journal.add(item.path.name, size)
         with self.lock:
@@ -161,17 +161,17 @@ class _Crew:
         with self.lock:
             self.result.bytes += number
 
-    def _bad(self, item: Item, where: list[tuple[str, str]], words: str) -> None:
+    def _record_problem(self, item: Item, where: list[tuple[str, str]], reason: str) -> None:
         with self.lock:
-            where.append((item.path.name, words))
+            where.append((item.path.name, reason))
             self.done += 1
             self._bad_in_a_row += 1
             self._failed_in_a_row = self._failed_in_a_row + 1 if where is self.result.failed else 0
-            hopeless = self._failed_in_a_row >= self._too_many_failures or self._bad_in_a_row >= PATIENCE_WITH_404
+            hopeless = self._failed_in_a_row >= self._too_many_failures or self._bad_in_a_row >= MOST_404_IN_A_ROW
         if hopeless:
             raise UserError(
                 f"{max(self._failed_in_a_row, self._bad_in_a_row)} files in a row could not be fetched, the last one: "
-                f"{words}. Check the network and the address, then run the same command again: it goes on from here"
+                f"{reason}. Check the network and the address, then run the same command again: it goes on from here"
             )
 
 
@@ -184,29 +184,29 @@ def fetch_all(
     Raises UserError where going on is useless: disk full, server away. After Ctrl-C everything is left for a next run.
     """
     begin = time.monotonic()
-    crew = _Crew(items, client, journal, max(1, min(connections, total)))
+    workers = _Workers(items, client, journal, max(1, min(connections, total)))
     progress = Progress(what, total)
-    for thread in crew.threads:
+    for thread in workers.threads:
         thread.start()
     try:
-        while any(thread.is_alive() for thread in crew.threads):
-            next((thread for thread in crew.threads if thread.is_alive()), crew.threads[0]).join(0.2)
+        while any(thread.is_alive() for thread in workers.threads):
+            next((thread for thread in workers.threads if thread.is_alive()), workers.threads[0]).join(0.2)
             if journal:
                 journal.flush()
-            progress.show(crew, client)
+            progress.show(workers, client)
     except BaseException:
         client.stop.set()
-        until = time.monotonic() + LAST_WORDS
-        for thread in crew.threads:
+        until = time.monotonic() + STOP_TIMEOUT
+        for thread in workers.threads:
             thread.join(max(0.0, until - time.monotonic()))
         raise
     finally:
-        progress.end(crew, client)
-    if crew.error:
-        raise crew.error
-    crew.result.seconds = time.monotonic() - begin
-    crew.result.retries = client.retries
-    return crew.result
+        progress.end(workers, client)
+    if workers.error:
+        raise workers.error
+    workers.result.seconds = time.monotonic() - begin
+    workers.result.retries = client.retries
+    return workers.result
 
 
 class Progress:
@@ -217,33 +217,33 @@ class Progress:
         self._begin = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
-    def show(self, crew: _Crew, client: Client) -> None:
+    def show(self, workers: _Workers, client: Client) -> None:
         now = time.monotonic()
         if now - self._shown >= (0.5 if self._terminal else LOG_EVERY):
             self._shown = now
-            self._write(self._line(crew, client, now))
+            self._write(self._line(workers, client, now))
 
-    def end(self, crew: _Crew, client: Client) -> None:
-        self._write(self._line(crew, client, time.monotonic()), last=True)
+    def end(self, workers: _Workers, client: Client) -> None:
+        self._write(self._line(workers, client, time.monotonic()), last=True)
 
-    def _line(self, crew: _Crew, client: Client, now: float) -> str:
-        with crew.lock:
-            done, got = crew.done, crew.result
+    def _line(self, workers: _Workers, client: Client, now: float) -> str:
+        with workers.lock:
+            done, got = workers.done, workers.result
             fetched, received, bad = got.fetched, got.bytes, len(got.missing) + len(got.failed)
         seconds = max(now - self._begin, 1e-3)
-        words = [
+        parts = [
             f"{self._what}: {done:,} of {self._total:,} files",
             f"{human(received)} at {human(received / seconds)}/s",
         ]
         if self._total > 1:
-            words.append(f"{fetched / seconds:.0f} files/s")
+            parts.append(f"{fetched / seconds:.0f} files/s")
         if 0 < done < self._total:
-            words.append(f"ETA {duration(seconds / done * (self._total - done))}")
+            parts.append(f"ETA {duration(seconds / done * (self._total - done))}")
         if bad:
-            words.append(f"{bad:,} missing or failed")
+            parts.append(f"{bad:,} missing or failed")
         if client.retries:
-            words.append(f"{client.retries:,} retries (last: {client.last_reason})")
-        return ", ".join(words)
+            parts.append(f"{client.retries:,} retries (last: {client.last_reason})")
+        return ", ".join(parts)
 
     def _write(self, text: str, last: bool = False) -> None:
         if self._terminal:
@@ -263,18 +263,18 @@ def require_all(result: Summary, report: Path, *, allow_missing: bool | None = N
         report.unlink(missing_ok=True)
         return
     write_whole(report, lambda file: file.writelines(json.dumps({"file": n, "why": w}) + "\n" for n, w in problems))
-    for _, words in problems[:SHOWN]:
-        print(words, file=sys.stderr)
+    for _, reason in problems[:SHOWN]:
+        print(reason, file=sys.stderr)
     if len(problems) > SHOWN:
         print(f"and {len(problems) - SHOWN:,} more in {report}", file=sys.stderr)
-    words = f"{len(result.missing):,} files are not on the server, {len(result.failed):,} could not be fetched"
+    counts = f"{len(result.missing):,} files are not on the server, {len(result.failed):,} could not be fetched"
     if allow_missing and not result.failed:
-        print(f"note: {words}; all are listed in {report}", file=sys.stderr)
+        print(f"note: {counts}; all are listed in {report}", file=sys.stderr)
         return
     hint = "" if result.failed or allow_missing is None else ", or go on without them: --allow-missing"
     if allow_missing:
         hint = "; --allow-missing covers only files that the server says it has not (404)"
-    raise UserError(f"{words}; all are listed in {report}. Run the same command again to try once more{hint}")
+    raise UserError(f"{counts}; all are listed in {report}. Run the same command again to try once more{hint}")
 
 
 def write_whole(path: Path, write: Callable) -> None:

@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 def unpack(archive: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Path]:
     """Unpack a zip or tar file into the folder `target`, replacing files of the same name; returns the top-level paths.
 
-    progress: hears of members done and in all. Raises UserError for an unsafe, damaged or unknown archive.
+    progress(done, total) counts members. Raises UserError for an unsafe, damaged or unknown archive.
     """
     hidden = target / f".{archive.name}.unpacking"
     try:

@@ -63,7 +63,7 @@ if __name__ == "__main__":
 
 from dataprep import openimages_tables as tables
 from dataprep.data_sets import MLPERF_CLASSES
-from dataprep.openimages_pieces import Crew, Tally, disk_errors
+from dataprep.openimages_pieces import Tally, Workers, disk_errors
 from dataprep.openimages_stages import (
     Job,
     Outcome,
@@ -165,16 +165,16 @@ def convert(
     with _locked(work, output):
         before = _same_inputs_or_fresh(job)
         # A few megabytes are read sooner than processes start.
-        with Crew(workers if job.end > SMALL else 1, job) as crew:
-            _run(crew, f"{output.name}: boxes, bytes", read_table, table_tasks(job), job.end - job.begin)
+        with Workers(workers if job.end > SMALL else 1, job) as pool:
+            _run(pool, f"{output.name}: boxes, bytes", read_table, table_tasks(job), job.end - job.begin)
             buckets = [(i,) for i in range(1 << job.bits)]
-            _run(crew, f"{output.name}: image headers", match, buckets, files_found(job))
+            _run(pool, f"{output.name}: image headers", match, buckets, files_found(job))
             found = outcome(job)
             if not found.images:
                 raise UserError(_nothing(job, found.tally))
             part = output.with_name(f".{output.name}.part")
             with disk_errors(part):
-                digest, size = _write(job, crew, found, part, output.name)
+                digest, size = _write(job, pool, found, part, output.name)
         if job.fingerprint() != before:
             part.unlink()
             raise UserError(f"{source.boxes} or its images changed while they were read; give the command again")
@@ -212,11 +212,11 @@ def _same_inputs_or_fresh(job: Job) -> dict[str, Any]:
     except (OSError, ValueError):
         then = None
     if then == now:
-        _say(f"continuing in {job.work}, {len(list(job.work.glob('b*-*'))):,} parts are finished")
+        _log(f"continuing in {job.work}, {len(list(job.work.glob('b*-*'))):,} parts are finished")
         return now
     if then is not None:
         changed = [what for what in now if then.get(what) != now[what]]
-        _say(f"starting over: {' and '.join(changed)} changed since the interrupted run")
+        _log(f"starting over: {' and '.join(changed)} changed since the interrupted run")
     state.unlink(missing_ok=True)  # first, so that what is left after a kill here is not continued
     for path in job.work.iterdir():
         if path.name != "lock":
@@ -228,14 +228,14 @@ def _same_inputs_or_fresh(job: Job) -> dict[str, Any]:
     return now
 
 
-def _run(crew: Crew, what: str, function: Callable, tasks: list[tuple], total: int) -> None:
+def _run(pool: Workers, what: str, function: Callable, tasks: list[tuple], total: int) -> None:
     meter = Meter(what, total)
-    for amount in crew.run(function, tasks):
+    for amount in pool.run(function, tasks):
         meter.add(amount)
     meter.close()
 
 
-def _write(job: Job, crew: Crew, found: Outcome, part: Path, name: str) -> tuple[str, int]:
+def _write(job: Job, pool: Workers, found: Outcome, part: Path, name: str) -> tuple[str, int]:
     """Write the whole file to `part`, to the disk; returns its SHA-256 and size."""
     digest, size = hashlib.sha256(), 0
     meter = Meter(f"{name}: annotations written", found.boxes)
@@ -259,10 +259,10 @@ def _write(job: Job, crew: Crew, found: Outcome, part: Path, name: str) -> tuple
                 meter.add(amount)
 
         put(encode_head(job, found))
-        put_list(crew.run(encode_images, images), [0] * len(found.first))
+        put_list(pool.run(encode_images, images), [0] * len(found.first))
         put(b'],"annotations":[')
         ends = [first for _, first in found.first[1:]] + [found.boxes + 1]
-        put_list(crew.run(encode_annotations, annotations), [b - a for (_, a), b in zip(found.first, ends)])
+        put_list(pool.run(encode_annotations, annotations), [b - a for (_, a), b in zip(found.first, ends)])
         put(b"]}")
         file.flush()
         os.fsync(file.fileno())
@@ -318,7 +318,7 @@ def _report(job: Job, found: Outcome, written: dict[str, Any], published: int | 
         print(f"{name:>16}  {text}")
     turned = sum(count for value, count in found.orientations.items() if value != "1")
     if turned:
-        _say(
+        _log(
             f"warning: {turned:,} images carry an EXIF orientation that turns or mirrors them. The boxes are those of "
             "the table on the stored pixels; a decoder that applies EXIF would move the images under them"
         )
@@ -329,7 +329,7 @@ def _report(job: Job, found: Outcome, written: dict[str, Any], published: int | 
     }  # fmt: skip
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr)
 
 

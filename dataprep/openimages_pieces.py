@@ -1,6 +1,6 @@
 """Finished parts of a long piece of work, kept in files with checksums, and the processes that make them.
 
-A piece is written under a temporary name and renamed, so a name that exists was written to its end; its checksums tell
+A piece is written under a temporary name and renamed, so a name that exists was written to its end; its checksums show
 whether the bytes reached the disk before a power cut, which saves a sync for each. A damaged piece counts as absent.
 """
 
@@ -134,7 +134,7 @@ def starts(path: Path) -> np.ndarray:
     return read(path, "starts")
 
 
-class Crew:
+class Workers:
     """Processes that work through tasks; with one worker this process itself. `job` is what every task is given.
 
     They end with this process, however it ends.
@@ -148,7 +148,7 @@ class Crew:
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job,))
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:

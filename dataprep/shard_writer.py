@@ -29,7 +29,7 @@ from detcore.data.coco import CocoIndex
 from detcore.data.shards import INDEX, MAGIC, PLAN, Shards, hash_names
 
 _PART_MAGIC = b"detcore part 1\n\0"
-_WORDS = {"annotation_file": "annotation file", "annotation_sha256": "its content", "images": "images",
+_OPTIONS = {"annotation_file": "annotation file", "annotation_sha256": "its content", "images": "images",
           "shard_bytes": "--shard-size", "shuffle": "--shuffle"}  # fmt: skip
 _AHEAD = 8  # files that a reading thread may be ahead of the writer
 
@@ -66,7 +66,7 @@ def pack(
     """Pack the images of an index into `folder`, going on where an earlier run stopped.
 
     shard_bytes: a shard ends before the image that would make it longer. shuffle: the seed of the images' order; None:
-    that of the annotation file. done(images, bytes, new) hears of progress; new is False for what was there already.
+    that of the annotation file. done(images, bytes, new) reports progress; new is False for what was there.
     Raises UserError for missing and empty images, a folder that holds another packing (without force, which replaces
     it), a second packing of the same folder at the same time, and a disk that does not keep what was written.
     """
@@ -213,7 +213,7 @@ def _plan(folder: Path, index: CocoIndex, count: int, shard_bytes: int, shuffle:
         if found is None:
             raise UserError(f"{folder}: holds other files already ({', '.join(strangers[:3])}); give an empty folder.")
         differs = ", ".join(f"{word} {_shown(key, found.get(key))}, now {_shown(key, plan[key])}"
-                            for key, word in _WORDS.items() if found.get(key) != plan[key])  # fmt: skip
+                            for key, word in _OPTIONS.items() if found.get(key) != plan[key])  # fmt: skip
         raise UserError(f"{folder}: holds another packing ({differs or 'of another format'}); --force replaces it.")
     if found is not None:
         _forget(folder, keep=0)

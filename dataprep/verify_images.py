@@ -186,7 +186,7 @@ def _header(data: np.ndarray, suffix: str) -> Iterator[tuple[str, str]]:
 
 
 def _orientation(image: Image.Image) -> object:
-    """The EXIF tag as it stands, None without one; as openimages_to_coco.py: without XMP's, which Pillow takes."""
+    """The EXIF tag as it stands, None without one; like openimages_to_coco.py without XMP's, which Pillow would use."""
     if image.format != "JPEG":
         return image.getexif().get(0x112)
     exif = Image.Exif()

@@ -383,8 +383,8 @@ def test_a_part_is_called_one(server, tmp_path, monkeypatch, capsys):
 
 def test_patience_with_images_is_shorter_unless_it_is_given():
     parse = download._parser().parse_args
-    stall = [download._client(parse(["openimages", *words]), 20.0).patience.stall for words in ([], ["--stall", "90"])]
-    assert stall == [20, 90] and download._client(parse(["coco2017"])).patience.stall == 60
+    stall = [download._client(parse(["openimages", *words]), 20.0).policy.stall for words in ([], ["--stall", "90"])]
+    assert stall == [20, 90] and download._client(parse(["coco2017"])).policy.stall == 60
 
 
 def test_the_progress_line_has_the_newest_reason(server, tmp_path):

@@ -12,7 +12,7 @@ from email.utils import format_datetime
 import pytest
 
 from dataprep import download_fetch, download_headers
-from dataprep.download_fetch import Client, Failed, Item, Missing, Patience, Stopped
+from dataprep.download_fetch import Client, Failed, Item, Missing, RetryPolicy, Stopped
 from detcore import UserError
 from tests.dataprep.download_server import running
 
@@ -48,7 +48,7 @@ def clock():
 
 @pytest.fixture
 def client(clock):
-    return Client(4, Patience(attempts=4, stall=20), clock)
+    return Client(4, RetryPolicy(attempts=4, stall=20), clock)
 
 
 def item(server, folder, **known):
@@ -180,7 +180,7 @@ def test_an_absurd_retry_after_is_capped(server, client, clock, tmp_path):
 
 
 def test_500_is_retried_with_growing_capped_waits(server, clock, tmp_path):
-    client = Client(1, Patience(attempts=9, delay=1, longest=10), clock)
+    client = Client(1, RetryPolicy(attempts=9, delay=1, longest=10), clock)
     server.faults[PATH] = [{"status": 500}] * 9
     with pytest.raises(Failed, match="the server answered 500"):
         client.fetch(item(server, tmp_path))
@@ -205,10 +205,10 @@ def test_another_version_midway(server, client, tmp_path, obeys):
 
 def test_a_stalled_connection_is_given_up(server, clock, tmp_path):
     server.faults[PATH] = [{"drop": 100, "hang": 1}]
-    Client(1, Patience(stall=0.2), clock).fetch(item(server, tmp_path))
+    Client(1, RetryPolicy(stall=0.2), clock).fetch(item(server, tmp_path))
     assert contents(tmp_path) == {"file.bin": CONTENT}
     assert server.log[1][2] == "bytes=100-"
-    client = Client(1, Patience(stall=0.2), clock)
+    client = Client(1, RetryPolicy(stall=0.2), clock)
     server.faults[PATH] = [{"silent": 1}]
     client.fetch(item(server, tmp_path))
     assert client.last_reason == "no data for 0.2 s from 127.0.0.1"
@@ -222,14 +222,14 @@ def test_a_trickle_is_a_stall(server, clock, tmp_path, monkeypatch):
         def read1(self, size):
             return b"x"
 
-    client, wanted = Client(1, Patience(attempts=1), clock), item(server, tmp_path)
+    client, wanted = Client(1, RetryPolicy(attempts=1), clock), item(server, tmp_path)
     part = download_fetch._Part(wanted)
     with pytest.raises(Failed, match="slower than 1024 bytes/s"):
         client._persist(wanted, lambda: client._receive(part, Trickle(), 9, lambda count: None), None, lambda: 0)
 
 
 def test_nobody_there(clock, tmp_path):
-    client = Client(1, Patience(attempts=2), clock)
+    client = Client(1, RetryPolicy(attempts=2), clock)
     with pytest.raises(Failed, match="Connection refused"):
         client.fetch(Item("http://127.0.0.1:1/x", tmp_path / "x"))
     with pytest.raises(Failed, match="is no address"):
@@ -242,11 +242,11 @@ def test_a_later_run_continues_with_hash_or_etag(server, clock, tmp_path, monkey
         folder = tmp_path / str(len(known))
         server.faults[PATH] = [{"drop": 60000}, {"status": 500}]
         with pytest.raises(Failed):
-            Client(1, Patience(attempts=1), clock).fetch(item(server, folder, **known))
+            Client(1, RetryPolicy(attempts=1), clock).fetch(item(server, folder, **known))
         assert contents(folder)["file.bin.part"] == CONTENT[:60000]
         server.log.clear()
         server.faults.clear()
-        Client(1, Patience(), clock).fetch(item(server, folder, **known))
+        Client(1, RetryPolicy(), clock).fetch(item(server, folder, **known))
         assert server.log[0][2] == "bytes=60000-"
         assert contents(folder) == {"file.bin": CONTENT}
 
@@ -279,7 +279,7 @@ def test_proxies_of_the_environment(server, clock, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     address = "http://elsewhere.invalid/file.bin"
     server.files[address] = CONTENT
-    Client(1, Patience(attempts=1), clock).fetch(Item(address, tmp_path / "file.bin"))
+    Client(1, RetryPolicy(attempts=1), clock).fetch(Item(address, tmp_path / "file.bin"))
     assert contents(tmp_path) == {"file.bin": CONTENT}
 
 
@@ -303,12 +303,12 @@ def test_an_image_is_known_by_its_markers(server, client, tmp_path, body, words,
     server.store, server.etags, server.files[PATH] = False, etags, body
     server.faults[PATH] = [{}, {"new": JPEG}]
     client.fetch(item(server, tmp_path, image=True, size=len(JPEG) if body else None))
-    assert contents(tmp_path) == {"file.bin": JPEG} and client.unstated == 1
+    assert contents(tmp_path) == {"file.bin": JPEG} and client.without_checksum == 1
     assert words in client.last_reason
     server.files[PATH] = body
     with pytest.raises(Failed, match=f"arrived damaged 3 times .*{words}"):
         client.fetch(item(server, tmp_path / "other", image=True))
-    assert contents(tmp_path / "other") == {} and client.unstated == 1
+    assert contents(tmp_path / "other") == {} and client.without_checksum == 1
 
 
 @pytest.mark.parametrize("more", [b"", bytes(60), b"camera"])
@@ -322,7 +322,7 @@ def test_a_few_bytes_may_follow_the_end_marker(server, client, tmp_path, more):
 def test_a_right_checksum_excuses_a_missing_end_marker(server, client, tmp_path, store):
     server.store, server.files[PATH] = store, NO_END
     client.fetch(item(server, tmp_path, image=True))
-    assert contents(tmp_path) == {"file.bin": NO_END} and client.unstated == 0
+    assert contents(tmp_path) == {"file.bin": NO_END} and client.without_checksum == 0
 
 
 def test_an_etag_that_looks_like_md5_is_compared(server, client, tmp_path):

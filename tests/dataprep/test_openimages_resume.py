@@ -179,13 +179,13 @@ def test_workers_end_with_their_parent(source, tmp_path):
     """Also when it is killed, which it cannot tell them."""
     script = """
 import os, time
-from dataprep.openimages_pieces import Crew
+from dataprep.openimages_pieces import Workers
 def work(job, number):
     if number == 5:
         print(*[p for p in open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split()], flush=True)
     time.sleep(0.01 if number < 5 else 1000)
-with Crew(3, None) as crew:
-    list(crew.run(work, [(i,) for i in range(8)]))
+with Workers(3, None) as pool:
+    list(pool.run(work, [(i,) for i in range(8)]))
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     children = process.stdout.readline().split()
