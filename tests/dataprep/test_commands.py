@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from dataprep import verify_images
-from dataprep.interpreter import command, environment
+from dataprep.download_sets import METADATA
+from dataprep.interpreter import command
 from dataprep.jpeg_header import read_header
+from tests.dataprep.download_server import run, running
 from tools import make_openimages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,12 +67,26 @@ def test_what_imports_torch():
         assert done.stdout == "True\n", done.stderr
 
 
-def test_commands_that_follow_another_are_found(tmp_path):
-    """As download starts them: by `command` and `environment`, wherever it was called."""
-    done = subprocess.run(
-        command("dataprep.verify", "nowhere"), env=environment(), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr == "error: nowhere: no such folder; check the path\n"
+@pytest.fixture
+def server():
+    with running() as server:
+        yield server
+
+
+def test_downloaded_converted_and_verified_by_one_command(tmp_path, server):
+    """The commands that follow are found from any folder, whatever has their package's name there."""
+    for split in METADATA:
+        make_openimages.make(tmp_path / "made", split, 20, 5, 24, 20, seed=4)
+        for name, path, _ in METADATA[split]:
+            file = tmp_path / "made" / split / name
+            server.files[f"/meta/{path}"] = file.read_bytes() if file.exists() else b"{}"
+        for path in (tmp_path / "made" / split / "data").iterdir():
+            server.files[f"/images/{split}/{path.name}"] = path.read_bytes()
+    (tmp_path / "dataprep.py").write_text("raise SystemExit('the wrong module')")
+    done = run(server, "openimages", "-d", "set", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("content hash") == 2 and "fine, " in done.stdout
+    assert (tmp_path / "set" / "validation" / "labels" / "openimages-mlperf.json").exists()
 
 
 @pytest.mark.parametrize("name", ["verify_dataset.py", "pack_dataset.py", "openimages_to_coco.py"])

@@ -1,7 +1,10 @@
 """pack_dataset.py as a person calls it; test_shard_writer.py has what it writes."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +95,11 @@ def test_an_image_that_went(data, tmp_path, capsys):
     assert "1 of the 12 images" in capsys.readouterr().err
     shutil.copy(data / "train" / "4.jpg", data / "train" / "3.jpg")
     assert call(data, tmp_path / "out") == 0
+
+
+def test_as_a_program_without_torch(data, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "public-scripts" / "pack_dataset.py"
+    words = [sys.executable, "-X", "importtime", script, data, tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and f"train with --shards {tmp_path / 'out'}" in done.stdout
+    assert "dataprep.shard_writer" in done.stderr and not re.search(r"\| +torch\b", done.stderr)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -384,3 +385,10 @@ def test_as_a_program_and_killed(data):
     done = subprocess.run([sys.executable, SCRIPT, data.root, "--full"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "fine" in done.stdout and "decoding train: 12 of 12" in done.stderr
     assert done.stderr.count("\n") == 2, done.stderr
+
+
+def test_without_full_torch_is_not_loaded(data):
+    words = [sys.executable, "-X", "importtime", SCRIPT, data.root, "--write-manifest"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and "fine, 0 notes" in done.stdout
+    assert "dataprep.verify_files" in done.stderr and not re.search(r"\| +torch\b", done.stderr)
