@@ -20,7 +20,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from detcore import UserError, backend, cli, detection, distributed, engine, launcher, native
 from detcore.checkpoint import load_checkpoint
-from detcore.data import torch_loader, transforms
+from detcore.data import files, torch_loader, transforms
 from detcore.data.batch import whole_images
 from detcore.data.coco import CocoIndex
 from detcore.data.recipes import Recipe
@@ -165,7 +165,7 @@ def _detect_files(
     ids = torch.tensor([i for i, _ in classes], device=device.device)
     for number, path in enumerate(paths):
         try:
-            data = read(number) if read else transforms.read_bytes(path, number)
+            data = read(number) if read else files.read_bytes(path, number)
             image = transforms.decode(data, path=path, image_id=number)
         except UserError as error:
             if skipped is None:

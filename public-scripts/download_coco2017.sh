@@ -7,10 +7,4 @@
 # An interrupted download goes on where it stopped: run the same command again.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export DOWNLOAD_CALLED_AS=${BASH_SOURCE[0]##*/}
-for python in "${PYTHON:-}" "$here/../.venv/bin/python" python python3; do
-    [[ -z $python ]] || ! command -v "$python" >/dev/null || exec "$python" "$here/download.py" coco2017 "$@"
-done
-echo "download_coco2017.sh: no Python found; set PYTHON to an interpreter, 3.11 or newer" >&2
-exit 2
+exec "$(dirname "${BASH_SOURCE[0]}")/start_download.sh" coco2017 coco2017 "$@"

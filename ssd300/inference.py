@@ -19,7 +19,7 @@ from torch import Tensor
 from detcore import UserError, backend
 from detcore.checkpoint import load_checkpoint
 from detcore.config import from_dict
-from detcore.data import torch_loader, transforms
+from detcore.data import files, torch_loader, transforms
 from detcore.data.recipes import central_square, stretched
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
@@ -68,7 +68,7 @@ def class_entries(saved: dict[str, Any]) -> list[tuple[int, str]]:
 def read_image(uri: str | Path) -> Tensor:
     """An image as uint8 [3, h, w], from a path, or a URL (http, https, file). Raises UserError, naming it."""
     if urlparse(str(uri)).scheme not in ("http", "https", "file"):
-        data = transforms.read_bytes(Path(uri), 0)
+        data = files.read_bytes(Path(uri), 0)
     else:
         try:
             with urllib.request.urlopen(str(uri), timeout=60) as answer:

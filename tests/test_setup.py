@@ -18,6 +18,7 @@ from tests import emulation
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = emulation.programs()
+CLASS_LIST = "dataprep/openimages_mlperf_classes.txt"
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_a_source_archive_holds_every_source(checkout, tmp_path):
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for p in PROGRAMS for path in (ROOT / p / "csrc").iterdir()}
-    assert wanted | {"setup.py", "detcore/ops/normalize.py"} <= names
+    assert wanted | {"setup.py", "detcore/ops/normalize.py", CLASS_LIST} <= names
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
@@ -259,7 +260,7 @@ def test_a_wheel_holds_the_libraries_and_they_load(checkout, tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
-        assert {f"{program}/_kernels.so" for program in PROGRAMS} <= set(opened.namelist())
+        assert {*(f"{program}/_kernels.so" for program in PROGRAMS), CLASS_LIST} <= set(opened.namelist())
         opened.extractall(tmp_path / "installed")
     test = f"from detcore import native; print([native.load(program) for program in {PROGRAMS}])"
     installed = {"cwd": tmp_path / "installed", "env": os.environ | {"PYTHONPATH": "."}}

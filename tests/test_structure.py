@@ -22,6 +22,7 @@ KNOW_DEVICES = {
 WRITTEN_BY_RUNS = (".venv", "build", "results")
 LONG_FUNCTIONS = {"detcore/engine.py:train": 120}
 PROGRAMS = ["detcore", *BENCHMARKS]
+PACKAGES = [*PROGRAMS, "dataprep"]
 
 
 def files(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
@@ -50,14 +51,15 @@ def test_there_is_something_to_check():
     assert "single_stage_detector" in BENCHMARKS and len(files("detcore")) > 10 and len(files("tests")) > 10
 
 
-@pytest.mark.parametrize("path", python(*PROGRAMS))
-def test_imports_go_from_a_benchmark_to_detcore_only(path):
+@pytest.mark.parametrize("path", python(*PACKAGES))
+def test_imports_go_to_detcore_only(path):
+    """From a benchmark and from dataprep; detcore imports neither."""
     own = path.relative_to(ROOT).parts[0]
     allowed = {own} if own == "detcore" else {own, "detcore"}
-    assert set(imported(path)) & {"detcore", "tests", "tools", *BENCHMARKS} <= allowed
+    assert set(imported(path)) & {"tests", "tools", *PACKAGES} <= allowed
 
 
-@pytest.mark.parametrize("path", python(*PROGRAMS))
+@pytest.mark.parametrize("path", python(*PACKAGES))
 def test_device_words_stay_in_their_files(path):
     if name(path) in KNOW_DEVICES:
         return
@@ -69,7 +71,7 @@ def test_device_words_stay_in_their_files(path):
     assert [f"{i}: {line}" for i, line in enumerate(lines, 1) if re.search(r"cuda|xla|\.is_cuda", line)] == []
 
 
-@pytest.mark.parametrize("path", python(*PROGRAMS, "tools"))
+@pytest.mark.parametrize("path", python(*PACKAGES, "public-scripts", "tools"))
 def test_sizes(path):
     text = path.read_text()
     assert len(text.splitlines()) < 400
@@ -79,7 +81,7 @@ def test_sizes(path):
             assert node.end_lineno - node.lineno + 1 <= limit, f"{node.name}, line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", python(*PROGRAMS, "tools", "tests"))
+@pytest.mark.parametrize("path", python(*PACKAGES, "public-scripts", "tests", "tools"))
 def test_no_error_is_swallowed(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
@@ -87,8 +89,14 @@ def test_no_error_is_swallowed(path):
             assert not all(isinstance(line, ast.Pass) for line in node.body), f"line {node.lineno}: except: pass"
 
 
+@pytest.mark.parametrize("path", python(*PACKAGES, "public-scripts", "tests/dataprep"))
+def test_the_search_path_is_left_alone(path):
+    """Packages find each other from the checkout; run_module.py alone puts it on the path, for its scripts."""
+    assert ("sys.path" in path.read_text()) == (name(path) == "public-scripts/run_module.py")
+
+
 def test_no_notes_to_oneself():
-    places = files(*PROGRAMS, "tools", "tests", "configs", "public-scripts", suffixes=(".py", ".sh", ".md"))
+    places = files(*PACKAGES, "tools", "tests", "configs", "public-scripts", suffixes=(".py", ".sh", ".md"))
     top = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in (".md", ".sh", ".toml", ".lock")]
     places += [*top, ROOT / "Makefile", ROOT / ".ci" / "run"]
     marks = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)))
@@ -97,7 +105,7 @@ def test_no_notes_to_oneself():
 
 def exists(path: str) -> bool:
     """Whether a path (or pattern) is in the repository; a bare file name also in a program's folder."""
-    folders = [ROOT] if "/" in path else [ROOT, *(ROOT / program for program in PROGRAMS)]
+    folders = [ROOT] if "/" in path else [ROOT, *(ROOT / package for package in PACKAGES)]
     if path in KNOW_DEVICES or path.startswith(WRITTEN_BY_RUNS):
         return True
     return any(next(folder.glob(path), None) for folder in folders)
@@ -128,7 +136,7 @@ def test_the_tree_in_the_readme_is_the_repository():
             missing += [] if any(path.exists() for path in candidates) else [f"{name(folder)}/{word}"]
     assert missing == []
     told = {line.strip().split("  ")[0].rstrip("/") for line in tree if not line.startswith(" ")}
-    assert told >= set(BENCHMARKS) | {"detcore", "configs", "tools", "tests"}
+    assert told >= {*PACKAGES, "configs", "public-scripts", "tools", "tests"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("bench_*.py")), ids=lambda path: path.name)

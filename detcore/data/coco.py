@@ -30,8 +30,9 @@ from pathlib import Path
 import numpy as np
 
 from detcore import UserError
-from detcore.data import coco_json, shards, transforms
+from detcore.data import coco_json, shards
 from detcore.data import columns as columns_file
+from detcore.data.files import read_bytes
 
 _MAGIC = b"detcore index 1\n"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -124,7 +125,7 @@ class CocoIndex:
         image_id = int(self.image_ids[i])
         if self.shards:
             return self.shards.read(self.file_name(i), image_id)
-        return transforms.read_bytes(self.image_dir / self.file_name(i), image_id)
+        return read_bytes(self.image_dir / self.file_name(i), image_id)
 
     def box_count(self) -> np.ndarray:
         """int64 [I]: the number of annotations of each image as the file lists them, before any treatment."""

@@ -3,7 +3,7 @@
 A folder holds `00000.tar`, `00001.tar`, ... (plain tar files of image files under their own names, as the webdataset
 library and any tar program read them), `00000.idx`, ... (the same places in the text format of DALI's
 `readers.webdataset`) and `shards.index`, written last: name -> shard, offset, length and CRC-32. Made by
-public-scripts/pack_dataset.py (`detcore.data.pack`); `CocoIndex` takes such a folder in the place of an image folder.
+public-scripts/pack_dataset.py; `CocoIndex` takes such a folder in the place of an image folder.
 
 What it does: an image costs one `pread` of a file that is already open. No open, stat or lookup for each image, so the
 metadata server of a Lustre, NFS or GPFS is asked for hundreds of names instead of a million, and copying, deleting or

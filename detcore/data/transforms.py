@@ -29,18 +29,6 @@ _FRAME_HEADERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD8)}
 
 
-def read_bytes(path: Path, image_id: int) -> np.ndarray:
-    """The file as uint8 [n]. UserError, naming file and image, if it cannot be read or is empty."""
-    try:
-        data = np.fromfile(path, np.uint8)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read image {image_id} ({reason}); restore the file.") from error
-    if not len(data):
-        raise UserError(f"{path}: the file of image {image_id} is empty; download it again.")
-    return data
-
-
 def decode(data: np.ndarray, *, path: Path, image_id: int, size: tuple[int, int] | None = None) -> Tensor:
     """Decode an image file's bytes to uint8 RGB [3, height, width], memory laid out as height, width, 3.
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dataprep import shard_writer
 from detcore import UserError
-from detcore.data import nvjpeg, pack
+from detcore.data import nvjpeg
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
 from tests.detcore.data.streams import eval_batches, train_batches
@@ -74,7 +75,7 @@ def test_a_start_in_the_middle_gives_the_rest(index):
 
 
 def test_shards_and_the_clock(thirteen, index, tmp_path):
-    pack.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
+    shard_writer.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
     packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
     arguments = {**TRAIN, "batch_size": 3, "rank": 0, "world_size": 1, "step": 0, "device": CPU}
     clock = Pace(1, loader="nvjpeg")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from detcore import UserError
-from detcore.data import transforms
+from detcore.data import files, transforms
 from detcore.data.recipes import stretched
 from detcore.data.view import View
 
@@ -145,7 +145,7 @@ def test_random_corruption_is_an_error_or_an_image(picture):
 def test_read_bytes(tmp_path):
     file = tmp_path / "a.jpg"
     file.write_bytes(b"abc")
-    assert transforms.read_bytes(file, 1).tobytes() == b"abc"
+    assert files.read_bytes(file, 1).tobytes() == b"abc"
     file.write_bytes(b"")
     for path, words in (
         (file, "a.jpg: the file of image 7 is empty"),
@@ -154,7 +154,7 @@ def test_read_bytes(tmp_path):
         (tmp_path / "a\0b", "cannot read image 7"),
     ):
         with pytest.raises(UserError, match=words):
-            transforms.read_bytes(path, 7)
+            files.read_bytes(path, 7)
 
 
 @pytest.mark.parametrize("antialias", [False, True])
