@@ -31,6 +31,11 @@
 
 SPANK_PLUGIN(containers, 1)
 
+#ifndef PYXIS_VERSION
+#define PYXIS_VERSION "0.24.0"
+#endif
+static const char version[] = "pyxis: version v" PYXIS_VERSION; /* as in the real one; run.sub reads it there */
+
 #define BATCH 0xfffffffbu /* SLURM_BATCH_SCRIPT, the step of a batch script */
 
 enum { IMAGE, MOUNTS, WORKDIR, NAME, SAVE, HOME, NO_HOME, REMAP, NO_REMAP, WRITABLE, READONLY, ENTRYPOINT, NO_ENTRYPOINT,

@@ -148,7 +148,7 @@ def descendants(pid: int) -> list[int]:
 
 def test_stop_leaves_neither_processes_nor_mounts(tmp_path, image):
     before = set(descendants(os.getpid()))
-    with pytest.raises(ZeroDivisionError), Cluster(tmp_path / "a b", containers=True) as running:
+    with pytest.raises(ZeroDivisionError), Cluster(tmp_path / "a b", containers="0.24.0") as running:
         link = running._link.parent
         script = f"srun --container-image='{image}' --container-mounts={host_mounts()} sleep 600\n"
         running.task(running.submit(write(tmp_path / "job.sub", script), cwd=tmp_path), 3)

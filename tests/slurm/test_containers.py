@@ -25,7 +25,7 @@ DATA, WEIGHTS = "/datasets/open-images-v6", "/torch-home"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """KillWait is what a rank has to write its checkpoint when the job is cancelled."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), containers=True, kill_wait=20) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", kill_wait=20) as running:
         yield running
 
 
