@@ -222,7 +222,7 @@ def test_torch_runs_inside(container_cluster, image):
 
 
 def test_variables_of_the_image_and_of_the_pytorch_hook_win(container_cluster, image):
-    show = 'echo "$FROM_IMAGE $FROM_HOST $MASTER_ADDR $((MASTER_PORT - 61000 - SLURM_JOB_ID)) $RANK $WORLD_SIZE"'
+    show = 'echo "$FROM_IMAGE $FROM_HOST $MASTER_ADDR $((MASTER_PORT - 61000 - SLURM_JOB_ID % 4536)) $RANK $WORLD_SIZE"'
     words = [f"--container-image={image}", f"--container-mounts={host_mounts()}"]
     host = container_cluster.env(FROM_IMAGE="no", FROM_HOST="yes", MASTER_ADDR="mine", RANK="9")
     answer = srun(container_cluster, *words, "bash", "-c", show, env=host)
@@ -274,6 +274,29 @@ def test_named_containers_live_on_their_node_until_removed(container_cluster, im
     assert answer.returncode and "does not exist" in answer.stderr
     answer = container_cluster.run("srun", "-w", "n1", "enroot", "remove", "-f", "pyxis_stale", check=False)
     assert answer.returncode == 1 and "No such file or directory" in answer.stderr
+
+
+def test_a_step_attaches_to_a_running_container_unless_told_not_to(container_cluster, image, tmp_path):
+    mounts = host_mounts()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    script = tmp_path / "job.sub"
+    lines = [
+        f"srun -N1 -n1 --overlap --container-image={image} --container-name=one --container-mounts={mounts},{tmp_path}/a:/a "
+        "sleep 600 &",
+        "sleep 3",
+        f"srun -N1 -n1 --overlap --container-name=one --container-mounts={mounts},{tmp_path}/b:/b ls -d /a /b",
+        f"srun -N1 -n1 --overlap --container-name=one:no_exec --container-mounts={mounts},{tmp_path}/b:/b ls -d /a /b",
+        "scancel $SLURM_JOB_ID",
+    ]
+    script.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    job = container_cluster.submit(f"--output={tmp_path}/out", script)
+    container_cluster.wait(job)
+    attached = {line["step"]: line["attached"] for line in records(container_cluster.folder, job)}
+    assert attached == {0: False, 1: True, 2: False}
+    said = (tmp_path / "out").read_text()
+    assert "cannot access '/b'" in said and said.count("/b\n") == 1, said
+    container_cluster.run("srun", "-w", "n1", "enroot", "remove", "-f", "pyxis_one")
 
 
 def test_sbatch_takes_the_options_too_and_runs_the_script_inside(container_cluster, image, tmp_path):
