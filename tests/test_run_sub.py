@@ -12,7 +12,11 @@ ROOT = Path(__file__).parents[1]
 PYTHON = r"""#!/bin/bash
 printf '%s\n' "$*" >>"$NOTES/calls"
 case $* in
-*tools/preflight.py*) file="$*"; file=${file##*--system-json }; echo '{"submitter": "x"}' >"${file%% --*}"; exit "${PREFLIGHT:-0}" ;;
+*tools/preflight.py*)
+    file="$*"
+    file=${file##*--system-json }
+    echo '{"submitter": "x"}' >"${file%% --*}"
+    exit "${PREFLIGHT:-0}" ;;
 *--print-config*) exit "${CONFIG:-0}" ;;
 *" explain "*) echo "see /results/S_1/rank_0.log and /datasets/open-images-v6/train" ;;
 *" summary "*) echo "the table of ${4}" ;;

@@ -87,8 +87,8 @@ def test_tools_of_the_host_see_no_variable_of_the_container(slurm):
     assert code == 0, said
     added = set((slurm.notes / "exported").read_text().split()) - set(slurm.environ) - {"_", "OLDPWD", "PWD", "SHLVL"}
     assert added <= {
-        "MASTER_ADDR", "MASTER_PORT", "MLPERF_SUBMISSION_PLATFORM", "DATASET_DIR", "TORCH_HOME", "OUTPUT_DIR", "RESULT_INDEX",
-        "CACHES_CLEARED", "EXITS_FILE", "TORCH_CPP_LOG_LEVEL",
+        "MASTER_ADDR", "MASTER_PORT", "MLPERF_SUBMISSION_PLATFORM", "DATASET_DIR", "TORCH_HOME", "OUTPUT_DIR",
+        "RESULT_INDEX", "CACHES_CLEARED", "EXITS_FILE", "TORCH_CPP_LOG_LEVEL",
     }  # fmt: skip
     assert set((slurm.notes / "xdg").read_text().splitlines()) == {"/home/me/.cache"}
     inner = [

@@ -2,99 +2,30 @@
 
 Each node is a slurmd in its own process, host name and mount namespaces, so nodes see neither each other's processes
 nor mounts, `power_off` is what a power cut is, and nothing outlives `stop`: when a namespace's first process dies the
-kernel kills the rest and drops the mounts. Processes are tracked by cgroup v1 where this machine has it, so that signals
-reach what they reach on a real cluster. No authentication, no accounting database. Root and Linux only; jobs that
-`identity` submits belong to a user who is not root.
+kernel kills the rest and drops the mounts. Processes are tracked by cgroup v1 where this machine has it, so that
+signals reach what they reach on a real cluster. No authentication, no accounting database. Root and Linux only; jobs
+that are submitted with `identity` belong to a user who is not root.
 """
 
 import contextlib
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tests.slurm.configuration import BOOT, CGROUP, CONFIGURATION, NO_CGROUP, closed_python, free_ports, remove_cgroups
 from tests.slurm.containers import install, require
 
 PACKAGES = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
 UNFINISHED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "SIGNALING", "STAGE_OUT"}
-PORTS = range(20000, 32000)  # below those that the kernel gives to outgoing connections
 FOREIGN = re.compile("SLURM|SBATCH|SRUN|SALLOC|PYXIS|ENROOT|XDG_|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_")
 USER = pwd.getpwnam("nobody")
-FREEZER = Path("/sys/fs/cgroup/freezer")
-NO_CGROUP = "" if (FREEZER / "release_agent").exists() else f"no cgroup v1 at {FREEZER}: proctrack/linuxproc instead"
-CGROUP = """\
-CgroupPlugin=cgroup/v1
-CgroupMountpoint=/sys/fs/cgroup
-IgnoreSystemd=yes
-ConstrainCores=no
-ConstrainDevices=no
-ConstrainRAMSpace=no
-ConstrainSwapSpace=no
-"""
-
-CONFIGURATION = """\
-ClusterName=local
-SlurmctldHost=localhost
-SlurmctldPort={port}
-AuthType=auth/none
-CredType=cred/none
-AuthInfo=cred_expire=5
-SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-TmpFS={folder}/tmp-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-SlurmdParameters=config_overrides
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=500
-SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
-ProctrackType=proctrack/{proctrack}
-FirstJobId={port}
-TaskPlugin=task/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-ReturnToService=2
-KillWait={kill_wait}
-MinJobAge=3600
-MailProg=/bin/true
-PlugStackConfig={folder}/plugstack.conf
-"""
-
-# In the new namespaces of one node: $1 its name, $2 the cluster's folder, $3 a folder that other users can't enter although
-# this Python ($4) lies in it, if there is such a one. Processes of all nodes share the cgroup tree, but in it job ids
-# differ (FirstJobId) where clusters live side by side. bash stays the first process because it reaps orphans, which slurmd would not.
-BOOT = """
-hostname "$1"
-mount --bind "$2/hosts" /etc/hosts
-if [[ $3 ]]; then
-    kept=$(mktemp -d)
-    mount --bind "$4" "$kept"
-    mount -t tmpfs -o mode=755 tmpfs "$3"
-    mkdir -p "$4"
-    mount --move "$kept" "$4"
-    rmdir "$kept"
-fi
-if [[ -d $2/containers ]]; then
-    mount -t tmpfs -o mode=1777 tmpfs "$2/containers"
-    mount -t overlay -o "lowerdir=$2/bin:/usr/local/bin" overlay /usr/local/bin
-fi
-slurmd -D -N "$1"
-exit
-"""
 
 
 class Cluster:
@@ -102,8 +33,8 @@ class Cluster:
 
     `cpus` and `memory` (MiB) are declared for each node and need not exist; `gpus` are device files that only Slurm
     believes in, for --gpus-per-node and CUDA_VISIBLE_DEVICES. `kill_wait` is the seconds between SIGTERM and SIGKILL.
-    `containers` loads the test double of Pyxis (spank_containers.c; images and records: containers.py) on every node, of
-    the version that it names.
+    `containers` is the version of a test double of Pyxis (spank_containers.c; images and records: containers.py) for
+    every node; none without.
     `settings` are more lines of slurm.conf, as in settings={"SlurmdTimeout": 10}.
     """
 
@@ -354,34 +285,6 @@ class Cluster:
             time.sleep(0.05)
         state = f"job {job} ({self.job(job)['JobState']}) has no task of rank {rank}"
         raise AssertionError(f"{state}\n--- output\n{self.output(job)[-6000:]}\n{self.logs()}")
-
-
-def closed_python() -> tuple[str, str]:
-    """(folder that only its owner may enter, the installation of this Python in it), or two empty words."""
-    prefix = Path(sys.base_prefix).resolve()
-    closed = [folder for folder in reversed(prefix.parents) if not folder.stat().st_mode & 0o001]
-    return (str(closed[0]), str(prefix)) if closed else ("", "")
-
-
-def remove_cgroups(jobs: range) -> None:
-    """The cgroups that killed daemons have left of these jobs."""
-    for job in FREEZER.glob("slurm*/uid_*/job_*"):
-        if int(job.name.removeprefix("job_")) in jobs:
-            for folder, *_ in os.walk(job, topdown=False):
-                with contextlib.suppress(OSError):  # a process in it is still dying
-                    os.rmdir(folder)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError(f"no {count} free ports between {PORTS.start} and {PORTS.stop}")
 
 
 def parse_job(text: str) -> dict[str, str]:

@@ -62,8 +62,8 @@ export PATH
 def make_image(path: Path, environment: dict[str, str] | None = None, python: bool = True) -> Path:
     """A tiny .sqsh without programs of its own: with host_mounts() the machine's bash and this Python run in it.
 
-    `environment` are the variables that the image sets, as ENV lines of a Dockerfile do. `python`: its profile.d has this
-    Python on the PATH of login shells; else only the image's PATH has it.
+    `environment` are the variables that the image sets, as ENV lines of a Dockerfile do. `python`: its profile.d puts
+    this Python on the PATH of login shells; else only the image's PATH has it.
     """
     require("mksquashfs", packages=PACKAGES)
     with tempfile.TemporaryDirectory() as folder:

@@ -277,18 +277,12 @@ def test_named_containers_live_on_their_node_until_removed(container_cluster, im
 
 
 def test_a_step_attaches_to_a_running_container_unless_told_not_to(container_cluster, image, tmp_path):
-    mounts = host_mounts()
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    script = tmp_path / "job.sub"
-    lines = [
-        f"srun -N1 -n1 --overlap --container-image={image} --container-name=one --container-mounts={mounts},{tmp_path}/a:/a "
-        "sleep 600 &",
-        "sleep 3",
-        f"srun -N1 -n1 --overlap --container-name=one --container-mounts={mounts},{tmp_path}/b:/b ls -d /a /b",
-        f"srun -N1 -n1 --overlap --container-name=one:no_exec --container-mounts={mounts},{tmp_path}/b:/b ls -d /a /b",
-        "scancel $SLURM_JOB_ID",
-    ]
+    script, step = tmp_path / "job.sub", "srun -N1 -n1 --overlap --container-name=one"
+    a, b = (f"--container-mounts={host_mounts()},{tmp_path / folder}:/{folder}" for folder in ("a", "b"))
+    lines = [f"{step} --container-image={image} {a} sleep 600 &", "sleep 3", f"{step} {b} ls -d /a /b"]
+    lines += [f"{step}:no_exec {b} ls -d /a /b", "scancel $SLURM_JOB_ID"]
     script.write_text("\n".join(["#!/bin/bash", *lines, ""]))
     job = container_cluster.submit(f"--output={tmp_path}/out", script)
     container_cluster.wait(job)
