@@ -162,7 +162,9 @@ static int start(char **av, char **env)
     while (size < sizeof said - 1 && (got = read(log[0], said + size, sizeof said - 1 - size)) > 0)
         if (said[(size += got) - 1] == 6) {
             snprintf(path, sizeof path, "/proc/%d/ns/mnt", (int)pid);
+            if (seteuid(0)) perror("seteuid"); /* the child is root's */
             namespace = open(path, O_RDONLY | O_CLOEXEC);
+            if (seteuid(uid)) perror("seteuid");
             --size;
             break;
         }
