@@ -55,7 +55,7 @@ remove'
 # enter_containers COMMAND...: one container on each node; COMMAND (the table) waits in that of the first.
 enter_containers() {
     local code=0 patience work=${WORK_DIR:-/workspace/ssd}
-    on_hosts bash -c 'command -v enroot >/dev/null || { echo "run.sub: enroot is not on PATH on $SLURMD_NODENAME" >&2; exit 1; }
+    on_hosts bash -c '[[ -x $(command -v enroot) ]] || { echo "run.sub: enroot is not on PATH on $SLURMD_NODENAME" >&2; exit 1; }
         env -u ENROOT_DATA_PATH enroot remove -f "$0" &>/dev/null || true' "pyxis_$name" || # an earlier start left it
         refuse "containers need enroot on every node"
     # Once the job is cancelled no step can be started, so that this one and the table's wait from now on.
