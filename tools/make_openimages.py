@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-NAMES = Path(__file__).resolve().parents[1] / "dataprep" / "openimages_mlperf_classes.txt"
+NAMES = Path(__file__).resolve().parents[1] / "public-scripts" / "openimages_mlperf_classes.txt"
 CLASSES = 601
 BATCH = 20_000  # images whose rows exist at a time
 FLAGS = {"IsOccluded": 0.6, "IsTruncated": 0.2, "IsGroupOf": 0.06, "IsDepiction": 0.05, "IsInside": 0.01}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataprep import shard_writer
+from detcore.data import pack
 from detcore.data.coco import CocoIndex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def scenes(tmp_path_factory) -> Path:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     for split in ("train", "val"):
         index = CocoIndex.open(folder / f"annotations/instances_{split}.json", folder / split)
-        shard_writer.pack(index, folder / "shards" / split, shard_bytes=10_240, shuffle=9)
+        pack.pack(index, folder / "shards" / split, shard_bytes=10_240, shuffle=9)
     return folder
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.slurm.cluster import NO_CGROUP, Cluster
+from tests.slurm.cluster import Cluster
+from tests.slurm.configuration import NO_CGROUP
 from tests.slurm.jobs import NEVER, ROOT, SUCCESS
 
 pytestmark = pytest.mark.slurm
@@ -119,20 +120,6 @@ def test_a_stopped_rank_ends_the_trial_and_shows_its_stacks(submit):
     assert job.status() == "aborted"
 
 
-@pytest.mark.skipif(bool(NO_CGROUP), reason=NO_CGROUP)
-def test_a_signal_to_the_step_reaches_every_program_through_its_script(submit):
-    """Under proctrack/cgroup it reaches run_and_time.sh alone, as on most clusters."""
-    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500)
-    job.until_step()
-    steps = job.cluster.run("squeue", "-hsj", job.id, "-o%i").stdout.split()
-    newest = max((step for step in steps if step.split(".")[1].isdigit()), key=lambda step: int(step.split(".")[1]))
-    job.cluster.run("scancel", "--signal=QUIT", newest)
-    job.until(lambda: all("line" in job.rank(rank) and "most recent call first" in job.rank(rank) for rank in range(4)),
-              "stacks of every rank", 30)  # fmt: skip
-    steps = (job.trial() / "progress.jsonl").read_text().count('"kind": "step"')
-    job.until_step(steps + 3)  # it goes on
-
-
 def test_a_hanging_rank_is_named_and_all_stacks_are_kept(submit, data, tmp_path):
     own = tmp_path / "hanging data"
     shutil.copytree(data, own)
@@ -146,6 +133,17 @@ def test_a_hanging_rank_is_named_and_all_stacks_are_kept(submit, data, tmp_path)
     for rank in range(4):
         assert "detcore/engine.py" in (job.trial() / f"stacks_rank{rank}.txt").read_text()
     assert job.status() == "aborted"
+
+
+def ask_for_stacks(job) -> None:
+    """As docs/cluster.md says. Under proctrack/cgroup the signal reaches run_and_time.sh alone, as on most clusters."""
+    steps = dict(line.split() for line in job.cluster.run("squeue", "-hsj", job.id, "-o%i %j").stdout.splitlines())
+    newest = max(filter(re.compile(r"\d+\.\d+").fullmatch, steps), key=lambda step: int(step.split(".")[1]))
+    assert steps[newest] == "run_and_time.sh"
+    job.cluster.run("scancel", "--signal=QUIT", newest)
+    job.until(lambda: all("most recent call first" in job.rank(rank) for rank in range(4)), "stacks of every rank", 30)
+    steps = (job.trial() / "progress.jsonl").read_text().count('"kind": "step"')
+    job.until_step(steps + 3)  # it goes on
 
 
 def cut(cluster, node: str, declared: bool) -> None:
@@ -201,9 +199,10 @@ def test_with_requeue_the_trial_of_a_lost_node_is_resumed(submit, cluster):
     assert not (job.logs / f"{job.stem}_2").exists()
 
 
-def test_scancel(submit):
+def test_stacks_of_a_running_job_and_scancel(submit):
     job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, REQUEUE=1)
     job.until_step()
+    ask_for_stacks(job)
     job.cluster.run("scancel", job.id)
     job.wait(60)
     assert job.cluster.job(job.id)["JobState"] == "CANCELLED"
@@ -306,15 +305,24 @@ def test_no_permission_to_drop_caches_is_said_and_no_event_is_made_up(submit):
     assert re.search(r"compliance .*cache_clear", job.said(), re.DOTALL)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("config_*_*.sh")), ids=lambda path: path.stem)
-def test_slurm_accepts_every_config(config, tmp_path):
-    if config.name in ("config_common.sh", "config_mounts.sh"):
-        return
-    exports = 'set -eu; source "$0"; echo $DGXNNODES $DGXNGPU $WALLTIME'
-    count, gpus, _ = map(int, subprocess.check_output(["bash", "-c", exports, config], text=True).split())
+def test_processes_are_tracked_by_cgroup(cluster):
+    if NO_CGROUP:
+        pytest.skip(NO_CGROUP)
+    assert "proctrack/cgroup" in cluster.run("scontrol", "show", "config").stdout
+    groups = cluster.run("srun", "-n1", "cat", "/proc/self/cgroup").stdout
+    assert re.search(r":freezer:/slurm_n1/uid_\d+/job_\d+/step_\d+", groups), groups
+
+
+def test_slurm_accepts_every_config(tmp_path):
+    configs = sorted((ROOT / "configs").glob("config_*_*.sh"))
+    exports = 'set -eu; source "$0"; echo $DGXNNODES $DGXNGPU'
+    sizes = {path: subprocess.check_output(["bash", "-c", exports, path], text=True).split() for path in configs}
+    count, gpus = (max(int(size[i]) for size in sizes.values()) for i in (0, 1))
+    assert len(sizes) > 30
     with Cluster(tmp_path / "c", nodes=[f"n{i}" for i in range(1, count + 1)], gpus=gpus) as many:
         line = 'source "$0" && sbatch --test-only -N $DGXNNODES -t $WALLTIME --gpus-per-node=$DGXNGPU run.sub'
-        done = subprocess.run(
-            ["bash", "-euc", line, config], env=many.env(), cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
+        for path in sizes:
+            done = subprocess.run(
+                ["bash", "-euc", line, path], env=many.env(), cwd=ROOT, capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == 0 and "to start at" in done.stderr, (path, done.stderr)

@@ -67,7 +67,7 @@ class TestWithDali:
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_shards_give_the_batches_of_the_files(self, thirteen, index, tmp_path, workers):
-        shard_writer.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
+        pack.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
         packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
         arguments = {**TRAIN, "batch_size": 3, "rank": 1, "world_size": 2, "step": 0, "workers": workers}
         clock = Pace(1, loader="dali")
@@ -78,7 +78,7 @@ class TestWithDali:
         assert clock.images == 27 and clock.bytes and "DALI could give reading" not in clock.words(1.0, 0.5)
 
     def test_a_damaged_shard_is_named(self, thirteen, index, tmp_path):
-        shard_writer.pack(index, tmp_path / "shards", shard_bytes=1)
+        pack.pack(index, tmp_path / "shards", shard_bytes=1)
         path = tmp_path / "shards" / "00004.tar"
         path.write_bytes(path.read_bytes().replace(b"\xff\xda", b"\xff\xdb"))
         packed = CocoIndex.open(thirteen.file, tmp_path / "shards")

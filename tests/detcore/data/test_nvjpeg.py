@@ -73,7 +73,7 @@ def test_a_start_in_the_middle_gives_the_rest(index):
 
 
 def test_shards_and_the_clock(thirteen, index, tmp_path):
-    shard_writer.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
+    pack.pack(index, tmp_path / "shards", shard_bytes=10_240, shuffle=2)
     packed = CocoIndex.open(thirteen.file, tmp_path / "shards")
     arguments = {**TRAIN, "batch_size": 3, "rank": 0, "world_size": 1, "step": 0, "device": CPU}
     clock = Pace(1, loader="nvjpeg")

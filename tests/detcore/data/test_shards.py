@@ -27,7 +27,7 @@ def files(thirteen) -> CocoIndex:
 def folder(thirteen, files, tmp_path_factory):
     """The thirteen images in several shards, in a random order."""
     out = tmp_path_factory.mktemp("packed") / "train"
-    made = shard_writer.pack(files, out, shard_bytes=10_240, shuffle=4, threads=2)
+    made = pack.pack(files, out, shard_bytes=10_240, shuffle=4, threads=2)
     assert made.shards > 3 and made.images == 13
     return out
 
@@ -35,7 +35,7 @@ def folder(thirteen, files, tmp_path_factory):
 @pytest.fixture
 def own(files, tmp_path):
     """Shards that a test may damage: one image each, 13 of them."""
-    shard_writer.pack(files, tmp_path / "own", shard_bytes=1, threads=2)
+    pack.pack(files, tmp_path / "own", shard_bytes=1, threads=2)
     return tmp_path / "own"
 
 
@@ -168,7 +168,7 @@ def test_a_new_packing_of_other_images_is_noticed(own, thirteen, coco, tmp_path)
     assert CocoIndex.open(thirteen.file, own).counts["missing images"] == 0
     coco.content = {**thirteen.content, "images": thirteen.content["images"][:12], "annotations": []}
     coco.write()
-    shard_writer.pack(CocoIndex.open(coco.file, thirteen.images), own, force=True)
+    pack.pack(CocoIndex.open(coco.file, thirteen.images), own, force=True)
     assert CocoIndex.open(thirteen.file, own).counts["missing images"] == 1
 
 
