@@ -32,10 +32,10 @@ fi
 # Here that needs no step, and works also while the job is being cancelled and can start none.
 [[ -n $CONT ]] || on_first() { env -u SLURM_PROCID "$@"; }
 
-# told COMMAND...: what it says about paths of the containers is said about those of this host.
-told() { "$@"; }
+# with_host_paths COMMAND...: what it says about paths of the containers is said about those of this host.
+with_host_paths() { "$@"; }
 if [[ -n $CONT ]]; then
-    told() { "$@" 2>&1 | (trap '' TERM USR1 && exec sed -uE "${named[@]}"); }
+    with_host_paths() { "$@" 2>&1 | (trap '' TERM USR1 && exec sed -uE "${named[@]}"); }
     named=()
     for pair in "/results:$LOGDIR" "/datasets/open-images-v6:$data" "/torch-home:$weights"; do
         # shellcheck disable=SC2001  # what & means in a replacement of bash depends on its version

@@ -154,6 +154,7 @@ def check(path: Path, ruleset: str, called: Path | None = None) -> Verdict:
     if reason is None:
         words = ("--usage", "training", "--ruleset", ruleset, *(("--config", str(own)) if own else ()))
         code, output = official("compliance_checker", *words, str(path.resolve()))
+        output = output.replace(str(path.resolve()), str(called))
         complaints = _complaints(output)
         if code == 0 and "INFO - SUCCESS" in output:
             many = f"{len(complaints)} warnings, the first" if len(complaints) > 1 else "1 warning"
