@@ -27,6 +27,7 @@ done
 echo "${words[*]} :: $*" >>"$NOTES/srun"
 compgen -e >>"$NOTES/exported"
 [[ -z ${XDG_CACHE_HOME-} ]] || echo "$XDG_CACHE_HOME" >>"$NOTES/xdg"
+[[ ! -e $NOTES/cancelled ]] || exit 1
 [[ ! -e $NOTES/lost || $nodes == 1 && ${list:-} != "$(<"$NOTES/lost")" ]] || exit 1
 export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$tasks SLURM_NTASKS=$tasks SLURM_PROCID=0 SLURM_LOCALID=0 SLURMD_NODENAME=n1
 if [[ ${inside:-} ]]; then
@@ -225,11 +226,10 @@ def test_a_cancelled_job_in_containers_still_has_its_table(slurm):
     process = slurm.started(**slurm.image, STAYS="1")
     assert (slurm.notes / "fifo").read_text() == "ready\n"
     (slurm.notes.parent / "bin/scancel").write_text('#!/bin/bash\nkill -TERM "$(<"$NOTES/pid")"\n')
+    (slurm.notes / "cancelled").touch()  # no step can be started any more
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert f"the table of {slurm.logs}" in said and "no further trial: stopped by SIGTERM" in said, said
-    last = steps(slurm)[-1][1]
-    assert "summary" not in last or last.startswith("env XDG"), "no step was started for it"
 
 
 def test_losing_the_first_node_is_left_to_slurm():
