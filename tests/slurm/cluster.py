@@ -197,12 +197,15 @@ class Cluster:
                 values[name] = str(value)
         return values
 
-    def run(self, *command, check=True, timeout=60, env=None, cwd=None) -> subprocess.CompletedProcess:
-        """Runs a command such as sinfo, srun or scontrol to its end; a failure raises with what it said."""
+    def run(self, *command, check=True, timeout=60, env=None, cwd=None, **identity) -> subprocess.CompletedProcess:
+        """Runs a command such as sinfo, srun or scontrol to its end, as root unless told otherwise (`self.identity`).
+
+        A failure raises with what it said.
+        """
         command = [str(word) for word in command]
         result = subprocess.run(
             command, env=self.env() if env is None else env, cwd=cwd or self.folder, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors="replace", timeout=timeout,
+            capture_output=True, text=True, errors="replace", timeout=timeout, **identity,
         )  # fmt: skip
         if check and result.returncode:
             raise AssertionError(f"{command} ended with {result.returncode}\n{result.stdout}{result.stderr}")

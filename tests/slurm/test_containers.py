@@ -78,7 +78,7 @@ def make_container(cluster, image, name, node=None) -> str:
     """On one node or both; it holds the file /stale."""
     where = ["-w", node] if node else ["-N2", "--ntasks-per-node=1"]
     options = [f"--container-image={image}", f"--container-name={name}", f"--container-mounts={host_mounts()}"]
-    cluster.run("srun", *where, *options, "--container-writable", "touch", "/stale")
+    cluster.run("srun", *where, *options, "--container-writable", "touch", "/stale", **cluster.identity)
     return f"pyxis_{name}"
 
 
