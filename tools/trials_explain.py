@@ -314,7 +314,7 @@ def explain(folder: Path, code: int, nodes: list[str], per_node: int) -> str:
     blamed, sentence = verdict(trial, code)
     lines = [f"trial ended with exit code {code}: {sentence}"]
     if (folder / "killed.txt").is_file():
-        lines.append("  run.sub killed the ranks that had not ended by themselves; their stacks are in their logs")
+        lines.append("  run.sub killed the ranks that had not ended by themselves, after asking them for their stacks")
     if problem := disk_problem(folder):
         lines.append(problem)
     for rank in blamed[:1]:
