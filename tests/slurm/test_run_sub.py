@@ -137,7 +137,8 @@ def test_a_hanging_rank_is_named_and_all_stacks_are_kept(submit, data, tmp_path)
 
 def ask_for_stacks(job) -> None:
     """As docs/cluster.md says. Under proctrack/cgroup the signal reaches run_and_time.sh alone, as on most clusters."""
-    steps = dict(line.split() for line in job.cluster.run("squeue", "-hsj", job.id, "-o%i %j").stdout.splitlines())
+    listed = job.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job.id}", "--format=%i %j").stdout
+    steps = dict(line.split() for line in listed.splitlines())
     newest = max(filter(re.compile(r"\d+\.\d+").fullmatch, steps), key=lambda step: int(step.split(".")[1]))
     assert steps[newest] == "run_and_time.sh"
     job.cluster.run("scancel", "--signal=QUIT", newest)
