@@ -31,6 +31,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_CONSTRAINT="" \
     HOME=/workspace/home \
     USER=detector
+# Enroot runs commands through a login shell, whose /etc/profile sets PATH anew on Debian.
+RUN echo "PATH=/opt/venv/bin:\$PATH" >/etc/profile.d/detectors.sh
 WORKDIR /workspace/ssd
 
 COPY pyproject.toml requirements.lock ./

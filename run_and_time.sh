@@ -12,7 +12,7 @@
 # PYTHON: the interpreter (default: python, else python3). BIND=1: run on the cores of the GPU's socket.
 # EXITS_FILE: gets the line "rank host exit-code unix-seconds" at the end (run.sub reads it).
 # SIGTERM, SIGUSR1, SIGINT and SIGHUP reach the program, which writes a checkpoint and ends with code 4. SIGQUIT makes
-# each of several ranks print its stacks.
+# each of several ranks print its stacks, where srun or mpirun started them (torchrun would end with it).
 set -euo pipefail
 
 fail() {
@@ -99,14 +99,22 @@ fi
 # The program runs in a process group of its own, so that a signal reaches it once: from here.
 # shellcheck disable=SC2329  # the traps call it
 forward() {
-    [[ -n ${!:-} ]] || exit 143 # nothing runs yet
+    if [[ -z ${!:-} ]]; then # nothing runs yet
+        [[ $1 != QUIT && $1 != CONT ]] || return 0
+        exit 143
+    fi
     again=1
     kill -s "$1" "$!" 2>/dev/null || true
 }
 trap 'forward TERM' TERM HUP
 trap 'forward USR1' USR1
 trap 'forward INT' INT
-trap '' QUIT # the program prints its stacks
+if ((launched)); then
+    trap 'forward QUIT' QUIT # the program prints its stacks
+    trap 'forward CONT' CONT
+else
+    trap '' QUIT
+fi
 begin=$(date '+%Y-%m-%d %H:%M:%S')
 SECONDS=0
 set -m
@@ -128,7 +136,7 @@ if ((status > 128)); then
         "($(kill -l "$status"))" >&2
 fi
 if [[ -n ${EXITS_FILE:-} ]]; then
-    echo "$rank $host $status $(date +%s)" >>"$EXITS_FILE"
+    echo "$rank $host $status $(date +%s)" >>"$EXITS_FILE" || echo "run_and_time.sh: $EXITS_FILE can't be written" >&2
 fi
 if ((status == 0 && rank == 0 && trains)); then
     echo "RESULT,${BENCHMARK^^},,$SECONDS,$(id -un),$begin"

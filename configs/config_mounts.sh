@@ -84,6 +84,33 @@ if [[ -n ${CONT:-} ]]; then
         mounts+=("$mount")
     done
 fi
+
+# pyxis_version: of the plugin on this node, such as 0.24; empty where it can't be found. Pyxis tells it only in slurmd's log.
+pyxis_version() {
+    local config stack folder files plugin
+    config=$(scontrol show config)
+    stack=$(sed -n 's/^PlugStackConfig *= *//p' <<<"$config")
+    folder=$(sed -n 's/^PluginDir *= *\([^:]*\).*/\1/p' <<<"$config")
+    mapfile -t files < <(sed -nE 's/^ *include +//p' "$stack" 2>/dev/null)
+    # shellcheck disable=SC2068  # an include may be a pattern
+    plugin=$(cd "$(dirname "$stack")" && cat "$stack" ${files[@]} 2>/dev/null | grep -oE '^ *(required|optional) +[^ ]*pyxis[^ ]*') || return 0
+    plugin=${plugin##*[[:space:]]}
+    [[ $plugin == /* ]] || plugin=$folder/$plugin
+    grep -aohE 'pyxis: version v[0-9]+\.[0-9]+' "$plugin" 2>/dev/null | head -n 1 | grep -oE '[0-9.]+$' || true
+}
+
+# What this Pyxis can't mount, although it is there: enroot reads the mounts as lines of a shell script.
+pyxis_mounts() {
+    local version name value
+    version=$(pyxis_version)
+    for name in DATADIR BACKBONE_DIR LOGDIR EXTRA_MOUNTS; do
+        value=${!name:-}
+        [[ $value != *[\$\"\`\\]* ]] || problems+=("$name=$value holds one of \$ \" \` \\, which Pyxis (here: ${version:-unknown}) can't mount")
+        [[ $value != *[[:space:]]* || -z $version || ${version#0.} -ge 24 || $version != 0.* ]] ||
+            problems+=("$name=$value holds a blank, which Pyxis can mount from 0.24 on; here it is $version")
+    done
+}
+
 nodes=("$HOSTNAME")
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -93,6 +120,7 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     done
     [[ ! -f ${CONT:-} ]] || CONT=$(realpath "$CONT")
     [[ ${CONT:-} != /* && ${CONT:-} != *.sqsh || -f $CONT ]] || problems+=("CONT=$CONT: no such image on $HOSTNAME")
+    [[ -z ${CONT:-} ]] || pyxis_mounts
 fi
 
 clock= # MHz to lock the GPUs at
@@ -100,6 +128,14 @@ clock= # MHz to lock the GPUs at
 [[ ${SET_MINEDP_CLK:-0} == 0 ]] || clock=${MINEDP_CLK:-}
 [[ -n $clock || ${SET_MAXQ_CLK:-0}${SET_MINEDP_CLK:-0} == 00 ]] ||
     problems+=("SET_MAXQ_CLK or SET_MINEDP_CLK is 1, but this config has no MAXQ_CLK or MINEDP_CLK")
+# A config's name says nodes x GPUs x batch: <system>_008x08x004. The log has the name.
+if [[ ${DGXSYSTEM:-} =~ _([0-9]{3})x([0-9]{2})x([0-9]{3})$ ]]; then
+    for pair in "DGXNNODES ${BASH_REMATCH[1]}" "DGXNGPU ${BASH_REMATCH[2]}" "BATCHSIZE ${BASH_REMATCH[3]}"; do
+        name=${pair% *} value=$((10#${pair#* }))
+        [[ ${!name:-$value} == "$value" ]] ||
+            echo "warning: $name=${!name}, but the name DGXSYSTEM=$DGXSYSTEM says $value: was another config sourced before?"
+    done
+fi
 drop_caches=(/sbin/sysctl vm.drop_caches=3)
 ((EUID == 0)) || drop_caches=(sudo -n "${drop_caches[@]}")
 [[ -z ${DROPCACHE_CMD:-} ]] || read -ra drop_caches <<<"$DROPCACHE_CMD"

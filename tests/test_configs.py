@@ -100,6 +100,23 @@ def test_all_systems_are_here():
     assert {path.stem.removeprefix("config_") for path in SYSTEMS} == {*RECIPES, *published}
 
 
+def test_a_config_after_another_is_as_in_a_new_shell():
+    """The values of the first are taken back; what somebody has set stays."""
+    first, second = FOLDER / "config_DGXA100.sh", FOLDER / "config_SSD300_DGXH100_002x08x064.sh"
+    for earlier, later in ((first, second), (second, first), (DEMOS[0], first), (first, first)):
+        script = 'set -eu; source "$0"; export NUMEPOCHS=77; source "$1"; env -0'
+        done = subprocess.run(
+            ["bash", "--noprofile", "--norc", "-c", script, earlier, later],
+            env={"PATH": os.environ["PATH"], "LR": "9"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+        wanted = exports(later, LR="9", NUMEPOCHS="77")
+        assert {name: value for name, value in found.items() if name in wanted} == wanted
+        assert set(found) - set(wanted) <= {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
+        told = f"{later.name}: taken back what {earlier.name} had set: "
+        assert (told in done.stderr and "BATCHSIZE" in done.stderr) == (earlier != later)
+
+
 @by_file
 def test_every_export_has_a_reader(path):
     exported = exports(path)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,43 @@ def test_signals_reach_the_program_once_and_its_code_comes_back(box, sent, heard
         process.kill()
     assert (process.returncode, out) == (4, "")
     assert (box.notes / "signals").read_text().split() == [heard]
+
+
+@pytest.mark.parametrize("environ, heard", [(SLURM, "QUIT CONT"), ({"DGXNGPU": "2"}, "")], ids=["srun", "torchrun"])
+def test_where_srun_started_the_rank_the_program_is_asked_for_its_stacks(box, environ, heard):
+    """As under proctrack/cgroup: the signal reaches this script alone. torchrun would end by SIGQUIT."""
+    box.put("python", ON_SIGNAL.replace("TERM USR1 INT; do", "TERM; do", 1).replace(
+        "echo started", """for name in QUIT CONT; do trap "echo $name >>'$NOTES/signals'" $name; done\necho started"""
+    ))  # fmt: skip
+    os.mkfifo(box.notes / "pipe")
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec 3>&{write}; exec "{SCRIPT}"'], env=box.environ(**environ), pass_fds=[write],
+        start_new_session=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    try:
+        assert os.read(read, 100) == b"started\n"
+        for name in heard.split():
+            os.kill(process.pid, getattr(signal, f"SIG{name}"))
+            for _ in range(600):  # two signals at once are heard as one
+                if (box.notes / "signals").exists() and name in (box.notes / "signals").read_text():
+                    break
+                time.sleep(0.05)
+        os.kill(process.pid, signal.SIGQUIT)
+        os.kill(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        os.close(read)
+        process.kill()
+    assert process.returncode == 4
+    found = (box.notes / "signals").read_text().split()
+    assert found[-1] == "TERM" and set(found) == {*heard.split(), "TERM"}
+
+
+def test_a_folder_that_is_gone_does_not_change_the_exit_code(box):
+    done = box.run(EXITS_FILE=str(box.notes / "gone/exits.txt"), CODE="5", **SLURM)
+    assert done.returncode == 5 and "gone/exits.txt can't be written" in done.stderr
 
 
 def test_a_stopped_program_has_not_ended(box):

@@ -12,14 +12,22 @@ ROOT = Path(__file__).parents[1]
 PYTHON = r"""#!/bin/bash
 printf '%s\n' "$*" >>"$NOTES/calls"
 case $* in
-*tools/preflight.py*) echo '{"submitter": "x"}' >"$LOGDIR"/"$(ls "$NOTES/stamp")"_system.json; exit "${PREFLIGHT:-0}" ;;
+*tools/preflight.py*)
+    file="$*"
+    file=${file##*--system-json }
+    echo '{"submitter": "x"}' >"${file%% --*}"
+    exit "${PREFLIGHT:-0}" ;;
 *--print-config*) exit "${CONFIG:-0}" ;;
+*" explain "*) echo "see /results/S_1/rank_0.log and /datasets/open-images-v6/train" ;;
+*" summary "*) echo "the table of ${4}" ;;
 *single_stage_detector.train* | *ssd300.train*)
     env -0 >"$NOTES/env_$RESULT_INDEX"
     echo "words of trial $RESULT_INDEX"
     echo ':::MLLOG {"key": "seed"}' | tee "$OUTPUT_DIR/result_$RESULT_INDEX.txt"
+    eval "${DURING:-}"
     if [[ -n ${STAYS:-} ]]; then
         trap 'exit 4' USR1 TERM
+        echo "$PPID" >"$NOTES/pid"
         echo ready >"$NOTES/fifo"
         while :; do read -rt 0.1 <>"$NOTES/pipe"; done
     fi
@@ -34,9 +42,8 @@ class Machine:
 
     def __init__(self, folder: Path):
         self.notes, self.logs = folder / "notes", folder / "my logs"
-        for name in ("notes/stamp", "bin", "my data/set/train", "weights"):
+        for name in ("notes", "bin", "my data/set/train", "weights"):
             (folder / name).mkdir(parents=True)
-        (self.notes / "stamp/S").touch()
         python = folder / "bin/python"
         python.write_text(PYTHON)
         python.chmod(0o755)
@@ -232,6 +239,36 @@ def test_no_trial_after_a_failed_preflight(machine, what):
     assert not (machine.notes / "env_0").exists()
 
 
+@pytest.mark.parametrize(
+    "during, reason",
+    [
+        ('rm -r "$LOGDIR"', "LOGDIR: .*/S_1 was removed"),
+        ('rm -r "$DATADIR"', ".*/my data/set is gone on .*"),
+        (
+            "echo 'echo Avail; echo 3M' >$NOTES/../bin/df; chmod +x $NOTES/../bin/df",
+            "the disk of LOGDIR=.*my logs is full",
+        ),
+    ],
+)
+def test_what_would_fail_each_trial_ends_the_job_and_is_named(machine, during, reason):
+    code, said = machine.run(NEXP="3", CODES="1 1 1", DURING=during)
+    assert code == 1 and re.search(f"no further trial: {reason}$", said, re.MULTILINE), said
+    assert not (machine.logs / "S_2").exists()
+
+
+def test_a_trial_needs_the_system_description(machine):
+    code, said = machine.run(NEXP="2", DURING='rm "$LOGDIR/S_system.json"')
+    assert code == 1 and "no further trial: LOGDIR=" in said and "S_system.json is gone" in said
+    assert not (machine.logs / "S_2").exists()
+
+
+@pytest.mark.parametrize("more, warned", [({"BATCHSIZE": "32"}, "BATCHSIZE=32"), ({"BATCHSIZE": "2"}, ""), ({}, "")])
+def test_values_that_the_name_of_the_config_denies(machine, more, warned):
+    code, said = machine.run(**more)
+    words = f"warning: {warned}, but the name DGXSYSTEM=box_001x01x002 says 2"
+    assert code == 0 and (words in said if warned else "warning" not in said), said
+
+
 def test_an_earlier_job_is_not_overwritten(machine):
     assert machine.run()[0] == 0
     code, said = machine.run()
@@ -258,6 +295,7 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
         "run_with_docker.sh",
         "configs/config_common.sh",
         "configs/config_mounts.sh",
+        "configs/steps.sh",
     ]
     read = set()
     for name in scripts:
@@ -266,8 +304,10 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
         for words in re.findall(r"^for name in ([A-Z_\\\s]+); do", text, re.MULTILINE):
             read |= set(words.replace("\\", " ").split())
     given = {
-        "KEEPER",
-        "KEEPER_PID",
+        "REMOVER",
+        "REMOVER_PID",
+        "BASH_REMATCH",
+        "PATH",
         "SECONDS",
         "VIRTUAL_ENV",
         "BASH_SOURCE",

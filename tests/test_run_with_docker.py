@@ -169,7 +169,7 @@ def test_the_config_and_all_that_the_programs_read_is_passed(box):
     text = "".join((ROOT / name).read_text() for name in ("run.sub", "configs/config_mounts.sh"))
     launcher = {name for name in re.findall(r"\$\{!?([A-Z][A-Z_]+):[-+?]", text) if not name.startswith("SLURM_")}
     wanted = (
-        (program | launcher) - INSIDE - HOST - {"GIT_COMMIT", "VIRTUAL_ENV", "REQUEUE", "KEEPER_PID"}
+        (program | launcher) - INSIDE - HOST - {"GIT_COMMIT", "VIRTUAL_ENV", "REQUEUE", "REMOVER_PID"}
     )  # the image's; Slurm's
     assert len(wanted) > 25
     assert wanted - box.passed(**dict.fromkeys(wanted, "1") | MACHINE) == set()

@@ -84,10 +84,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def launcher_variables() -> set[str]:
     """The variables that the launchers read, as their own text has them, without those of the shell and of Slurm."""
-    scripts = [ROOT / "run.sub", ROOT / "run_and_time.sh", *(ROOT / "configs").glob("config_[cm]o*.sh")]
+    scripts = [
+        ROOT / "run.sub",
+        ROOT / "run_and_time.sh",
+        ROOT / "configs/steps.sh",
+        *(ROOT / "configs").glob("config_[cm]o*.sh"),
+    ]
     text = "\n".join(re.sub(r"(^|\s)#.*", "", path.read_text()) for path in scripts if path.exists())
     found = set(re.findall(r"\$\{!?#?([A-Z][A-Z0-9_]{5,})\b", text))
-    others = r"SLURM|OMPI_|PET_|BASH|SECONDS|HOSTNAME|VIRTUAL_ENV|PYTHON|KEEPER|LOCAL_RANK"
+    others = r"SLURM|OMPI_|PET_|BASH|SECONDS|HOSTNAME|VIRTUAL_ENV|PYTHON|REMOVER|LOCAL_RANK"
     return {name for name in found if not re.match(others, name)}
 
 

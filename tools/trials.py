@@ -136,22 +136,25 @@ class Verdict(NamedTuple):
     complaints: list[str]
 
 
-def check(path: Path, ruleset: str) -> Verdict:
+def check(path: Path, ruleset: str, called: Path | None = None) -> Verdict:
     """The official compliance checker's verdict on a log, with its reason. Raises UserError for an unknown ruleset.
 
+    `called`: the log's name in what is said, where this program sees the log in a container and the reader does not.
     Logs of a benchmark that MLPerf has no rules for, but this project (tools/rules_<benchmark>.yaml), are checked by
     those, and the verdict says so: it is none on compliance.
     """
     if ruleset not in rulesets():
         raise UserError(f"ruleset {ruleset!r} is not known to mlperf-logging; choose one of {', '.join(rulesets())}")
     own = _own_rules(path, ruleset)
-    title = f"events of {path}, {own.name} (no MLPerf ruleset has this benchmark)" if own else ""
-    title = title or f"compliance of {path}, ruleset {ruleset}"
+    called = called or path
+    title = f"events of {called}, {own.name} (no MLPerf ruleset has this benchmark)" if own else ""
+    title = title or f"compliance of {called}, ruleset {ruleset}"
     output, complaints = "", []
     reason = None if own else _unfit(path, ruleset)
     if reason is None:
         words = ("--usage", "training", "--ruleset", ruleset, *(("--config", str(own)) if own else ()))
         code, output = official("compliance_checker", *words, str(path.resolve()))
+        output = output.replace(str(path.resolve()), str(called))
         complaints = _complaints(output)
         if code == 0 and "INFO - SUCCESS" in output:
             many = f"{len(complaints)} warnings, the first" if len(complaints) > 1 else "1 warning"
@@ -345,6 +348,7 @@ def main(argv: list[str]) -> int:
     part.add_argument("log", type=Path, help="a log with MLPerf events, among other lines or alone")
     part.add_argument("--ruleset", default="5.1.0", help="MLPerf Training ruleset (default: 5.1.0)")
     part.add_argument("--append", type=Path, metavar="FILE", help="add all that the checker said to this file")
+    part.add_argument("--called", type=Path, metavar="PATH", help="the log's name in messages (default: as given)")
     part = commands.add_parser("explain", help="why a trial failed: which rank, which node, its last lines")
     part.add_argument("folder", type=Path, help="the trial's folder with rank_<r>.log and exits.txt")
     part.add_argument("--code", type=int, required=True, help="exit code of the launcher (srun, torchrun)")
@@ -357,9 +361,9 @@ def main(argv: list[str]) -> int:
     part.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
     args = parser.parse_args(argv)
     if args.command == "check":
-        verdict = check(args.log, args.ruleset)
+        verdict = check(args.log, args.ruleset, args.called)
         if args.append:
-            append_verdict(args.append, args.log, verdict)
+            append_verdict(args.append, args.called or args.log, verdict)
         print(verdict.line)
         return cli.OK if verdict.ok else cli.CRASH
     if args.command == "explain":

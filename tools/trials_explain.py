@@ -125,6 +125,10 @@ def read(folder: Path, nodes: list[str], per_node: int) -> Trial:
         for line in tail(folder / "exits.txt"):
             if m := re.fullmatch(r"(\d+) (\S+) (\d+) (\d+)", line.strip()):
                 exits[int(m[1])] = (m[2], int(m[3]), int(m[4]))
+    killed = folder / "killed.txt"
+    if killed.is_file():  # run.sub killed what did not end by itself; that is nobody's exit code
+        since = int(killed.read_text() or 0) - 1  # clocks of nodes differ
+        exits = {n: exit for n, exit in exits.items() if exit[1] != 137 or exit[2] < since}
     known = set(logs) | set(exits)
     # One torchrun on each machine speaks for all its ranks.
     through_torchrun = bool(exits) and per_node > 1 and all(n % per_node == 0 for n in known)
@@ -309,6 +313,8 @@ def explain(folder: Path, code: int, nodes: list[str], per_node: int) -> str:
     trial = read(folder, nodes, per_node)
     blamed, sentence = verdict(trial, code)
     lines = [f"trial ended with exit code {code}: {sentence}"]
+    if (folder / "killed.txt").is_file():
+        lines.append("  run.sub killed the ranks that had not ended by themselves, after asking them for their stacks")
     if problem := disk_problem(folder):
         lines.append(problem)
     for rank in blamed[:1]:

@@ -2,73 +2,30 @@
 
 Each node is a slurmd in its own process, host name and mount namespaces, so nodes see neither each other's processes
 nor mounts, `power_off` is what a power cut is, and nothing outlives `stop`: when a namespace's first process dies the
-kernel kills the rest and drops the mounts. No authentication, no cgroups, no accounting database. Root and Linux only.
+kernel kills the rest and drops the mounts. Processes are tracked by cgroup v1 where this machine has it, so that
+signals reach what they reach on a real cluster. No authentication, no accounting database. Root and Linux only; jobs
+that are submitted with `identity` belong to a user who is not root.
 """
 
 import contextlib
 import os
-import random
+import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tests.slurm.configuration import BOOT, CGROUP, CONFIGURATION, NO_CGROUP, closed_python, free_ports, remove_cgroups
 from tests.slurm.containers import install, require
 
 PACKAGES = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
 UNFINISHED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "SIGNALING", "STAGE_OUT"}
-PORTS = range(20000, 32000)  # below those that the kernel gives to outgoing connections
-FOREIGN = re.compile("SLURM|SBATCH|SRUN|SALLOC|PYXIS|ENROOT|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_")
-
-CONFIGURATION = """\
-ClusterName=local
-SlurmctldHost=localhost
-SlurmctldPort={port}
-AuthType=auth/none
-CredType=cred/none
-AuthInfo=cred_expire=5
-SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-TmpFS={folder}/tmp-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-SlurmdParameters=config_overrides
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=500
-SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-ReturnToService=2
-KillWait={kill_wait}
-MinJobAge=3600
-MailProg=/bin/true
-PlugStackConfig={folder}/plugstack.conf
-"""
-
-# In the new namespaces of one node. bash stays the first process because it reaps orphans, which slurmd would not.
-BOOT = """
-hostname "$1"
-mount --bind "$2/hosts" /etc/hosts
-if [[ -d $2/containers ]]; then
-    mount -t tmpfs tmpfs "$2/containers"
-    mount -t overlay -o "lowerdir=$2/bin:/usr/local/bin" overlay /usr/local/bin
-fi
-slurmd -D -N "$1"
-exit
-"""
+FOREIGN = re.compile("SLURM|SBATCH|SRUN|SALLOC|PYXIS|ENROOT|XDG_|PMI|RANK$|WORLD_SIZE$|LOCAL_RANK$|MASTER_")
+USER = pwd.getpwnam("nobody")
 
 
 class Cluster:
@@ -76,17 +33,19 @@ class Cluster:
 
     `cpus` and `memory` (MiB) are declared for each node and need not exist; `gpus` are device files that only Slurm
     believes in, for --gpus-per-node and CUDA_VISIBLE_DEVICES. `kill_wait` is the seconds between SIGTERM and SIGKILL.
-    `containers` loads the test double of Pyxis (spank_containers.c; images and records: containers.py) on every node.
+    `containers` is the version of a test double of Pyxis (spank_containers.c; images and records: containers.py) for
+    every node; none without.
     `settings` are more lines of slurm.conf, as in settings={"SlurmdTimeout": 10}.
     """
 
     def __init__(
-        self, folder, nodes=("n1", "n2"), cpus=4, gpus=0, memory=8000, containers=False, kill_wait=2, settings=None
+        self, folder, nodes=("n1", "n2"), cpus=4, gpus=0, memory=8000, containers="", kill_wait=2, settings=None
     ):
         self.folder = Path(folder).absolute()
         self.nodes, self.cpus, self.gpus, self.memory = tuple(nodes), cpus, gpus, memory
         self.containers, self.kill_wait, self.settings = containers, kill_wait, dict(settings or {})
         self.daemons: dict[str, subprocess.Popen] = {}
+        self._first_job = 0
         self._link: Path | None = None
 
     # Starting and stopping
@@ -98,6 +57,7 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         # slurm.conf takes no spaces and a socket's path holds 107 bytes, so the daemons come here by a short link
         self._link = Path(tempfile.mkdtemp(prefix="slurm-")) / "d"
+        self._link.parent.chmod(0o755)
         self._link.symlink_to(self.folder)
         try:
             for attempt in range(3):  # somebody may take a port between the look and the daemon's start
@@ -135,6 +95,12 @@ class Cluster:
         if controller:
             controller.kill()
             controller.wait()
+            remove_cgroups(range(self._first_job, self._first_job + 1000))
+
+    @property
+    def identity(self) -> dict:
+        """The user of the jobs, for subprocess.run."""
+        return {"user": USER.pw_uid, "group": USER.pw_gid, "extra_groups": []}
 
     def _configure(self) -> None:
         for file in [*self.folder.glob("*.log"), self.folder / "containers.jsonl"]:
@@ -143,7 +109,14 @@ class Cluster:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir()
         ports = free_ports(1 + len(self.nodes))
-        text = CONFIGURATION.format(port=ports[0], folder=self._link, kill_wait=self.kill_wait)
+        self._first_job = ports[0]
+        proctrack = "linuxproc" if NO_CGROUP else "cgroup"
+        text = CONFIGURATION.format(
+            port=ports[0], folder=self._link, kill_wait=self.kill_wait, proctrack=proctrack
+        )  # fmt: skip
+        (self.folder / "cgroup.conf").write_text(CGROUP)
+        (self.folder / "home").mkdir(exist_ok=True)
+        os.chown(self.folder / "home", USER.pw_uid, USER.pw_gid)
         text += "".join(f"{key}={value}\n" for key, value in self.settings.items())
         gres = f" Gres=gpu:{self.gpus}" if self.gpus else ""
         if self.gpus:
@@ -161,7 +134,9 @@ class Cluster:
         text += f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n"
         (self.folder / "hosts").write_text(hosts + "\n")
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "plugstack.conf").write_text(install(self.folder, self._link) if self.containers else "")
+        (self.folder / "plugstack.conf").write_text(
+            install(self.folder, self._link, self.containers) if self.containers else ""
+        )
 
     def _spawn(self, *command: str) -> subprocess.Popen:
         """A daemon that dies with this process, even when pytest is killed."""
@@ -174,8 +149,9 @@ class Cluster:
         """Starts the node's slurmd; its jobs of before are gone."""
         namespaces = ["--uts", "--mount", "--pid", "--mount-proc", "--propagation", "private"]
         self.daemons[node] = self._spawn(
-            "unshare", *namespaces, "--fork", "--kill-child=KILL", "bash", "-ec", BOOT, "boot", node, str(self._link)
-        )
+            "unshare", *namespaces, "--fork", "--kill-child=KILL", "bash", "-ec", BOOT, "boot", node, str(self._link),
+            *closed_python()
+        )  # fmt: skip
 
     def power_off(self, node: str) -> None:
         """Kills everything on the node at once, as a power cut does, and returns when it is gone."""
@@ -211,6 +187,9 @@ class Cluster:
         values = {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
         path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
         values |= {"SLURM_CONF": f"{self._link}/slurm.conf", "PATH": ":".join(path), "OMP_NUM_THREADS": "1"}
+        values |= {"HOME": f"{self._link}/home", "USER": USER.pw_name, "LOGNAME": USER.pw_name}
+        # the clone is that of another user
+        values |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
         for name, value in more.items():
             if value is None:
                 values.pop(name, None)
@@ -218,12 +197,15 @@ class Cluster:
                 values[name] = str(value)
         return values
 
-    def run(self, *command, check=True, timeout=60, env=None, cwd=None) -> subprocess.CompletedProcess:
-        """Runs a command such as sinfo, srun or scontrol to its end; a failure raises with what it said."""
+    def run(self, *command, check=True, timeout=60, env=None, cwd=None, **identity) -> subprocess.CompletedProcess:
+        """Runs a command such as sinfo, srun or scontrol to its end, as root unless told otherwise (`self.identity`).
+
+        A failure raises with what it said.
+        """
         command = [str(word) for word in command]
         result = subprocess.run(
             command, env=self.env() if env is None else env, cwd=cwd or self.folder, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors="replace", timeout=timeout,
+            capture_output=True, text=True, errors="replace", timeout=timeout, **identity,
         )  # fmt: skip
         if check and result.returncode:
             raise AssertionError(f"{command} ended with {result.returncode}\n{result.stdout}{result.stderr}")
@@ -306,18 +288,6 @@ class Cluster:
             time.sleep(0.05)
         state = f"job {job} ({self.job(job)['JobState']}) has no task of rank {rank}"
         raise AssertionError(f"{state}\n--- output\n{self.output(job)[-6000:]}\n{self.logs()}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError(f"no {count} free ports between {PORTS.start} and {PORTS.stop}")
 
 
 def parse_job(text: str) -> dict[str, str]:

@@ -1,10 +1,40 @@
 """A local Slurm for a module's tests; see cluster.py, and containers.py for what the containers are."""
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.containers import make_image
 from tests.slurm.jobs import make_data, start
+
+
+class Folders:
+    """As pytest's tmp_path_factory, but users who are not root can enter what it makes."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.count = base, 0
+
+    def mktemp(self, name: str) -> Path:
+        self.count += 1
+        folder = self.base / f"{name}{self.count}"
+        folder.mkdir()
+        return folder
+
+
+@pytest.fixture(scope="session")
+def tmp_path_factory():
+    base = Path(tempfile.mkdtemp(prefix="test-slurm-"))
+    base.chmod(0o755)
+    yield Folders(base)
+    shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("case")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +47,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def container_cluster(tmp_path_factory):
     """Two nodes of four CPUs with the test double of Pyxis."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), containers=True) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0") as running:
         yield running
 
 

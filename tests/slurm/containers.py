@@ -22,10 +22,11 @@ def require(*programs: str, packages: str) -> None:
         raise RuntimeError(f"{', '.join(missing)} not found: on Debian, as root: {packages}")
 
 
-def install(folder: Path, link: Path) -> str:
+def install(folder: Path, link: Path, version: str) -> str:
     """Compiles the plugin into a cluster's folder, known to its daemons as `link`; the line of plugstack.conf."""
     require("gcc", packages=PACKAGES)
-    command = ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-o", folder / "spank_containers.so"]
+    command = ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-o", folder / "spank_pyxis.so"]
+    command += [f'-DPYXIS_VERSION="{version}"']
     made = subprocess.run([*command, HERE / "spank_containers.c"], capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(f"spank_containers.c: is libslurm-dev there ({PACKAGES})?\n{made.stderr}")
@@ -35,7 +36,10 @@ def install(folder: Path, link: Path) -> str:
     tool = folder / "bin" / "enroot"
     tool.unlink(missing_ok=True)
     tool.symlink_to(link / "enroot")
-    return f"required {link}/spank_containers.so {link} {link}/enroot\n"
+    record = folder / "containers.jsonl"
+    record.touch()
+    record.chmod(0o666)
+    return f"required {link}/spank_pyxis.so {link} {link}/enroot\n"
 
 
 def records(folder: Path, job: int | None = None) -> list[dict]:
@@ -45,15 +49,27 @@ def records(folder: Path, job: int | None = None) -> list[dict]:
     return [line for line in lines if job in (None, line["job"])]
 
 
-def make_image(path: Path, environment: dict[str, str] | None = None) -> Path:
+# As Debian's: a login shell forgets the PATH that the image sets.
+PROFILE = """\
+PATH="/usr/local/bin:/usr/bin:/bin"
+for file in /etc/profile.d/*.sh; do
+    if [ -r "$file" ]; then . "$file"; fi
+done
+export PATH
+"""
+
+
+def make_image(path: Path, environment: dict[str, str] | None = None, python: bool = True) -> Path:
     """A tiny .sqsh without programs of its own: with host_mounts() the machine's bash and this Python run in it.
 
-    `environment` are the variables that the image sets, as ENV lines of a Dockerfile do.
+    `environment` are the variables that the image sets, as ENV lines of a Dockerfile do. `python`: its profile.d puts
+    this Python on the PATH of login shells; else only the image's PATH has it.
     """
     require("mksquashfs", packages=PACKAGES)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for name in ("dev", "etc", "proc", "root", "run", "sys", "tmp", "usr", "var/tmp"):
+        root.chmod(0o755)
+        for name in ("dev", "etc/profile.d", "proc", "root", "run", "sys", "tmp", "usr", "var/tmp"):
             (root / name).mkdir(parents=True)
         for name in FOLDERS:
             if Path("/", name).is_symlink():
@@ -61,7 +77,12 @@ def make_image(path: Path, environment: dict[str, str] | None = None) -> Path:
         for name in ("passwd", "group", "nsswitch.conf", "ld.so.cache"):
             if Path("/etc", name).exists():
                 shutil.copy2(Path("/etc", name), root / "etc" / name)
-        lines = [f"{name}={value}\n" for name, value in (environment or {}).items()]
+        where = Path(sys.executable).parent
+        (root / "etc/profile").write_text(PROFILE)
+        if python:
+            (root / "etc/profile.d/python.sh").write_text(f"PATH={where}:$PATH\n")
+        environment = {"PATH": f"{where}:{os.environ['PATH']}"} | (environment or {})
+        lines = [f"{name}={value}\n" for name, value in environment.items()]
         (root / "etc" / "environment").write_text("".join(lines))
         (root / "etc" / "image").write_text("inside\n")
         path.unlink(missing_ok=True)

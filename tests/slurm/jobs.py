@@ -5,13 +5,14 @@ An epoch of 2 x 2 ranks takes a second or two.
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster, children
+from tests.slurm.cluster import USER, Cluster, children
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "source configs/config_cpu_demo_002x02x004.sh"
@@ -40,6 +41,7 @@ class Submission:
         done = subprocess.run(
             ["bash", "-euc", script, "bash", f"--output={folder}/slurm %j.out", *words],
             env=cluster.env(**environ), cwd=folder / "work tree", capture_output=True, text=True, timeout=60,
+            **cluster.identity,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         self.id = int(done.stdout)
@@ -111,6 +113,8 @@ def start(cluster: Cluster, data: Path, folder: Path, *words, config=CONFIG, **e
     folder.mkdir()
     (folder / "work tree").symlink_to(ROOT)
     (folder / "my logs").mkdir()
+    for path in (folder, folder / "my logs"):
+        os.chown(path, USER.pw_uid, USER.pw_gid)
     defaults = {
         "DATADIR": data, "LOGDIR": folder / "my logs", "CONT": "", "DROPCACHE_CMD": "true", "NUMEPOCHS": 2,
         "LOG_INTERVAL": 2, "WARMUP_EPOCHS": 0, "EVALBATCHSIZE": 4, "EXTRA_PARAMS": SUCCESS,

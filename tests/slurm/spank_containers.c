@@ -1,21 +1,26 @@
 /* A TEST DOUBLE of Pyxis (https://github.com/NVIDIA/pyxis) for the local Slurm of cluster.py. It is not Pyxis.
  *
  * What it does: registers Pyxis's options, writes one JSON line a task (containers.jsonl: job, step, node, rank, argv,
- * options, working directory, whether a container was entered), and really enters a squashfs file as root: a mount
- * namespace a step and node, made by the script `enroot` beside it, which every task joins. Missing images, mount
- * sources, working directories and names fail the step; mounts without image and name are ignored with a warning and
- * the command runs natively, as with the real one. Variables of the image win over the host's, but for --container-env.
+ * options, working directory, whether a container was entered, whether it was another step's), and really enters a squashfs
+ * file: a mount namespace a step and node, made by the script `enroot` beside it, which every task joins. Missing images,
+ * mount sources, working directories and names fail the step; mounts without image and name are ignored with a warning and
+ * the command runs natively, as with the real one. Variables of the image win over the host's, but for --container-env,
+ * and PATH is what a login shell in the container makes of it. The job's variables reach `enroot`, but ENROOT_DATA_PATH. A
+ * step attaches to the container of its name that another step runs in, and ignores its own mounts then, unless the name
+ * ends in :no_exec. Before 0.24, mounts with blanks fail.
  *
  * What it does not: registries (a bare name fails), --container-save, entrypoints, user namespaces and uid mapping
- * (tasks stay root, with a root's rights), seccomp, PYXIS_* variables, GPUs, isolation (anyone may read anything).
+ * (tasks stay the job's user), seccomp, PYXIS_* variables, GPUs, isolation (anyone may read anything).
  *
- * plugstack.conf: required .../spank_containers.so FOLDER ENROOT
+ * plugstack.conf: required .../spank_pyxis.so FOLDER ENROOT
  * FOLDER/containers.jsonl is the record, FOLDER/containers/NAME what `ENROOT enter` keeps of a container.
- * gcc -shared -fPIC -o spank_containers.so spank_containers.c */
+ * gcc -shared -fPIC -DPYXIS_VERSION='"0.24.0"' -o spank_pyxis.so spank_containers.c */
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <sched.h>
 #include <signal.h>
@@ -31,6 +36,11 @@
 
 SPANK_PLUGIN(containers, 1)
 
+#ifndef PYXIS_VERSION
+#define PYXIS_VERSION "0.24.0"
+#endif
+static const char version[] = "pyxis: version v" PYXIS_VERSION; /* as in the real one; run.sub reads it there */
+
 #define BATCH 0xfffffffbu /* SLURM_BATCH_SCRIPT, the step of a batch script */
 
 enum { IMAGE, MOUNTS, WORKDIR, NAME, SAVE, HOME, NO_HOME, REMAP, NO_REMAP, WRITABLE, READONLY, ENTRYPOINT, NO_ENTRYPOINT,
@@ -41,6 +51,9 @@ static char container[PATH_MAX]; /* name of this step's container; empty: native
 static int unnamed;              /* it is removed after the step */
 static int failed;               /* errors of user_init don't reach srun, so that the task reports them */
 static int namespace = -1;
+static int attached;             /* to the namespace of a step that runs */
+static uid_t uid;                /* of the job */
+static gid_t gid;
 static char workdir[PATH_MAX];   /* within the container; Slurm goes elsewhere between the two callbacks of a task */
 static char **image_env;         /* NAME=VALUE of the image and of enroot's hooks */
 
@@ -87,6 +100,20 @@ int slurm_spank_init(spank_t sp, int ac, char **av)
     return 0;
 }
 
+/* Runs `enroot WORD...` to its end, as the job's user or as root. */
+static int run(char **words, char **env, int as_user)
+{
+    int status;
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (as_user && (setgroups(0, NULL) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid))) _exit(126);
+        execve(words[0], words, env);
+        perror(words[0]);
+        _exit(127);
+    }
+    return pid < 0 || waitpid(pid, &status, 0) < 0 || status;
+}
+
 /* The child that builds the container: the script mounts, then this pivots into it, says so and waits for its end. */
 static void build(char **av, char **env, int log, int go)
 {
@@ -94,23 +121,18 @@ static void build(char **av, char **env, int log, int go)
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     dup2(log, 1), dup2(log, 2);
-    if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) {
+    if (seteuid(0) || setegid(0) || unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) {
         perror("unshare");
         _exit(1);
     }
-    pid_t pid = fork();
-    if (pid == 0) {
-        char *words[] = {av[1], "enter", container, given[NAME] ? given[NAME] : "", given[IMAGE] ? given[IMAGE] : "",
-                         given[MOUNTS] ? given[MOUNTS] : "", given[WRITABLE] ? "rw" : "ro", given[HOME] ? "home" : "",
-                         given[ENV] ? given[ENV] : "", NULL};
-        execve(av[1], words, env);
-        perror(av[1]);
-        _exit(127);
-    }
-    int status;
-    char root[PATH_MAX + 32];
+    char owner[32], root[PATH_MAX + 32], *image = given[IMAGE] ? given[IMAGE] : "";
+    snprintf(owner, sizeof owner, "%u:%u", uid, gid);
+    char *prepare[] = {av[1], "prepare", container, image, NULL};
+    char *enter[] = {av[1], "enter", container, given[NAME] ? given[NAME] : "", image,
+                     given[MOUNTS] ? given[MOUNTS] : "", given[WRITABLE] ? "rw" : "ro", given[HOME] ? "home" : "",
+                     given[ENV] ? given[ENV] : "", owner, NULL};
     snprintf(root, sizeof root, "%s/root", container);
-    if (pid < 0 || waitpid(pid, &status, 0) < 0 || status) _exit(1);
+    if (run(prepare, env, 1) || run(enter, env, 0)) _exit(1);
     if (chdir(av[0]) || chdir("containers") || chdir(root) || syscall(SYS_pivot_root, ".", ".") ||
         umount2(".", MNT_DETACH)) {
         perror("pivot_root");
@@ -140,7 +162,9 @@ static int start(char **av, char **env)
     while (size < sizeof said - 1 && (got = read(log[0], said + size, sizeof said - 1 - size)) > 0)
         if (said[(size += got) - 1] == 6) {
             snprintf(path, sizeof path, "/proc/%d/ns/mnt", (int)pid);
+            if (seteuid(0)) perror("seteuid"); /* the child is root's */
             namespace = open(path, O_RDONLY | O_CLOEXEC);
+            if (seteuid(uid)) perror("seteuid");
             --size;
             break;
         }
@@ -150,6 +174,29 @@ static int start(char **av, char **env)
     for (char *next = said, *line; (line = strsep(&next, "\n"));)
         if (*line) slurm_error("pyxis: %s", line);
     return namespace < 0 ? -1 : 0;
+}
+
+/* The mount namespaces of a container's steps are lines of a file. Adds this step's, or looks for one that lives. */
+static void find_space(const char *folder, int add)
+{
+    char path[2 * PATH_MAX];
+    unsigned long one;
+    struct stat about;
+    struct dirent *entry;
+    snprintf(path, sizeof path, "%s/containers/%s/spaces", folder, container);
+    FILE *file = fopen(path, add ? "a" : "r");
+    if (file && add && !fstat(namespace, &about)) fprintf(file, "%lu\n", (unsigned long)about.st_ino);
+    while (file && !add && namespace < 0 && fscanf(file, "%lu", &one) == 1) {
+        DIR *all = opendir("/proc");
+        while (all && namespace < 0 && (entry = readdir(all))) {
+            snprintf(path, sizeof path, "/proc/%s/ns/mnt", entry->d_name);
+            if (stat(path, &about) || about.st_ino != one) continue;
+            namespace = open(path, O_RDONLY | O_CLOEXEC);
+            attached = namespace >= 0;
+        }
+        if (all) closedir(all);
+    }
+    if (file) fclose(file);
 }
 
 static void read_environment(const char *folder)
@@ -183,6 +230,8 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
     }
     spank_get_item(sp, S_JOB_ID, &job);
     spank_get_item(sp, S_JOB_STEPID, &step);
+    spank_get_item(sp, S_JOB_UID, &uid);
+    spank_get_item(sp, S_JOB_GID, &gid);
     spank_get_item(sp, S_JOB_ENV, &env);
     spank_get_item(sp, S_JOB_ARGV, &argc, &argv);
     if (step == BATCH && argc > 0) { /* of sbatch --container-image: its script lies in slurmd's spool */
@@ -194,7 +243,19 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
     unnamed = !given[NAME];
     if (unnamed) snprintf(container, sizeof container, "pyxis_%u.%u", job, step);
     else snprintf(container, sizeof container, "pyxis_%.*s", (int)strcspn(given[NAME], ":"), given[NAME]);
-    failed = start(av, env);
+    int minor = 0;
+    sscanf(version, "pyxis: version v0.%d", &minor);
+    if (given[NAME] && !strstr(given[NAME], ":no_exec") && !seteuid(0)) { /* /proc of others */
+        find_space(av[0], 0);
+        if (seteuid(uid)) return -1;
+    }
+    if (minor < 24 && given[MOUNTS] && strchr(given[MOUNTS], ' ')) {
+        slurm_error("pyxis: enroot-mount: failed to mount: invalid flags in %s", given[MOUNTS]);
+        failed = 1;
+    } else if (!attached) {
+        failed = start(av, env);
+        if (!failed) find_space(av[0], 1);
+    }
     if (!failed) read_environment(av[0]);
     return 0;
 }
@@ -230,6 +291,7 @@ static void record(spank_t sp, int file)
     fprintf(to, ", \"node\": \"%s\", \"rank\": %u, \"entered\": %s, \"cwd\": ", host, rank,
             namespace < 0 ? "false" : "true");
     put_string(to, cwd);
+    fprintf(to, ", \"attached\": %s", attached ? "true" : "false");
     fputs(", \"argv\": [", to);
     for (int i = 0; i < argc; ++i, comma = ", ") fputs(comma, to), put_string(to, argv[i]);
     fputs("], \"options\": {", to);

@@ -148,7 +148,7 @@ def descendants(pid: int) -> list[int]:
 
 def test_stop_leaves_neither_processes_nor_mounts(tmp_path, image):
     before = set(descendants(os.getpid()))
-    with pytest.raises(ZeroDivisionError), Cluster(tmp_path / "a b", containers=True) as running:
+    with pytest.raises(ZeroDivisionError), Cluster(tmp_path / "a b", containers="0.24.0") as running:
         link = running._link.parent
         script = f"srun --container-image='{image}' --container-mounts={host_mounts()} sleep 600\n"
         running.task(running.submit(write(tmp_path / "job.sub", script), cwd=tmp_path), 3)
@@ -222,7 +222,7 @@ def test_torch_runs_inside(container_cluster, image):
 
 
 def test_variables_of_the_image_and_of_the_pytorch_hook_win(container_cluster, image):
-    show = 'echo "$FROM_IMAGE $FROM_HOST $MASTER_ADDR $((MASTER_PORT - 61000 - SLURM_JOB_ID)) $RANK $WORLD_SIZE"'
+    show = 'echo "$FROM_IMAGE $FROM_HOST $MASTER_ADDR $((MASTER_PORT - 61000 - SLURM_JOB_ID % 4536)) $RANK $WORLD_SIZE"'
     words = [f"--container-image={image}", f"--container-mounts={host_mounts()}"]
     host = container_cluster.env(FROM_IMAGE="no", FROM_HOST="yes", MASTER_ADDR="mine", RANK="9")
     answer = srun(container_cluster, *words, "bash", "-c", show, env=host)
@@ -274,6 +274,25 @@ def test_named_containers_live_on_their_node_until_removed(container_cluster, im
     assert answer.returncode and "does not exist" in answer.stderr
     answer = container_cluster.run("srun", "-w", "n1", "enroot", "remove", "-f", "pyxis_stale", check=False)
     assert answer.returncode == 1 and "No such file or directory" in answer.stderr
+
+
+def test_a_step_attaches_to_a_running_container_unless_told_not_to(container_cluster, image, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    script, step = tmp_path / "job.sub", "srun -N1 -n1 --overlap --container-name=one"
+    a, b = (f"--container-mounts={host_mounts()},{tmp_path / folder}:/{folder}" for folder in ("a", "b"))
+    lines = [f"{step} --container-image={image} {a} sleep 600 &", "sleep 3", f"{step} {b} ls -d /a /b"]
+    lines += [f"{step}:no_exec {b} ls -d /a /b", "scancel $SLURM_JOB_ID"]
+    script.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    job = container_cluster.submit(f"--output={tmp_path}/out", script)
+    container_cluster.wait(job)
+    attached = {
+        line["step"]: line["attached"] for line in records(container_cluster.folder, job) if line["step"] != "batch"
+    }
+    assert attached == {0: False, 1: True, 2: False}
+    said = (tmp_path / "out").read_text()
+    assert "cannot access '/b'" in said and said.count("/b\n") == 1, said
+    container_cluster.run("srun", "-w", "n1", "enroot", "remove", "-f", "pyxis_one")
 
 
 def test_sbatch_takes_the_options_too_and_runs_the_script_inside(container_cluster, image, tmp_path):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, environment
-from tests.slurm.containers import host_mounts, records
+from tests.slurm.cluster import USER, Cluster, environment
+from tests.slurm.containers import host_mounts, make_image, records
 from tests.slurm.jobs import NEVER, ROOT, start
 
 pytestmark = pytest.mark.slurm
@@ -25,7 +25,7 @@ DATA, WEIGHTS = "/datasets/open-images-v6", "/torch-home"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """KillWait is what a rank has to write its checkpoint when the job is cancelled."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), containers=True, kill_wait=20) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", kill_wait=20) as running:
         yield running
 
 
@@ -38,20 +38,32 @@ def foreign(cluster, image):
 @pytest.fixture(scope="module")
 def inside(image, tmp_path_factory):
     """The variables of a job in containers."""
-    weights = tmp_path_factory.mktemp("weights") / "the weights"
-    weights.mkdir()
-    (weights / "resnet.pth").write_text("unused\n")
+    weights = make_weights(tmp_path_factory.mktemp("weights") / "the weights")
     extra = f"{ROOT}:/workspace/ssd:ro,{host_mounts()}"
     return {"CONT": image, "EXTRA_MOUNTS": extra, "BACKBONE_DIR": weights}
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, data, foreign, inside, tmp_path_factory):
+def exported(tmp_path_factory):
+    """Folders of a user who has exported variables that Enroot reads."""
+    home = tmp_path_factory.mktemp("home")
+    os.chown(home, USER.pw_uid, USER.pw_gid)
+    return {"XDG_CACHE_HOME": home / "cache", "ENROOT_DATA_PATH": home / "data"}
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, data, foreign, inside, exported, tmp_path_factory):
     """A job of two trials that has ended, for several tests."""
     job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
-                **inside)  # fmt: skip
+                **inside, **exported)  # fmt: skip
     assert job.wait() == 0, job.said()
     return job
+
+
+def make_weights(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "resnet.pth").write_text("unused\n")
+    return folder
 
 
 def containers(cluster) -> dict[str, list[str]]:
@@ -66,7 +78,7 @@ def make_container(cluster, image, name, node=None) -> str:
     """On one node or both; it holds the file /stale."""
     where = ["-w", node] if node else ["-N2", "--ntasks-per-node=1"]
     options = [f"--container-image={image}", f"--container-name={name}", f"--container-mounts={host_mounts()}"]
-    cluster.run("srun", *where, *options, "--container-writable", "touch", "/stale")
+    cluster.run("srun", *where, *options, "--container-writable", "touch", "/stale", **cluster.identity)
     return f"pyxis_{name}"
 
 
@@ -94,7 +106,12 @@ def test_trials_reach_their_target_and_the_logs_are_on_the_host(whole, image):
 def test_every_step_says_which_container_it_wants(whole, inside, data, image):
     name = f"detector-{whole.id}"
     mounts = f"{whole.logs}:/results,{data}:{DATA}:ro,{inside['BACKBONE_DIR']}:{WEIGHTS}:ro,{inside['EXTRA_MOUNTS']}"
-    ours = {"container-name": name, "container-mounts": mounts, "container-workdir": "/workspace/ssd", **FLAGS}
+    ours = {
+        "container-name": f"{name}:no_exec",
+        "container-mounts": mounts,
+        "container-workdir": "/workspace/ssd",
+        **FLAGS,
+    }
     steps = {}
     for line in records(whole.cluster.folder, whole.id):
         if line["step"] != "batch":
@@ -105,28 +122,43 @@ def test_every_step_says_which_container_it_wants(whole, inside, data, image):
         argv, options = lines[0]["argv"], lines[0]["options"]
         nodes = [line["node"] for line in lines]
         assert all(line["argv"] == argv and line["options"] == options for line in lines)
-        words = " ".join(Path(word).name if i == 0 else word for i, word in enumerate(argv))
-        kind = "bash" if words.startswith("bash") else " ".join(words.split()[:2])
-        if kind in ("sync", "true drop", "enroot remove", "bash"):
+        inner = argv[1:2] == ["XDG_CACHE_HOME=/results/.cache"]
+        words = " ".join(Path(word).name if i == 0 else word for i, word in enumerate(argv[2 * inner :]))
+        kind = words.split()[0] if words.startswith(("bash", "sh ")) else " ".join(words.split()[:2])
+        assert not any(line["attached"] for line in lines)
+        if kind in ("sync", "true drop") or (kind == "bash" and not inner):
             assert options == {} and nodes == ["n1", "n2"] and not any(line["entered"] for line in lines)
-        elif kind == "true":
-            assert options == {"container-image": str(image), **ours} and nodes == ["n1", "n2"]
+        elif kind == "sh":
+            first = {"container-image": str(image), **ours, "container-workdir": "/"}
+            assert options == first and all(line["cwd"] == "/" for line in lines) and nodes == ["n1", "n2"]
         else:
             assert options == ours
             wide = kind in ("python tools/preflight.py", "run_and_time.sh") and "--print-config" not in argv
             assert nodes == (["n1", "n1", "n2", "n2"] if wide else ["n1"])
-        assert all(line["entered"] and line["cwd"] == "/workspace/ssd" for line in lines) or options == {}
+        assert all(line["entered"] and line["cwd"] == "/workspace/ssd" for line in lines) or kind == "sh" or not options
         seen.append(kind)
-    assert [kind for kind in seen if kind not in ("bash", "enroot remove")] == [
-        "true", "python -c", "run_and_time.sh --print-config", "python tools/preflight.py", "true drop",
+    assert [kind for kind in seen if kind != "bash"] == [
+        "sh", "python -c", "run_and_time.sh --print-config", "python tools/preflight.py", "true drop",
         "printenv GIT_COMMIT",
         *["sync", "true drop", "run_and_time.sh", "python tools/trials.py"] * 2, "python tools/trials.py",
     ]  # fmt: skip
-    assert seen[0] == "enroot remove" and seen.count("true") == 1
+    assert seen.count("bash") == 3, "two for the containers' end, one that waits with the table"
 
 
 def test_its_containers_are_removed_and_no_others(whole, foreign):
     assert containers(whole.cluster) == {"n1": [foreign], "n2": [foreign]}
+
+
+def test_enroot_reads_the_users_variables_and_none_of_ours(whole, exported):
+    assert (exported["XDG_CACHE_HOME"] / "enroot").is_dir(), "the double hands it on, as Pyxis does"
+    assert not exported["ENROOT_DATA_PATH"].exists() and not Path("/results").exists()
+    assert (whole.logs / ".cache/detcore").is_dir() or not (exported["XDG_CACHE_HOME"] / "detcore").exists()
+
+
+def test_messages_name_paths_of_the_host(whole):
+    assert "/results" not in whole.said().replace(str(whole.logs), ""), whole.said()
+    assert f"{whole.logs}/{whole.stem}_1/result_0.txt" in whole.said()
+    assert "/results" not in (whole.logs / f"compliance_{whole.stem}.out").read_text()
 
 
 def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_rank(
@@ -165,7 +197,46 @@ def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, f
     assert cluster.job(job.id)["JobState"] == "CANCELLED"
     assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
     assert "Stopped by SIGTERM" in job.rank(0)
+    assert "0 of 2 trials ended with success" in job.said()
     assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
+
+
+def test_containers_are_removed_also_where_ranks_do_not_end_before_they_are_killed(submit, cluster, inside, foreign):
+    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, **inside)
+    job.until_step()
+    for rank in range(4):
+        os.kill(job.program(rank), signal.SIGSTOP)
+    cluster.run("scancel", job.id)
+    job.wait(90)
+    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
+
+
+def test_an_image_whose_login_shell_finds_no_python(submit, inside, tmp_path):
+    job = submit(**inside | {"CONT": make_image(tmp_path / "debian.sqsh", python=False)})
+    assert job.wait(60) == 2 and "/etc/profile.d" in job.said() and "activate" not in job.said(), job.said()
+
+
+def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
+    with Cluster(tmp_path / "c", containers="0.20.0") as cluster:
+        submit = submit_to(cluster)
+        job = submit(**inside)
+        assert (
+            job.wait(60) == 2
+            and "my logs holds a blank, which Pyxis can mount from 0.24 on; here it is 0.20" in job.said()
+        )
+        plain = tmp_path / "logs"
+        plain.mkdir()
+        os.chown(plain, USER.pw_uid, USER.pw_gid)
+        weights = make_weights(tmp_path / "weights")
+        data = tmp_path / "data"
+        (data / "train").mkdir(parents=True)
+        plain = {"LOGDIR": plain, "BACKBONE_DIR": weights, "DATADIR": data, "WORK_DIR": "/elsewhere"}
+        job = submit(**inside | plain)
+        assert job.wait(60) == 2, job.said()
+        assert "holds no /elsewhere/run_and_time.sh" in job.said()
+        cluster.run("srun", "-w", "n2", "mount", "--bind", "/dev/null", "/usr/local/bin/enroot")
+        job = submit(**inside | plain)
+        assert job.wait(60) == 2 and "enroot is not on PATH on n2" in job.said(), job.said()
 
 
 @pytest.mark.parametrize(

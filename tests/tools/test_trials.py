@@ -142,6 +142,13 @@ def test_check_of_a_benchmark_that_only_this_project_has_rules_for(tool, tmp_pat
     assert verdict.ok, verdict.line
 
 
+def test_check_names_the_log_as_the_host_does(tool, tmp_path, write_log, capsys):
+    log, out = write_log(tmp_path / "a/result_2.txt"), tmp_path / "compliance.out"
+    assert tool.main(["check", str(log), "--append", str(out), "--called", "/host/S_3/result_2.txt"]) in (0, 1)
+    assert "\ncompliance of /host/S_3/result_2.txt, ruleset" in capsys.readouterr().out
+    assert str(log) not in out.read_text() and set(tool.read_verdicts(out)) == {"S_3", "result_2.txt"}
+
+
 def test_check_of_what_is_no_log(tool, tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("Traceback\n")
@@ -202,6 +209,17 @@ def test_stopped_process_on_a_living_node(trial, explain):
         "rank 2 on node n2 was lost (no exit code; step 40, phase training step): gave no sign of life" in first
         and "so the node lives" in first
     )
+
+
+def test_whom_run_sub_killed_is_not_said_to_have_been_killed(trial, explain):
+    """It kills what is left soon after the watchdogs' end; the stopped rank leaves 137 then."""
+    logs = {r: watchdog(r, DEAD) if r != 2 else "step 40\n" for r in range(4)}
+    trial.put({0: 6, 1: 6, 2: 137, 3: 6}, logs, order={2: 15})
+    assert "killed by SIGKILL" in explain(6)[0]
+    (trial.path / "killed.txt").write_text("1015\n")
+    first, text = explain(6)
+    assert "rank 2 on node n2 was lost (no exit code" in first and "no sign of life" in first and "SIGKILL" not in first
+    assert "run.sub killed the ranks that had not ended by themselves" in text and "none: rank 2" in text
 
 
 def test_frames_of_cpp_code_are_no_last_words(trial, explain):
