@@ -33,7 +33,7 @@ def plain_value(hint, text: str):
         return None if text.strip().lower() == "none" else plain_value(options[0], text)
     if typing.get_origin(hint) is tuple:
         parts = tuple(options[0](part) for part in re.split(r"[,\s]+", text.strip().strip("()[]")) if part)
-        if not parts or (... not in options and len(parts) != len(options)):
+        if ... not in options and len(parts) != len(options):
             raise ValueError(text)
         return parts
     if hint is bool:

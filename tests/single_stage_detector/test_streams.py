@@ -184,7 +184,7 @@ class TestEvalBatchSize:
         monkeypatch.setattr(detection, "widest", lambda *given: 8)
         monkeypatch.setattr(detection, "LARGEST_TENSOR", elements)
         monkeypatch.setattr(detection.distributed, "agree", lambda values, device: values)
-        detection.eval_batch_size(data.DETECTOR, config, model, data.open_index(config, "val"), ALONE, gpu)
+        detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, gpu)
         assert limits == [limit]
 
     def test_found_once_and_used_in_every_evaluation(self, config, model, monkeypatch):
