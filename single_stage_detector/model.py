@@ -39,6 +39,15 @@ def _convolve(x: Tensor, conv: nn.Conv2d, narrow: Mapping[Tensor, Tensor], biase
     return conv2d(x, conv, narrow.get(conv.weight, conv.weight), bias)
 
 
+def _two_wide(x: Tensor) -> Tensor:
+    """A map of one column gets a column of zeros, which a 3x3 convolution of stride 2 and padding 1 sees anyway.
+
+    torch's convolutions in bf16 on the CPU leave parts of the weight's gradient unset where the map has one column
+    (2.11 to 2.14): the optimizer would get whatever lay in that memory.
+    """
+    return F.pad(x, (0, 1)) if x.shape[-1] == 1 else x
+
+
 class FeaturePyramid(nn.Module):
     """(C3, C4, C5) -> [P3, ..., P7], each [N, channels, rows, columns]. P6 is made from P5, P7 from ReLU(P6)."""
 
@@ -58,8 +67,8 @@ class FeaturePyramid(nn.Module):
         for level in range(len(inner) - 2, -1, -1):
             inner[level] = inner[level] + F.interpolate(inner[level + 1], size=inner[level].shape[-2:], mode="nearest")
         pyramid = [_convolve(x, block, narrow) for block, x in zip(self.layer_blocks, inner, strict=True)]
-        p6 = _convolve(pyramid[-1], self.extra_blocks["p6"], narrow)
-        return [*pyramid, p6, _convolve(F.relu(p6), self.extra_blocks["p7"], narrow)]
+        p6 = _convolve(_two_wide(pyramid[-1]), self.extra_blocks["p6"], narrow)
+        return [*pyramid, p6, _convolve(_two_wide(F.relu(p6)), self.extra_blocks["p7"], narrow)]
 
 
 class Head(nn.Module):

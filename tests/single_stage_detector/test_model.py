@@ -1,5 +1,6 @@
 """RetinaNet against torchvision's, golden counts, and the naming of the reference."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from detcore import UserError, native
 from detcore.resnet import NORMS
 from single_stage_detector.anchors import grids
 from single_stage_detector.loss import losses
-from single_stage_detector.model import MEAN, STD, RetinaNet, load_reference_state
+from single_stage_detector.model import MEAN, STD, FeaturePyramid, RetinaNet, load_reference_state
 from tests.single_stage_detector.test_variants import Conversions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
@@ -319,3 +320,24 @@ def test_impossible_models(changes):
 def test_images_of_another_size():
     with pytest.raises(UserError, match="built for"):
         small()(some_images(size=(64, 64)))
+
+
+def test_gradients_of_maps_of_one_column_in_bf16_are_set_everywhere():
+    """torch leaves some of them unset on the CPU: what lay in the memory before shows."""
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid((8, 8, 8), 16)
+    exact = copy.deepcopy(pyramid).double()
+    features = [torch.randn(2, 8, size, size) for size in (4, 2, 1)]
+    for _ in range(5):
+        pyramid.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = pyramid(features)
+        rubbish = [torch.full((16, 16, 3, 3), 1e30, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) * 4]
+        del rubbish
+        sum(out.float().sum() for out in outputs).backward()
+        for name in ("p6", "p7"):
+            assert pyramid.extra_blocks[name].weight.grad.abs().max() < 1e3
+    sum(out.sum() for out in exact([feature.double() for feature in features])).backward()
+    for (name, ours), theirs in zip(pyramid.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0.05, atol=0.2, msg=name)
+    assert [out.shape[-1] for out in outputs] == [4, 2, 1, 1, 1]
