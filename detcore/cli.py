@@ -88,10 +88,14 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly end; a second SIGINT interrupts at once."""
+    """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly end; a second SIGINT interrupts at once.
+
+    signal: the last one that this process got, or 0. agreed: the one that the processes of a run agreed to stop for,
+    which this one may not have got yet.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = self.agreed = 0
 
     def __enter__(self) -> "StopRequest":
         self._old = {n: signal.signal(n, self._on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}

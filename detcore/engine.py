@@ -174,14 +174,14 @@ class _Run:
                     self.watchdog.beat("waiting for the metric", self.state.step)
                     time.sleep(0.02)
         reached = self.take(result) if result is not None else False
-        flags = [int(result is not None), int(reached), int(self.stop.signal != 0)]
+        flags = [int(result is not None), int(reached), self.stop.signal]
         arrived, reached, stopped = distributed.agree(flags, self.context.backend.exchange)
         if arrived:
             self.pending = None
         if reached:
             self.code = cli.OK
         elif stopped and self.code is None:
-            self.code = cli.STOPPED
+            self.code, self.stop.agreed = cli.STOPPED, stopped
 
     def take(self, result: dict[str, Any]) -> bool:
         """Rank 0: logs an evaluation's result and keeps its checkpoint if it is the best; True if it is the target."""
@@ -376,5 +376,5 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             status = SUCCESS if code == cli.OK else ABORTED
             progress.write("end", status=status, time_s=seconds, seconds=progress.seconds, best=best)
         outcome = Outcome(code, state.step, best, epoch, seconds)
-        progress.say(summary(outcome, task, config.output_dir, config.epochs, stop.signal))
+        progress.say(summary(outcome, task, config.output_dir, config.epochs, stop.agreed))
         return outcome

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from detcore import UserError, backend, checkpoint, cli, engine, optim
+from detcore import UserError, backend, checkpoint, cli, distributed, engine, optim
 from detcore.data.batch import Batch, whole_images
 from detcore.run_config import RunConfig
 from detcore.state import State
@@ -336,6 +336,20 @@ def test_a_signal_in_the_last_step_of_an_epoch_saves_too(tmp_path):
     outcome, log = run(tmp_path, make_task(loss=loss, target=0.9, events=events), resume=True)
     assert ("stream", 1, 0) in events and outcome.step == 3 * STEPS
     assert [e["metadata"]["epoch_num"] for e in log if e["key"] == "eval_accuracy"] == [1, 2, 3]
+
+
+def test_a_rank_whose_signal_comes_late_stops_with_the_others(tmp_path, monkeypatch, capsys):
+    """It has none of its own when the others tell it of theirs."""
+    asked = []
+
+    def agree(values, device="cpu"):
+        asked.append(values)
+        return [*values[:2], signal.SIGUSR1] if len(values) == 3 and len(asked) > 2 else list(values)
+
+    monkeypatch.setattr(distributed, "agree", agree)
+    outcome, _ = run(tmp_path, make_task(target=0.9))
+    assert outcome.code == cli.STOPPED
+    assert "Stopped by SIGUSR1" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
