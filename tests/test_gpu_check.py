@@ -16,7 +16,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 try:
-    check, core, table = (importlib.import_module(name) for name in ("gpu_check", "gpu_check_core", "gpu_check_table"))
+    check, core, table, machine = (
+        importlib.import_module(f"gpu_check{name}") for name in ("", "_core", "_table", "_machine")
+    )
     ops, runs, process = (importlib.import_module(f"gpu_check_{name}") for name in ("ops", "runs", "process"))
 finally:
     sys.path.remove(str(ROOT / "tools"))
@@ -179,9 +181,8 @@ def test_the_first_cases_are_a_selection_of_their_own(tmp_path):
     assert list(entry()["rows"]) == ["a 1", "b 1", "a 2"] and check.done(entry())
     assert check.keep(core.load(tmp_path), "train", named=False)
     state = core.load(tmp_path)
-    assert not check.keep(state, "train", named=False, cases=["a *"]) and list(state["parts"]["train"]["rows"]) == [
-        "b 1"
-    ]
+    assert not check.keep(state, "train", named=False, cases=["a *"])
+    assert state["parts"]["train"]["anew"] == ["a 1", "a 2"] and len(state["parts"]["train"]["rows"]) == 3
     assert not check.done(state["parts"]["train"], (), 1)
 
 
@@ -236,10 +237,10 @@ def test_errors_skips_and_the_end_of_the_time(tmp_path):
     assert parts["one"]["status"] == "failed" and parts["one"]["rows"]["fails"]["error"] == "ValueError: first line"
     assert parts["two"]["status"] == "stopped" and list(parts["two"]["rows"]) == ["slow"]
     assert parts["three"]["status"] == "skipped" and parts["three"]["reason"] == "not here"
-    assert not check.keep({"parts": parts}, "two", named=False) and list(parts["two"]["rows"]) == ["slow"]
+    assert not check.keep({"parts": parts}, "two", named=False) and "anew" not in parts["two"]
     assert check.keep({"parts": parts}, "three", named=False)
-    assert not check.keep({"parts": parts}, "one", named=False) and list(parts["one"]["rows"]) == ["skips"]
-    assert not check.keep({"parts": parts}, "three", named=True) and "three" not in parts
+    assert not check.keep({"parts": parts}, "one", named=False) and parts["one"]["anew"] == ["fails"]
+    assert not check.keep({"parts": parts}, "three", named=True) and parts["three"]["anew"] == ["skips"]
 
 
 def test_a_broken_gpu_context_ends_the_process_but_not_the_part(tmp_path):
@@ -254,14 +255,83 @@ def test_a_broken_gpu_context_ends_the_process_but_not_the_part(tmp_path):
     assert core.load(tmp_path)["parts"]["ops"]["status"] == "failed"
 
 
-def test_results_of_another_commit_are_not_mixed(tmp_path, monkeypatch, capsys):
-    core.save(tmp_path, {"version": 1, "commit": "old", "quick": True, "gpu": False, "parts": {"peers": {"rows": {}}}})
-    monkeypatch.setattr(check, "run_part", lambda part, *_: None)
-    stages = [check.Stage("floor", 10)]
-    check.check(options(tmp_path, "--quick"), stages, False, process.Log(tmp_path / "log"), time.monotonic())
-    assert "all begun anew" in capsys.readouterr().out
+def folder_of(tmp_path: Path, parts: dict, **more) -> None:
+    """A folder with the JSON of a check on a GPU at the commit `old`."""
+    core.save(
+        tmp_path, {"version": 1, "commit": "old", "quick": False, "gpu": True, "card": "A", "parts": parts} | more
+    )
+
+
+def part_of(rows: dict, **more) -> dict:
+    return {"status": "passed", "rows": rows, "done": [[[], 0]]} | more
+
+
+def test_rows_of_another_commit_are_kept_and_marked(tmp_path, monkeypatch):
+    hung = {"error": "no end", "hung": True}
+    rows = {"a": {"ms": 1.0}, "bad": {"error": "x"}, "hung": hung, "cut": {"passed": 1, "unfinished": True}}
+    folder_of(tmp_path, {"floor": part_of({"copy": {"ms": 1.0}}), "ops": part_of(rows, status="failed")})
+    given(tmp_path, monkeypatch)
     state = core.load(tmp_path)
-    assert list(state["parts"]) in ([], ["floor"]) and state["commit"] == core.commit()
+    assert state["commit"] == machine.commit() and state["parts"]["floor"] == part_of(
+        {"copy": {"ms": 1.0, "commit": "old"}}
+    )
+    assert list(state["parts"]["ops"]["rows"]) == list(rows) and state["parts"]["ops"]["anew"] == ["bad", "cut"]
+    measured = []
+    jobs = [(key, lambda key=key: measured.append(key) or {"ms": 2.0}) for key in rows]
+    core.run_jobs("ops", jobs, context(tmp_path))
+    assert measured == ["bad", "cut"]
+    state = core.load(tmp_path)
+    assert "anew" not in state["parts"]["ops"] and "commit" not in state["parts"]["ops"]["rows"]["bad"]
+    text = table.table(state)
+    assert "*: rows of commit old" in text and "HUNG hung*" in text and "; 2 of another commit*" in text
+    assert not check.keep(state, "ops", named=True) and state["parts"]["ops"]["anew"] == ["a", "bad", "cut"]
+    check.mark_rows(state | {"commit": "new"}, "old")
+    assert "commit" not in state["parts"]["floor"]["rows"]["copy"]
+    assert state["parts"]["ops"]["rows"]["bad"]["commit"] == "new"
+
+
+def test_a_row_stays_until_its_new_one_is_there(tmp_path, monkeypatch):
+    folder_of(tmp_path, {"ops": part_of({"a": {"ms": 1.0}, "b": {"ms": 1.0}})}, commit=machine.commit())
+    monkeypatch.setattr(check, "parts_of_cases", lambda options: ["ops"])
+    assert given(tmp_path, monkeypatch, "--case", "a", "--minutes", "0.05") == []
+    entry = core.load(tmp_path)["parts"]["ops"]
+    assert entry["rows"] == {"a": {"ms": 1.0}, "b": {"ms": 1.0}} and entry["anew"] == ["a"]
+    assert [name for name, *_ in given(tmp_path, monkeypatch)].count("ops") == 1, "it is still to be measured"
+
+    def cut():
+        raise core.OutOfTime("cut")
+
+    core.run_jobs("ops", [("a", cut)], context(tmp_path, cases=("a",)))
+    assert core.load(tmp_path)["parts"]["ops"]["rows"]["a"] == {"ms": 1.0}
+    jobs = [(key, lambda: {"ms": 2.0}) for key in ("a", "b")]
+    core.run_jobs("ops", jobs, context(tmp_path, cases=("a",)))
+    entry = core.load(tmp_path)["parts"]["ops"]
+    assert [row["ms"] for row in entry["rows"].values()] == [2.0, 1.0] and check.done(entry) and "anew" not in entry
+    core.run_jobs("ops", jobs, context(tmp_path, cases=("a",)))
+    assert entry["done"] == core.load(tmp_path)["parts"]["ops"]["done"] == [[["a"], 0], [[], 0]]
+
+
+def test_the_build_of_another_commit_is_done_again_first(tmp_path, monkeypatch):
+    folder_of(tmp_path, {"build": part_of({"build_ext --inplace": {"libraries": "x"}})})
+    assert [call[0] for call in given(tmp_path, monkeypatch, "--only", "floor")] == ["build", "floor"]
+    assert core.load(tmp_path)["parts"]["build"]["anew"] == ["build_ext --inplace"]
+
+
+def test_another_kind_of_machine_begins_anew_beside_a_copy(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for number, more in enumerate(({"card": "B"}, {"gpu": False}, {"quick": True}), 1):
+        folder_of(out, {"floor": part_of({"copy": {"ms": 1.0}})}, **more)
+        monkeypatch.setattr(check, "clocks", lambda when: {"when": when, "card": "A"})
+        given(out, monkeypatch, "--only", "floor")
+        assert "another kind of machine: all begun anew; a copy: " in capsys.readouterr().out
+        assert core.load(out)["parts"] == {}
+        aside = json.loads((tmp_path / "work" / f"gpu_check_before_{number}.json").read_text())
+        assert aside["parts"]["floor"]["rows"] == {"copy": {"ms": 1.0}}
+    folder_of(out, {"floor": part_of({"copy": {"ms": 1.0}})})
+    monkeypatch.setattr(check, "clocks", lambda when: {"when": when, "missing": "no nvidia-smi"})
+    given(out, monkeypatch, "--only", "floor")
+    assert core.load(out)["card"] == "A" and core.load(out)["parts"]["floor"]["rows"]
 
 
 def given(tmp_path: Path, monkeypatch, *words: str) -> list[tuple]:
@@ -279,14 +349,14 @@ def test_a_stopped_part_gets_the_time_of_those_that_are_done(tmp_path, monkeypat
     """Its one long job would begin anew at each call and never end."""
     parts = {name: {"status": "passed", "rows": {}, "done": [[[], 0]]} for name in check.PARTS}
     parts["bccd"] = {"status": "stopped", "rows": {}}
-    core.save(tmp_path, {"version": 1, "commit": core.commit(), "quick": False, "gpu": True, "parts": parts})
+    core.save(tmp_path, {"version": 1, "commit": machine.commit(), "quick": False, "gpu": True, "parts": parts})
     assert given(tmp_path, monkeypatch) == [("bccd", pytest.approx(480 - check.GRACE - check.ENDING, abs=2), (), 0)]
 
 
 def test_a_core_that_is_through_is_not_begun_again(tmp_path, monkeypatch):
     parts = {name: {"status": "passed", "rows": {"x": {"ms": 1.0}}, "done": [[[], 0]]} for name in check.PARTS}
     parts["train"]["done"] = [[[], 1]]
-    core.save(tmp_path, {"version": 1, "commit": core.commit(), "quick": False, "gpu": True, "parts": parts})
+    core.save(tmp_path, {"version": 1, "commit": machine.commit(), "quick": False, "gpu": True, "parts": parts})
     assert [call[0::2] for call in given(tmp_path, monkeypatch)] == [("train", ())]
 
 
@@ -328,57 +398,6 @@ def test_cases_are_looked_for_in_all_parts(tmp_path, monkeypatch, capsys):
     assert check.main(["--out", str(tmp_path / "new"), "--work", str(tmp_path), "--case", "bf17*"]) == 2
     assert "no case matches --case bf17*; --list prints them" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def full_state() -> dict:
-    """What a check on a large GPU could leave, with numbers as wide as they get."""
-    times = {"ms": 12345.678, "p10_ms": 1.0, "p90_ms": 99999.9, "n": 100}
-    speed = times | {"images_per_s": 12345.6, "images_per_s_p10": 12345.6, "images_per_s_p90": 12345.6}
-    speed |= {"peak_gib": 139.9, "x_published": 12.34, "percent_of_flop_floor": 123.4}
-    op = times | {"reference_ms": 99999.999, "speedup": 1234.5, "mb": 123456.7, "difference": 1e-300}
-    group = {"passed": 1234, "failed": 12, "skipped_tests": 3, "not_run": 7}
-    tests = group | {"groups": {"detcore": group}, "error": "12 failed: " + "tests.test_x::test_y, " * 20}
-    families = {
-        "batchnorm/elementwise": {"ms": 1234.56, "share": 0.5, "floor_ms": 0.0},
-        "other": {"ms": 1, "share": 0.1, "floor_ms": None},
-    }
-    parts = {
-        "tests": {"status": "failed", "seconds": 80.0, "rows": {"ops": tests}},
-        "floor": {"status": "passed", "rows": {"copy": times | {"gb_s": 4300.0}, "bf16": times | {"tflop_s": 790.1}}},
-        "ops": {"status": "passed", "rows": {"a very long name of an operation": op | {"percent_of_floor": 99.9}}},
-        "train": {"status": "passed", "rows": {"bf16 b32 compiled+graph reference": speed}},
-        "peers": {"status": "stopped", "reason": "out of time", "rows": {"torchvision bf16 b32 compiled parts": speed}},
-        "inference": {"status": "passed", "rows": {"forward+postprocess bf16 b128 eager reference": speed}},
-        "ssd300": {"status": "passed", "rows": {"training bf16 b128 compiled+graph reference": speed}},
-        "profile": {"status": "passed", "rows": {"x": {"ms": 1.0, "families": families, "next": ["a" * 200]}}},
-        "losses": {"status": "passed", "rows": {"x": {"largest": 1e-9, "steps": 200, "tolerance": 0.02}}},
-        "bccd": {"status": "passed", "rows": {"graph native": {
-            "AP": 0.48, "AP50": 0.84, "epochs": 18, "seconds": 12345.6, "seconds_to_AP_0.4": 123.4,
-            "median_images_per_s": 12345.6}}},
-    }  # fmt: skip
-    clock = {"when": "start", "driver": "580.159.03", "sm_mhz": "1980", "memory_mhz": "3201", "temperature_c": "55"}
-    machine = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130", "cuda": "13.0", "python": "3.12.3"}
-    return {"version": 1, "machine": machine, "commit": "0123456789ab+changes", "clocks": [clock], "parts": parts}
-
-
-def test_the_table_fits_and_tells_published_from_measured():
-    text = table.table(full_state())
-    assert max(map(len, text.splitlines())) <= 100
-    assert "291.2 images/s a H100, of 8 (published MLPerf result, not measured here)" in text
-    assert "our target on one H100: 400 images/s, bf16, batch 32 (a target, not measured)" in text
-    assert "our targets on one H100, images/s: training 2500, inference 6000 (targets, not measured)" in text
-    assert "published for one A100, images/s: training 724, inference 970 (not measured here)" in text
-    assert "FAILED ops: 12 failed" in text and "out of time" in text
-    assert "ops detcore: 1234 of 1246 passed, 3 skipped, 7 not run" in text
-    assert "bf16 790 TFLOP/s" in text and "copy 4,300 GB/s" in text
-
-
-def test_a_row_that_is_not_as_it_should_be_does_not_end_a_check():
-    state = full_state()
-    del state["parts"]["train"]["rows"]["bf16 b32 compiled+graph reference"]["images_per_s_p10"]
-    text = table.table(state)
-    assert "speed: a row is not as it should be (KeyError: 'images_per_s_p10'); see the JSON" in text
-    assert "SSD300" in text and "copy 4,300 GB/s" in text
 
 
 def test_differences_of_results():

@@ -10,17 +10,19 @@ training.
 
 --only core is the core list of about three minutes: build, the ops' tests, floor, the first case of train, probe, the
 first of ssd300. It comes first without --only too, so that it is the rest that is cut. --only none prints the table.
-Named parts are measured anew if they had come to an end. --case names cases, as in a shell and several times: they
-are measured anew, others not; those of all parts, or of --only's. --quick takes fewer iterations and smaller batches
-(not in the floors).
+Named parts (core names none) are measured anew if they had come to an end. --case names cases, as in a shell and
+several times: they are measured anew, others not; those of all parts, or of --only's. --quick takes fewer iterations
+and smaller batches (not in the floors).
 
 DIR gets gpu_check.json (its keys: tools/gpu_check_core.py), gpu_check.log and table.txt, nothing else, all of them
 refreshed every few seconds; everything else goes to --work, build/gpu_check. On a machine without a network,
 --carried names the folder that tools/gpu_carry.py has made: packages, compiled libraries, the data set.
 
 Every part runs in a process of its own within its own time, so that a crash costs one row. What does not fit is left
-out and said; called again with the same DIR, or with --go-on and the JSON of the last call, the check goes on there,
-if the code is the same. A case that hangs is passed over from then on.
+out and said; called again with the same DIR, or with --go-on and the JSON of the last call, the check goes on there.
+After a change of the code the rows of the earlier commit stay, marked with a *, until --only or --case names them;
+those with an error, and the build, are done again. On another kind of machine all begins anew, with a copy of the old
+JSON in --work. A row stays until its new one is there. A case that hangs is passed over until --case names it.
 Without a GPU the parts that make sense on a CPU run on small shapes; `--quick --minutes 0.4`, called again and again,
 cuts each of them once. Exit code: 0 if nothing failed, 1 if a part did or hung, 2 for wrong arguments, 143 if ended.
 """
@@ -47,7 +49,8 @@ if __name__ == "__main__":
 
 import gpu_carry  # noqa: E402
 import torch  # noqa: E402
-from gpu_check_core import NAME, Context, clocks, commit, load, matches, run_jobs, save  # noqa: E402
+from gpu_check_core import NAME, Context, load, matches, run_jobs, save  # noqa: E402
+from gpu_check_machine import clocks, commit  # noqa: E402
 from gpu_check_process import ENDING, GRACE, Log, Part, child_environment, end_with_parent, run_part  # noqa: E402
 from gpu_check_table import PUBLISHED, TARGETS, table  # noqa: E402
 
@@ -175,26 +178,53 @@ def run_child(options: argparse.Namespace) -> NoReturn:
 
 
 def keep(state: dict, name: str, named: bool, cases: Sequence[str] = ()) -> bool:
-    """Whether a part's earlier result stands; else what of it can be kept is left in the state."""
+    """Whether a part's earlier result stands; else "anew" in its entry has the keys that are to be measured again.
+
+    A row that is to be measured again stays until its new one is there; one that hung is passed over unless a pattern
+    of cases fits it. Rows of another commit, those with "commit", are measured again if the part is named.
+    """
     entry = state["parts"].get(name)
     if not entry:
         return False
     rows = entry.get("rows", {})
     for word in ("running", "through"):  # of a check that was killed
         entry.pop(word, None)
+    ended = done(entry)
+    anew = set(entry.get("anew", ()))
     if cases:
-        left = {key: row for key, row in rows.items() if not matches(key, cases)}
-    elif not named and entry.get("status") in ("passed", "skipped") and done(entry):
-        return True
-    elif named and done(entry):
-        del state["parts"][name]
-        return False
+        anew |= {key for key in rows if matches(key, cases)}
     else:
-        left = {key: row for key, row in rows.items() if "error" not in row or "hung" in row or "unfinished" in row}
-    if len(left) < len(rows):
-        entry["done"] = []
-    entry.update(rows=left, seconds=0)
+        for key, row in rows.items():
+            failed = "error" in row and "unfinished" not in row
+            other = "commit" in row and (named or name == "build" or "error" in row or "unfinished" in row)
+            if "hung" not in row and ((named and ended) or failed or other):
+                anew.add(key)
+        if not anew and ended and entry.get("status") in ("passed", "skipped"):
+            return True
+    if anew:
+        entry.update(anew=[key for key in rows if key in anew], done=[])
+    if anew == set(rows):
+        entry["seconds"] = 0
     return False
+
+
+def mark_rows(state: dict, head: str) -> None:
+    """Leaves in each row that is of another commit than `head`, this call's, that commit as "commit"."""
+    for part in state["parts"].values():
+        for row in part.get("rows", {}).values():
+            row.setdefault("commit", state.get("commit", "unknown"))
+            if row["commit"] == head:
+                del row["commit"]
+
+
+def set_aside(options: argparse.Namespace) -> Path:
+    """Copies the JSON of DIR into the work folder, under a name that is free; its path."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (aside := options.work / f"gpu_check_before_{number}.json").exists():
+        number += 1
+    shutil.copyfile(options.out / NAME, aside)
+    return aside
 
 
 def done(entry: dict, cases: Sequence[str] = (), first: int = 0) -> bool:
@@ -219,6 +249,13 @@ def stages_of(options: argparse.Namespace, gpu: bool) -> list[Stage]:
     return core + named
 
 
+def with_build(stages: list[Stage], state: dict) -> list[Stage]:
+    """The stages, behind the build where that of the folder is of another commit."""
+    old = any("commit" in row for row in state["parts"].get("build", {}).get("rows", {}).values())
+    wanted = old and stages and "build" not in [stage.part for stage in stages]
+    return [*(stage for stage in STAGES if stage.part == "build" and wanted), *stages]
+
+
 def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log, began: float) -> None:
     """Runs the stages that are not done, one after the other, with all the minutes among them.
 
@@ -228,14 +265,25 @@ def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log,
     head = commit()
     if head == "unknown" and options.carried:
         head = gpu_carry.commit(options.carried)
-    identity = {"commit": head, "quick": options.quick, "gpu": gpu}
-    if state["parts"] and any(state.get(key) != value for key, value in identity.items()):
-        log.say("the results in the folder are of another commit or kind of machine: all begun anew")
+    start = clocks("start") if gpu else {}
+    kind = {"quick": options.quick, "gpu": gpu, "card": start.get("card") or state.get("card", "")}
+    if state["parts"] and any(state.get(key, value) != value for key, value in kind.items()):
+        log.say(
+            f"the results in the folder are of another kind of machine: all begun anew; a copy: {set_aside(options)}"
+        )
         state = {"version": 1, "parts": {}}
-    state.update(identity, published=PUBLISHED, targets=TARGETS)
-    state["clocks"] = [clocks("start")] if gpu else []
+    mark_rows(state, head)
+    if any("commit" in row for part in state["parts"].values() for row in part.get("rows", {}).values()):
+        log.say("rows of another commit are kept and marked with a *; --only and --case measure them anew")
+    state.update(kind, commit=head, published=PUBLISHED, targets=TARGETS)
+    state["clocks"] = [start] if gpu else []
+    asked = [stage.part for stage in stages]
+    stages = with_build(stages, state)
     names = list(dict.fromkeys(stage.part for stage in stages))
-    kept = [name for name in names if keep(state, name, name in options.wanted, options.case)]
+    kept = [
+        name for name in names
+        if keep(state, name, name in options.wanted, () if name == "build" and "build" not in asked else options.case)
+    ]  # fmt: skip
     save(options.out, state)
     for name in kept:
         log.say(f"{name}: kept from an earlier call")

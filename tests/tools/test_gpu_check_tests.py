@@ -146,6 +146,12 @@ def test_what_is_cut_keeps_its_results_and_goes_on_without_them(tmp_path, write,
     assert sorted(short([test for test, _ in row["failures"]])) == ["test_b", "test_dies"]
     assert sorted(short([test for test, _ in row["slowest"]])) == ["test_hangs", "test_last"]
 
+    state = core.load(tmp_path)
+    state["parts"]["tests"]["anew"] = ["ops"]  # such as after a repair
+    core.save(tmp_path, state)
+    row = run(tmp_path, {"crashes": chosen["crashes"]})
+    assert (row["passed"], row["failed"]) == (0, 1), "all are run again"
+
 
 def test_every_file_with_gpu_tests_is_in_one_group():
     files = groups.gpu_test_files()
