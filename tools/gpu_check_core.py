@@ -7,6 +7,7 @@ dictionary of plain values. gpu_check.json holds, all values measured on this ma
     machine     device (name, or cpu), memory_gib, capability, torch, cuda, cudnn, torchvision, python, processor
     commit      of the checkout, with "+changes-" and a hash of them if it has some; quick: true if with --quick
     card        by nvidia-smi;  gpu: whether torch saw one
+    preflight   on a GPU machine {gcc, Python.h, ptxas, nvcc, compute-sanitizer, git: its path, or "" if it is missing}
     clocks      [{when, driver, sm_mhz, memory_mhz, temperature_c, power_w, used_mib}], by nvidia-smi at start and end
     seconds     of the last call;  published: MLPerf figures of others, images/s a GPU;  targets: what we aim at
     parts       name: {status, seconds, budget_s, reason, done, anew, running, rows: {key: row}}

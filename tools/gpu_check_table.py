@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gpu_check_machine import told
+
 PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
 """images/s a GPU, the best published MLPerf results (rounds 3.0, 4.0, 4.1, 5.1): 8 GPUs, OpenImages, fp16."""
 TARGETS = {"H100": 400.0}
@@ -62,6 +64,8 @@ def about(state: dict[str, Any]) -> Iterator[str]:
         f"{m.get('device', '?')}: torch {m.get('torch', '?')}, CUDA {m.get('cuda')}, Python {m.get('python', '?')}, "
         f"commit {state.get('commit', '?')}{', --quick' if state.get('quick') else ''}"
     )
+    if state.get("preflight"):
+        yield f"  on this machine {told(state['preflight'])}"
     for c in state.get("clocks", []):
         if "missing" in c:
             yield f"  {c['when']:5} nvidia-smi: {c['missing']}"

@@ -25,6 +25,7 @@ STARTS = 8
 """So many processes may a group use up."""
 GROUPS = {
     "ops": {
+        "triton": r"^tests/detcore/ops/test_conv3x3_kernels\.py$",
         "detcore": r"^tests/detcore/ops/",
         "single_stage_detector": r"^tests/single_stage_detector/ops/",
         "ssd300": r"^tests/ssd300/ops/",
