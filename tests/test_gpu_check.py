@@ -147,6 +147,7 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path):
     assert done == ["a", "b", "c"]
     part = core.load(tmp_path)["parts"]["floor"]
     assert part["status"] == "passed" and list(part["rows"]) == ["a", "b", "c"] and "running" not in part
+    assert part["done"] == [[[], 0]]
 
 
 def test_the_first_cases_are_a_selection_of_their_own(tmp_path):

@@ -106,11 +106,11 @@ def test_rows_of_another_commit_are_kept_and_marked(tmp_path, monkeypatch):
 
 
 def test_a_row_stays_until_its_new_one_is_there(tmp_path, monkeypatch):
-    folder_of(tmp_path, {"ops": part_of({"a": {"ms": 1.0}, "b": {"ms": 1.0}})}, commit=machine.commit())
+    folder_of(tmp_path, {"ops": part_of({"a": {"ms": 1.0}, "b": {"ms": 1.0}}, seconds=7)}, commit=machine.commit())
     monkeypatch.setattr(check, "parts_of_cases", lambda options: ["ops"])
     assert given(tmp_path, monkeypatch, "--case", "a", "--minutes", "0.05") == []
     entry = core.load(tmp_path)["parts"]["ops"]
-    assert entry["rows"] == {"a": {"ms": 1.0}, "b": {"ms": 1.0}} and entry["anew"] == ["a"]
+    assert entry["rows"] == {"a": {"ms": 1.0}, "b": {"ms": 1.0}} and entry["anew"] == ["a"] and entry["seconds"] == 7
     assert [name for name, *_ in given(tmp_path, monkeypatch)].count("ops") == 1, "it is still to be measured"
 
     def cut():
