@@ -143,7 +143,7 @@ def test_a_job_that_hangs_is_ended_marked_and_passed_over(tmp_path, child):
     assert "no end after" in part["rows"]["hangs"]["error"] and seen.count("hangs") >= 3
     state = {"parts": {"ops": part | {"status": "failed", "done": []}}}
     assert not check.keep(state, "ops", named=False) and list(state["parts"]["ops"]["rows"]) == ["a", "hangs", "b"]
-    assert not check.keep(state, "ops", named=True, cases=["hangs"]) and "hangs" not in state["parts"]["ops"]["rows"]
+    assert not check.keep(state, "ops", named=True, cases=["hangs"]) and state["parts"]["ops"]["anew"] == ["hangs"]
 
 
 @pytest.mark.parametrize(("ran", "patience", "hung"), [(29.0, 30.0, False), (31.0, 30.0, True), (50.0, 120.0, False)])
@@ -151,6 +151,12 @@ def test_a_job_that_its_parts_end_cuts_off_has_hung_if_it_had_time(ran, patience
     entry = {"running": "x", "rows": {"y": {"ms": 1.0}}}
     assert process.judge(entry, None, ran, patience) == hung
     assert ("x" in entry["rows"]) == hung and entry["status"] == ("failed" if hung else "stopped")
+
+
+def test_a_row_that_was_to_be_measured_again_and_died_is_replaced():
+    entry = {"running": "x", "rows": {"x": {"ms": 1.0, "commit": "old"}, "y": {"ms": 1.0}}, "anew": ["x", "y"]}
+    assert process.judge(entry, 7, 1.0, 30.0)
+    assert list(entry["rows"]["x"]) == ["error"] and entry["anew"] == ["y"], "else it would be begun again and again"
 
 
 def test_a_part_that_is_through_may_be_slow_to_end():

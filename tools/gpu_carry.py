@@ -8,9 +8,10 @@ sources, and the data set bccd. Git ignores it. There one command starts it all:
 
     python3 tools/gpu_check.py --out results/gpu --carried build/carry
 
-The libraries serve torch 2.11 to 2.15 (stable ABI) and need no more of glibc and libstdc++ than Ubuntu 24.04 has. They
-are used while csrc/ and setup.py are what they were built from; nothing is compiled there then. Exit code 1, with a
-line that says why, if something can't be had or DIR and the files of the checkout together pass --limit MiB.
+The last lines of what is printed are those to go on with there. The libraries serve torch 2.11 to 2.15 (stable ABI) and
+need no more of glibc and libstdc++ than Ubuntu 24.04 has. They are used while csrc/ and setup.py are what they were
+built from; nothing is compiled there then. Exit code 1, with a line that says why, if something can't be had or DIR and
+the files of the checkout together pass --limit MiB.
 """
 
 import argparse
@@ -187,9 +188,12 @@ def prepare(folder: Path, data_set: Path | None, packages: list[str], limit: flo
     for name in ("wheels", "libraries", "bccd"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "wheels").mkdir()
+    print(f"wheels for Python 3.12: {', '.join(packages)}", flush=True)
     get_wheels(folder / "wheels", packages)
+    print(f"libraries for compute capability {ARCHITECTURES}: compiling takes about two minutes", flush=True)
     libraries = compile_libraries(folder / "libraries")
     if data_set:
+        print(f"the data set bccd: copied from {data_set}", flush=True)
         shutil.copytree(data_set, folder / "bccd")
     else:
         print("bccd is not at shared/data/bccd and --data was not given: left out, and the part bccd will be skipped")
@@ -209,6 +213,18 @@ def prepare(folder: Path, data_set: Path | None, packages: list[str], limit: flo
     )
     if tree + sum(sizes.values()) > limit:
         raise CarryError(f"that is more than {limit:g} MiB: leave something out (--data, --packages)")
+    print(what_next(folder))
+
+
+def what_next(folder: Path) -> str:
+    """What to copy to the other machine, and the commands there."""
+    inside = folder.is_relative_to(ROOT)
+    there = folder.relative_to(ROOT) if inside else Path("build") / "carry"
+    command = f"python3 tools/gpu_check.py --out results/gpu --carried {there}"
+    return f"""Copy the checkout, and {folder}, which git does not list, to {there} in it. There, in the checkout:
+    {command}
+After the first call, or with its gpu_check.json on another machine:
+    {command} --go-on gpu_check.json"""
 
 
 def main(argv: list[str]) -> int:

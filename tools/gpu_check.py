@@ -4,23 +4,25 @@
                               [--carried DIR] [--data DIR] [--work DIR] [--go-on FILE]
 
 PART is one of build, tests, floor, train, probe, ssd300, ops, inference, peers, losses, bccd, sanitizer; `--list`
-prints the cases of each. Measured are this card's copy and matmul rates, single operations (probe), every op beside its
-reference, the training step in all its modes with a profile, torchvision's RetinaNet, inference, SSD300, a real
-training.
+prints the cases of each, `--list --gpu` those of a GPU, also where there is none. Measured are this card's copy and
+matmul rates, single operations (probe), every op beside its reference, the training step in all its modes with a
+profile, torchvision's RetinaNet, inference, SSD300, a real training.
 
---only core is the core list of about three minutes: build, the ops' tests, floor, the first case of train, probe, the
-first of ssd300. It comes first without --only too, so that it is the rest that is cut. --only none prints the table.
-Named parts are measured anew if they had come to an end. --case names cases, as in a shell and several times: they
-are measured anew, others not; those of all parts, or of --only's. --quick takes fewer iterations and smaller batches
-(not in the floors).
+--only core is the core list: build, the ops' tests, floor, probe, the first case of ssd300, the first of train. It ends
+after three to four minutes if nothing is slow; `--minutes 4` caps it. It comes first without --only too, so that it is
+the rest that is cut. --only none prints the table. Named parts (core names none) are measured anew if they had come to
+an end. --case names cases, as in a shell and several times: they are measured anew, others not; those of all parts, or
+of --only's. --quick takes fewer iterations and smaller batches (not in the floors).
 
 DIR gets gpu_check.json (its keys: tools/gpu_check_core.py), gpu_check.log and table.txt, nothing else, all of them
 refreshed every few seconds; everything else goes to --work, build/gpu_check. On a machine without a network,
 --carried names the folder that tools/gpu_carry.py has made: packages, compiled libraries, the data set.
 
 Every part runs in a process of its own within its own time, so that a crash costs one row. What does not fit is left
-out and said; called again with the same DIR, or with --go-on and the JSON of the last call, the check goes on there,
-if the code is the same. A case that hangs is passed over from then on.
+out and said; called again with the same DIR, or with --go-on and the JSON of the last call, the check goes on there.
+After a change of the code the rows of the earlier commit stay, marked with a *, until --only or --case names them;
+those with an error, and the build, are done again. On another kind of machine all begins anew, with a copy of the old
+JSON in --work. A row stays until its new one is there. A case that hangs is passed over until --case names it.
 Without a GPU the parts that make sense on a CPU run on small shapes; `--quick --minutes 0.4`, called again and again,
 cuts each of them once. Exit code: 0 if nothing failed, 1 if a part did or hung, 2 for wrong arguments, 143 if ended.
 """
@@ -47,7 +49,8 @@ if __name__ == "__main__":
 
 import gpu_carry  # noqa: E402
 import torch  # noqa: E402
-from gpu_check_core import NAME, Context, clocks, commit, load, matches, run_jobs, save  # noqa: E402
+from gpu_check_core import NAME, Context, load, matches, run_jobs, save  # noqa: E402
+from gpu_check_machine import clocks, commit, preflight, told  # noqa: E402
 from gpu_check_process import ENDING, GRACE, Log, Part, child_environment, end_with_parent, run_part  # noqa: E402
 from gpu_check_table import PUBLISHED, TARGETS, table  # noqa: E402
 
@@ -80,16 +83,22 @@ class Stage:
     first: int = 0
 
 
-CORE = (
-    Stage("build", 30), Stage("tests", 40, cases=("ops",)), Stage("floor", 15), Stage("train", 50, first=1),
-    Stage("probe", 60), Stage("ssd300", 25, first=1),
+FIRST = (
+    Stage("build", 20), Stage("tests", 35, cases=("ops",)), Stage("floor", 15), Stage("probe", 55),
+    Stage("ssd300", 25, first=1),
 )  # fmt: skip
-"""What comes first; about three minutes where the libraries are carried."""
+CORE = (*FIRST, Stage("train", 50, first=1))
+"""--only core; three to four minutes where the libraries are carried and nothing is slow."""
 STAGES = (
-    *CORE, Stage("train", 100), Stage("tests", 25), Stage("ops", 25), Stage("inference", 15), Stage("ssd300", 15),
-    Stage("peers", 15), Stage("losses", 15), Stage("bccd", 40), Stage("sanitizer", 10),
+    *FIRST,
+    Stage("train", 85, cases=("bf16 b32 graph *", "bf16 b32 eager *")),
+    Stage("train", 90, cases=("bf16 b32 compiled+graph native",)),
+    Stage("tests", 25), Stage("train", 25), Stage("ops", 20), Stage("inference", 10), Stage("ssd300", 10),
+    Stage("losses", 30), Stage("peers", 10), Stage("bccd", 20), Stage("sanitizer", 5),
 )  # fmt: skip
-"""Eight minutes."""
+"""Eight minutes. A process of `train` pays for cuDNN's trials: so all of one shape and precision are in one, whose
+first case is the core list's. The compiler, which is slow, has its own, early. What a
+stage leaves is the next one's."""
 
 
 LEAST = 3.0
@@ -102,6 +111,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", help="parts to measure anew, separated by commas; core; none: only print the table")
     parser.add_argument("--case", action="append", default=[], help="a case to measure anew, such as 'bf16 b32 *'")
     parser.add_argument("--list", action="store_true", help="print the cases of each part")
+    parser.add_argument("--gpu", action="store_true", help="with --list: those of a GPU, on a machine without one too")
     parser.add_argument("--quick", action="store_true", help="fewer iterations and smaller shapes")
     parser.add_argument("--data", type=Path, help="the bccd data set, where it is not at shared/data/bccd")
     parser.add_argument("--carried", type=Path, help="what tools/gpu_carry.py has made")
@@ -116,6 +126,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     unknown = [name for name in options.wanted if name not in PARTS and name != "core"]
     if unknown:
         parser.error(f"--only {','.join(unknown)}: choose from {', '.join(PARTS)}, core, none")
+    if options.gpu and not options.list:
+        parser.error("--gpu: only together with --list")
     if not options.out and not options.list:
         parser.error("--out DIR: where the results go")
     if options.go_on and not options.go_on.is_file():
@@ -132,7 +144,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def list_cases(options: argparse.Namespace) -> int:
     """Prints "part: case" of every part; for one that can't say, as its module can't be imported, the reason."""
     for name, part in PARTS.items():
-        context = make_context(options, torch.cuda.is_available())
+        context = make_context(options, options.gpu or torch.cuda.is_available())
         try:
             for key, _ in getattr(import_module(part.module), part.function)(context):
                 print(f"{name}: {key}")
@@ -175,26 +187,53 @@ def run_child(options: argparse.Namespace) -> NoReturn:
 
 
 def keep(state: dict, name: str, named: bool, cases: Sequence[str] = ()) -> bool:
-    """Whether a part's earlier result stands; else what of it can be kept is left in the state."""
+    """Whether a part's earlier result stands; else "anew" in its entry has the keys that are to be measured again.
+
+    A row that is to be measured again stays until its new one is there; one that hung is passed over unless a pattern
+    of cases fits it. Rows of another commit, those with "commit", are measured again if the part is named.
+    """
     entry = state["parts"].get(name)
     if not entry:
         return False
     rows = entry.get("rows", {})
     for word in ("running", "through"):  # of a check that was killed
         entry.pop(word, None)
+    ended = done(entry)
+    anew = set(entry.get("anew", ()))
     if cases:
-        left = {key: row for key, row in rows.items() if not matches(key, cases)}
-    elif not named and entry.get("status") in ("passed", "skipped") and done(entry):
-        return True
-    elif named and done(entry):
-        del state["parts"][name]
-        return False
+        anew |= {key for key in rows if matches(key, cases)}
     else:
-        left = {key: row for key, row in rows.items() if "error" not in row or "hung" in row or "unfinished" in row}
-    if len(left) < len(rows):
-        entry["done"] = []
-    entry.update(rows=left, seconds=0)
+        for key, row in rows.items():
+            failed = "error" in row and "unfinished" not in row
+            other = "commit" in row and (named or name == "build" or "error" in row or "unfinished" in row)
+            if "hung" not in row and ((named and ended) or failed or other):
+                anew.add(key)
+        if not anew and ended and entry.get("status") in ("passed", "skipped"):
+            return True
+    if anew:
+        entry.update(anew=[key for key in rows if key in anew], done=[])
+    if anew == set(rows):
+        entry["seconds"] = 0
     return False
+
+
+def mark_rows(state: dict, head: str) -> None:
+    """Leaves in each row that is of another commit than `head`, this call's, that commit as "commit"."""
+    for part in state["parts"].values():
+        for row in part.get("rows", {}).values():
+            row.setdefault("commit", state.get("commit", "unknown"))
+            if row["commit"] == head:
+                del row["commit"]
+
+
+def set_aside(options: argparse.Namespace) -> Path:
+    """Copies the JSON of DIR into the work folder, under a name that is free; its path."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (aside := options.work / f"gpu_check_before_{number}.json").exists():
+        number += 1
+    shutil.copyfile(options.out / NAME, aside)
+    return aside
 
 
 def done(entry: dict, cases: Sequence[str] = (), first: int = 0) -> bool:
@@ -208,15 +247,26 @@ def stages_of(options: argparse.Namespace, gpu: bool) -> list[Stage]:
     if options.case:
         time_of = {stage.part: stage.seconds for stage in STAGES}
         return [Stage(name, time_of[name], tuple(options.case)) for name in parts_of_cases(options)]
-    if not options.wanted:
-        return [stage for stage in STAGES if gpu or PARTS[stage.part].cpu]
-    named = [
-        Stage(name, sum(stage.seconds for stage in STAGES if stage.part == name))
-        for name in PARTS
-        if name in options.wanted
-    ]
+    full = gpu and not options.quick
+    if not options.wanted and full:
+        return list(STAGES)
+    order = list(dict.fromkeys(stage.part for stage in STAGES))
+    own = {name: [stage for stage in STAGES if stage.part == name] for name in order}
+    asked = options.wanted or [name for name in order if gpu or PARTS[name].cpu]
+    named = []
+    for name in order:
+        if name in asked:
+            split = full and own[name][0].cases
+            named += own[name] if split else [Stage(name, sum(stage.seconds for stage in own[name]))]
     core = [stage for stage in CORE if gpu or PARTS[stage.part].cpu] if "core" in options.wanted else []
     return core + named
+
+
+def with_build(stages: list[Stage], state: dict) -> list[Stage]:
+    """The stages, behind the build where that of the folder is of another commit."""
+    old = any("commit" in row for row in state["parts"].get("build", {}).get("rows", {}).values())
+    wanted = old and stages and "build" not in [stage.part for stage in stages]
+    return [*(stage for stage in STAGES if stage.part == "build" and wanted), *stages]
 
 
 def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log, began: float) -> None:
@@ -228,14 +278,28 @@ def check(options: argparse.Namespace, stages: list[Stage], gpu: bool, log: Log,
     head = commit()
     if head == "unknown" and options.carried:
         head = gpu_carry.commit(options.carried)
-    identity = {"commit": head, "quick": options.quick, "gpu": gpu}
-    if state["parts"] and any(state.get(key) != value for key, value in identity.items()):
-        log.say("the results in the folder are of another commit or kind of machine: all begun anew")
+    start = clocks("start") if gpu else {}
+    kind = {"quick": options.quick, "gpu": gpu, "card": start.get("card") or state.get("card", "")}
+    if state["parts"] and any(state.get(key, value) != value for key, value in kind.items()):
+        log.say(
+            f"the results in the folder are of another kind of machine: all begun anew; a copy: {set_aside(options)}"
+        )
         state = {"version": 1, "parts": {}}
-    state.update(identity, published=PUBLISHED, targets=TARGETS)
-    state["clocks"] = [clocks("start")] if gpu else []
+    mark_rows(state, head)
+    if any("commit" in row for part in state["parts"].values() for row in part.get("rows", {}).values()):
+        log.say("rows of another commit are kept and marked with a *; --only and --case measure them anew")
+    state.update(kind, commit=head, published=PUBLISHED, targets=TARGETS)
+    state["clocks"] = [start] if gpu else []
+    asked = [stage.part for stage in stages]
+    state["preflight"] = preflight() if gpu else {}
+    if gpu:
+        log.say(f"on this machine {told(state['preflight'])}")
+    stages = with_build(stages, state)
     names = list(dict.fromkeys(stage.part for stage in stages))
-    kept = [name for name in names if keep(state, name, name in options.wanted, options.case)]
+    kept = [
+        name for name in names
+        if keep(state, name, name in options.wanted, () if name == "build" and "build" not in asked else options.case)
+    ]  # fmt: skip
     save(options.out, state)
     for name in kept:
         log.say(f"{name}: kept from an earlier call")

@@ -5,16 +5,20 @@ dictionary of plain values. gpu_check.json holds, all values measured on this ma
 
     version     1
     machine     device (name, or cpu), memory_gib, capability, torch, cuda, cudnn, torchvision, python, processor
-    commit      of the checkout, with "+changes" if it has some; quick: true if measured with --quick
+    commit      of the checkout, with "+changes-" and a hash of them if it has some; quick: true if with --quick
+    card        by nvidia-smi;  gpu: whether torch saw one
+    preflight   on a GPU machine {gcc, Python.h, ptxas, nvcc, compute-sanitizer, git: its path, or "" if it is missing}
     clocks      [{when, driver, sm_mhz, memory_mhz, temperature_c, power_w, used_mib}], by nvidia-smi at start and end
     seconds     of the last call;  published: MLPerf figures of others, images/s a GPU;  targets: what we aim at
-    parts       name: {status, seconds, budget_s, reason, done, running, rows: {key: row}}
+    parts       name: {status, seconds, budget_s, reason, done, anew, running, rows: {key: row}}
                 status: passed, failed (a row has "error"), stopped (out of time, rows are missing), skipped (reason)
                 done: selections [cases, first] whose jobs have all been through; running: the job in progress
+                anew: keys of rows that are to be measured again; such a row stays until the new one is there
 
 Times in rows are medians in ms over `n` iterations, with p10_ms and p90_ms; a row with "skipped" was not measured and
 says why; one with "hung" had no end, and is passed over until it is named; "unfinished": the job goes on in the next
-call. "profile" in a row is that of the same step in the same process.
+call; "commit": it was measured at that one, not at the check's. "profile" in a
+row is that of the same step in the same process.
 """
 
 import contextlib
@@ -24,7 +28,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -178,10 +181,16 @@ def answers() -> bool:
     return False
 
 
+def put(entry: dict[str, Any], key: str, row: Row) -> None:
+    """A new row into a part's entry."""
+    entry.setdefault("rows", {})[key] = row
+    entry["anew"] = [other for other in entry.get("anew", ()) if other != key]
+
+
 def leave(context: Context, name: str, key: str, row: Row) -> None:
     """Saves the row of a job that is still running, as far as it is."""
     state = load(context.out)
-    state["parts"][name]["rows"][key] = row | {"unfinished": True}
+    put(state["parts"][name], key, row | {"unfinished": True})
     save(context.out, state)
 
 
@@ -189,11 +198,13 @@ def run_jobs(name: str, jobs: Iterable[Job], context: Context) -> int:
     """Runs the jobs that are asked for and have no row yet, each row saved at once; the part's exit code."""
     state = load(context.out)
     state["machine"] = machine(context.gpu)
-    rows = state["parts"].setdefault(name, {}).setdefault("rows", {})
+    entry = state["parts"].setdefault(name, {})
+    entry.setdefault("rows", {})
     save(context.out, state)
     last, complete, left_out, count = 0.0, True, False, 0
     for number, (key, measure) in enumerate(jobs):
-        if key in rows and "unfinished" not in rows[key]:
+        rows = entry["rows"]
+        if key in rows and key not in entry.get("anew", ()) and "unfinished" not in rows[key]:
             continue
         if not context.wants(key, number):
             left_out = True
@@ -206,11 +217,10 @@ def run_jobs(name: str, jobs: Iterable[Job], context: Context) -> int:
         count += 1
         last = took if count > 1 else took / 4  # the first pays for the process's start and trials
         state = load(context.out)  # which the job may have changed
-        part = state["parts"][name]
-        del part["running"]
-        rows = part["rows"]
+        entry = state["parts"][name]
+        del entry["running"]
         if row is not None:
-            rows[key] = row
+            put(entry, key, row)
         save(context.out, state)
         if end == OUT_OF_TIME:
             complete = False
@@ -250,7 +260,11 @@ def finish(name: str, context: Context, complete: bool, left_out: bool) -> None:
     """Says in the JSON how a part ended."""
     state = load(context.out)
     part = state["parts"][name]
-    rows = part["rows"]
+    rows, anew = part["rows"], part.pop("anew", [])
+    if complete and not left_out:  # of cases that there are no more
+        rows = part["rows"] = {key: row for key, row in rows.items() if key not in anew}
+    elif anew:
+        part["anew"] = anew
     part["through"] = True
     part["status"] = status_of(rows, complete)
     part["reason"] = next((row["skipped"] for row in rows.values() if "skipped" in row), "")
@@ -259,10 +273,10 @@ def finish(name: str, context: Context, complete: bool, left_out: bool) -> None:
             ("other cases not asked for" if left_out else "") if complete else "out of time; call again to go on"
         )
     if complete:
-        through = [[list(context.cases), context.first], *([] if left_out else [[[], 0]])]
-        part["done"] = part.get("done", []) + [
-            selection for selection in through if selection not in part.get("done", [])
-        ]
+        part.setdefault("done", [])
+        for selection in ([list(context.cases), context.first], *([] if left_out else [[[], 0]])):
+            if selection not in part["done"]:
+                part["done"].append(selection)
     save(context.out, state)
 
 
@@ -363,31 +377,3 @@ def machine(gpu: bool) -> Row:
         }
         row |= {"capability": f"{about.major}.{about.minor}", "cudnn": torch.backends.cudnn.version()}
     return row
-
-
-def clocks(when: str) -> Row:
-    """Clocks, temperature, power and used memory of the first GPU as nvidia-smi tells them; {} where it does not."""
-    fields = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem",
-              "temperature_c": "temperature.gpu", "power_w": "power.draw", "used_mib": "memory.used"}  # fmt: skip
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits", "-i", "0"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return {"when": when, "missing": words(error)}
-    return {
-        "when": when,
-        **dict(zip(fields, (value.strip() for value in said.splitlines()[0].split(",")), strict=False)),
-    }
-
-
-def commit() -> str:
-    """The checkout's commit, with +changes if tracked files differ from it; unknown without git."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
-    return head.strip() + ("+changes" if changed else "")

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_check_core import CONTEXT_LOST, ROOT, Row, load, save, status_of
+from gpu_check_core import CONTEXT_LOST, ROOT, Row, load, put, save, status_of
 
 SCRIPT = Path(__file__).with_name("gpu_check.py")
 GRACE = 6.0
@@ -109,6 +109,7 @@ def judge(entry: Row, code: int | None, ran: float, patience: float | None) -> b
     """
     key = entry.pop("running", None)
     rows = entry.setdefault("rows", {})
+    so_far = {} if key in entry.get("anew", ()) else {k: v for k, v in rows.get(key, {}).items() if k != "unfinished"}
     if code == 0 or entry.pop("through", False):  # what comes after its last word costs nothing
         entry.pop("through", None)
         return False
@@ -117,7 +118,7 @@ def judge(entry: Row, code: int | None, ran: float, patience: float | None) -> b
             entry.update(status=status_of(rows, False), reason=f"out of time in {key!r}; call again to go on")
             return False
         said = f"no end after {ran:.0f} s: hung, or longer than its part's time; passed over until --case names it"
-        rows[key] = {**rows.get(key, {}), "error": said, "hung": True}
+        put(entry, key, {**so_far, "error": said, "hung": True})
     elif code == CONTEXT_LOST:
         said = "the CUDA context was lost"
     elif key is None:
@@ -125,9 +126,7 @@ def judge(entry: Row, code: int | None, ran: float, patience: float | None) -> b
         return False
     else:
         said = "its process died"
-        rows[key] = {**rows.get(key, {}), "error": f"the process died in it, code {code} (see gpu_check.log)"}
-    if key is not None:
-        rows[key].pop("unfinished", None)
+        put(entry, key, {**so_far, "error": f"the process died in it, code {code} (see gpu_check.log)"})
     entry.update(status=status_of(rows, True), reason=said)
     return True
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import gpu_carry
 import torch
 from gpu_check_core import ROOT, Context, Job, OutOfTime, Row, Skip
+from gpu_check_machine import place
 from gpu_check_tests import gpu_test_files, pytest_command
 
 from detcore import native
@@ -105,8 +106,8 @@ def unfit(context: Context) -> str:
 def data_folder(context: Context) -> Path:
     """The folder of bccd: --data, or shared/data/bccd beside or in the checkout. Raises Skip."""
     places = [context.data] if context.data else [ROOT / "shared/data/bccd", ROOT.parent / "shared/data/bccd"]
-    for place in places:
-        for folder in (place, place / "bccd"):
+    for root in places:
+        for folder in (root, root / "bccd"):
             if (folder / "annotations" / "instances_train.json").is_file():
                 return folder.resolve()
     raise Skip(f"the bccd data is not at {' or '.join(map(str, places))}; --data DIR says where it is")
@@ -186,9 +187,7 @@ def curve(folder: Path) -> Row:
 
 def sanitizer(context: Context) -> Iterable[Job]:
     """compute-sanitizer over the ops' own gpu tests, a job for each tool and file: memcheck of all of them first."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    places = [f"{home}/bin/compute-sanitizer" for home in homes if home]
-    binary = shutil.which("compute-sanitizer") or next((place for place in places if Path(place).is_file()), None)
+    binary = place("compute-sanitizer")
 
     def case(tool: str, file: str) -> Callable[[], Row]:
         def run() -> Row:

@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gpu_check_machine import told
+
 PUBLISHED = {"A100": 126.3, "H100": 291.2, "H200": 312.6, "B200": 490.7}
 """images/s a GPU, the best published MLPerf results (rounds 3.0, 4.0, 4.1, 5.1): 8 GPUs, OpenImages, fp16."""
 TARGETS = {"H100": 400.0}
@@ -35,9 +37,20 @@ def folded(line: str) -> list[str]:
 
 
 def rows(state: dict[str, Any], part: str) -> dict[str, Row]:
-    """The measured rows of a part."""
+    """The measured rows of a part; those of another commit have a * behind their key."""
     found = state["parts"].get(part, {}).get("rows", {})
-    return {key: row for key, row in found.items() if "skipped" not in row and "ms" in row}
+    return {marked(key, row): row for key, row in found.items() if "skipped" not in row and "ms" in row}
+
+
+def marked(key: str, row: Row) -> str:
+    return key + "*" * ("commit" in row)
+
+
+def cut(key: str, width: int) -> str:
+    """A key of so many characters, its mark included."""
+    return (key if len(key) <= width else key[: width - 1] + ("*" if key.endswith("*") else key[width - 1])).ljust(
+        width
+    )
 
 
 def number(value: float | None, width: int, places: int = 1) -> str:
@@ -51,6 +64,8 @@ def about(state: dict[str, Any]) -> Iterator[str]:
         f"{m.get('device', '?')}: torch {m.get('torch', '?')}, CUDA {m.get('cuda')}, Python {m.get('python', '?')}, "
         f"commit {state.get('commit', '?')}{', --quick' if state.get('quick') else ''}"
     )
+    if state.get("preflight"):
+        yield f"  on this machine {told(state['preflight'])}"
     for c in state.get("clocks", []):
         if "missing" in c:
             yield f"  {c['when']:5} nvidia-smi: {c['missing']}"
@@ -68,10 +83,21 @@ def overview(state: dict[str, Any]) -> Iterator[str]:
         yield f"{name:10} {status:8} {number(part.get('seconds'), 6)}  {what(part)}"
         for key, row in part.get("rows", {}).items():
             if "error" in row:
-                yield f"{'':10} {'':8} {'':6}  {'HUNG' if 'hung' in row else 'FAILED'} {key}: {row['error']}"
+                kind = "HUNG" if "hung" in row else "FAILED"
+                yield f"{'':27} {kind} {marked(key, row)}: {row['error']}"
+    others = {
+        row["commit"] for part in state["parts"].values() for row in part.get("rows", {}).values() if "commit" in row
+    }
+    if others:
+        yield f"*: rows of commit {', '.join(sorted(others))}"
 
 
 def what(part: dict[str, Any]) -> str:
+    old = sum("commit" in row for row in part.get("rows", {}).values())
+    return summary(part) + f"; {old} of another commit*" * bool(old)
+
+
+def summary(part: dict[str, Any]) -> str:
     found = part.get("rows", {})
     first = next(iter(found.values()), {})
     if "passed" in first:
@@ -105,7 +131,7 @@ def floor(state: dict[str, Any]) -> Iterator[str]:
     found = rows(state, "floor")
     if found:
         words = [f"{key} {row['tflop_s']:,.3g} TFLOP/s" for key, row in found.items() if "tflop_s" in row]
-        copy = [f"copy {found['copy']['gb_s']:,.0f} GB/s"] if "copy" in found else []
+        copy = [f"{key} {row['gb_s']:,.0f} GB/s" for key, row in found.items() if "gb_s" in row]
         yield ""
         yield "floor: " + ", ".join(copy + words)
 
@@ -119,7 +145,7 @@ def ops(state: dict[str, Any]) -> Iterator[str]:
     yield f"{'op, native against reference':34} {names}"
     for key, r in found.items():
         yield (
-            f"{key[:34]:34} {number(r['ms'], 9, 3)} {number(r['reference_ms'], 9, 3)} {number(r['speedup'], 8)}x "
+            f"{cut(key, 34)} {number(r['ms'], 9, 3)} {number(r['reference_ms'], 9, 3)} {number(r['speedup'], 8)}x "
             f"{number(r['mb'], 8)} {number(r.get('percent_of_floor'), 10)} {r['difference']:9.1g}"
         )
 
@@ -138,7 +164,7 @@ def speed(state: dict[str, Any]) -> Iterator[str]:
         between = f"{r['images_per_s_p10']:.1f}-{r['images_per_s_p90']:.1f}"
         times = r["images_per_s"] / beside if beside else None
         yield (
-            f"{key[:34]:34} {number(r['images_per_s'], 9)} {between:>15} {number(r.get('peak_gib'), 8)} "
+            f"{cut(key, 34)} {number(r['images_per_s'], 9)} {between:>15} {number(r.get('peak_gib'), 8)} "
             f"{number(r.get('x_published'), 8, 2)} {number(times, 9, 2)} {number(r.get('percent_of_flop_floor'), 7)}"
         )
     if card:
@@ -157,7 +183,8 @@ def inference(state: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield f"{'inference':48} {'images/s':>9} {'ms':>9} {'peak GiB':>9}"
         for key, r in found.items():
-            yield f"{key[:48]:48} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)}"
+            numbers = f"{number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)}"
+            yield f"{cut(key, 48)} {numbers}"
 
 
 def ssd300(state: dict[str, Any]) -> Iterator[str]:
@@ -171,7 +198,7 @@ def ssd300(state: dict[str, Any]) -> Iterator[str]:
         card, published = SSD300_PUBLISHED[key.partition(" ")[0]]
         times = r["images_per_s"] / published if card in device else None
         yield (
-            f"{key[:48]:48} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)} "
+            f"{cut(key, 48)} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)} "
             f"{number(times, 8, 2)} {number(r.get('percent_of_flop_floor'), 7)}"
         )
     if device not in ("", "cpu"):
@@ -195,7 +222,7 @@ def variants(state: dict[str, Any]) -> Iterator[str]:
         differences = (r.get(f"{name}_difference") for name in ("loss", "later_loss"))
         losses = " ".join(f"{'-' if d is None else format(d, '.0e'):>7}" for d in differences)
         yield (
-            f"{key[:45]:45} {number(r['images_per_s'], 9)} {number(r['ms'], 8, 2)} {number(r.get('gain_ms'), 8, 2)} "
+            f"{cut(key, 45)} {number(r['images_per_s'], 9)} {number(r['ms'], 8, 2)} {number(r.get('gain_ms'), 8, 2)} "
             f"{between(r.get('predicted_gain_ms')):>10} {losses}"
         )
     yield "predicted: calculated, ms a step. A variant is kept only if confirmed: by a gain beyond that of"
@@ -223,7 +250,7 @@ def probe(state: dict[str, Any]) -> Iterator[str]:
             continue
         spread = f"{r['p10_ms']:.3f}-{r['p90_ms']:.3f}"
         yield (
-            f"{key[:47]:47} {number(r['ms'], 8, 3)} {spread:>13} {number(r.get('tflop_s'), 7)} "
+            f"{cut(key, 47)} {number(r['ms'], 8, 3)} {spread:>13} {number(r.get('tflop_s'), 7)} "
             f"{number(r.get('percent_of_matmul'), 7)} {number(r.get('gb_s'), 6, 0)} {number(r.get('first_s'), 6, 2)}"
         )
     yield "% matm.: of the matmul rate measured above. 1st s: the first call, with the library's trials"
@@ -260,7 +287,7 @@ def profile(state: dict[str, Any]) -> Iterator[str]:
 
 
 def bccd(state: dict[str, Any]) -> Iterator[str]:
-    found = {k: r for k, r in state["parts"].get("bccd", {}).get("rows", {}).items() if "AP" in r}
+    found = {marked(k, r): r for k, r in state["parts"].get("bccd", {}).get("rows", {}).items() if "AP" in r}
     if found:
         yield ""
         names = f"{'epochs':>7} {'seconds':>8} {'AP':>7} {'AP50':>7} {'s to AP 0.4':>12} {'images/s':>9}"

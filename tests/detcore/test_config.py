@@ -181,6 +181,11 @@ def test_ignored_flags_take_their_values_and_are_noticed_once():
     assert loaded.notices[0] == "--dali-cmn has no effect here: there is no such cache"
 
 
+def test_an_empty_list_reads_none():
+    assert "; default none; variable COLOURS)" in re.sub(r"\s+", " ", describe(Config, "train", "Trains."))
+    assert re.search(r"^colours +=  *none  *\(default\)$", format_config(Config(), load(Config, [], {}).sources), re.M)
+
+
 def test_help_names_flag_default_variable_and_meaning_of_every_field():
     text = describe(Config, "train", "Trains.")
     blocks = re.split(r"\n  (?=-)", text)

@@ -130,10 +130,17 @@ def test_too_much_to_carry_is_refused(tmp_path, monkeypatch, capsys):
     assert carry.main([*words, "64"]) == 0
     told = capsys.readouterr().out
     assert "wheels 1.0, libraries 0.0, bccd 1.0 MiB" in told and "of 64 MiB" in told
+    first, *_, last = told.splitlines()
+    assert first == "wheels for Python 3.12: mlperf-logging, msgspec, pycocotools, hotcoco"
+    assert "compiling takes about two minutes" in told and "the data set bccd: copied" in told
+    assert last.endswith("python3 tools/gpu_check.py --out results/gpu --carried build/carry --go-on gpu_check.json")
+    assert f"Copy the checkout, and {tmp_path / 'carry'}, which git does not list, to build/carry" in told
+    assert "--carried x/y --go-on" in carry.what_next(carry.ROOT / "x" / "y")
     assert carry.data(tmp_path / "carry") == tmp_path / "carry" / "bccd"
     assert carry.manifest(tmp_path / "carry")["sources"] == carry.sources_hash()
     assert carry.main([*words, "2"]) == 1
-    assert "gpu_carry: that is more than 2 MiB: leave something out" in capsys.readouterr().err
+    assert "gpu_carry: that is more than 2 MiB: leave something out" in (said := capsys.readouterr()).err
+    assert "--go-on" not in said.out
 
 
 def test_what_parts_need_and_such_a_machine_lacks_is_taken_along():

@@ -146,12 +146,20 @@ def test_what_is_cut_keeps_its_results_and_goes_on_without_them(tmp_path, write,
     assert sorted(short([test for test, _ in row["failures"]])) == ["test_b", "test_dies"]
     assert sorted(short([test for test, _ in row["slowest"]])) == ["test_hangs", "test_last"]
 
+    state = core.load(tmp_path)
+    state["parts"]["tests"]["anew"] = ["ops"]  # such as after a repair
+    core.save(tmp_path, state)
+    row = run(tmp_path, {"crashes": chosen["crashes"]})
+    assert (row["passed"], row["failed"]) == (0, 1), "all are run again"
+
 
 def test_every_file_with_gpu_tests_is_in_one_group():
     files = groups.gpu_test_files()
     found = groups.grouped(files)
     assert sorted(file for job in found.values() for own in job.values() for file in own) == sorted(files)
-    assert list(found) == ["ops", "steps"] and set(found["ops"]) == {"detcore", "single_stage_detector", "ssd300"}
+    assert list(found) == ["ops", "steps"]
+    assert set(found["ops"]) == {"triton", "detcore", "single_stage_detector", "ssd300"}
+    assert found["ops"]["triton"] == ["tests/detcore/ops/test_conv3x3_kernels.py"], "it compiles for long"
     assert found["steps"]["training"] == ["tests/test_gpu.py"]
     assert found["steps"]["graphs"] == ["tests/detcore/test_graphs_gpu.py"]
     assert set(found["steps"]) == {"graphs", "training", "others"}
