@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detcore import native
+from detcore import engine, native
 
 TOOLS = str(Path(__file__).parents[1] / "tools")
 sys.path.insert(0, TOOLS)
 try:
-    core, ops, probe, profiles, ssd, table, train = (
+    core, infer, ops, probe, profiles, ssd, table, train = (
         importlib.import_module(f"gpu_check_{name}")
-        for name in ("core", "ops", "probe", "profile", "ssd", "table", "train")
+        for name in ("core", "infer", "ops", "probe", "profile", "ssd", "table", "train")
     )
 finally:
     sys.path.remove(TOOLS)
@@ -295,6 +295,20 @@ class TestTrain:
         config = train.retinanet(here, 1, "fp32", "eager", "reference", cudnn_benchmark_limit=0)
         row = train.apart(config, "eager", here, core.Stopwatch(here), 1.0, False)
         assert row["images_per_s"] > 0 and row["ops"] == "reference"
+
+
+@no_gpu
+def test_inference_runs_no_training_step(tmp_path, monkeypatch):
+    """On a GPU its warm-up would try cuDNN's algorithms for every gradient, for nothing."""
+    here = context(tmp_path)
+    monkeypatch.setattr(engine, "make_train_step", lambda *arguments: pytest.fail("a step is made"))
+    jobs = dict(infer.inference(here))
+    for key in ("forward fp32 b2 eager native", "forward+postprocess fp32 b2 eager reference"):
+        assert jobs[key]()["images_per_s"] > 0
+    inference = next(job for job in ssd.ssd300(here) if job[0].startswith("inference"))
+    assert inference[1]()["images_per_s"] > 0
+    with pytest.raises(pytest.fail.Exception, match="a step is made"):
+        jobs["evaluation pause fp32 b2 eager native"]()
 
 
 def test_kernels_find_their_families():

@@ -112,8 +112,8 @@ def run_options(context: Context, batch: int, precision: str, mode: str, ops: st
     return {"synthetic": True, "device": device, "precision": precision, "batch_size": batch, "seed": 1, **own}
 
 
-class TrainStep:
-    """The training step of a config of any of the programs, ready to be called; the same objects as in engine.train.
+class Program:
+    """Device, task and a batch of a config of any of the programs; the same objects as in engine.train.
 
     Raises Skip for native ops that are not built.
     """
@@ -123,7 +123,6 @@ class TrainStep:
         from detcore.data.synthetic import synthetic_batches
         from detcore.detection import class_count
         from detcore.launcher import World
-        from detcore.state import State
         from detcore.task import Context as RunContext
 
         missing = native.load(config.program) if config.ops == "native" else ""
@@ -133,12 +132,22 @@ class TrainStep:
         self.backend = engine.open_device(config, World())
         torch.manual_seed(1)
         self.task = import_module(f"{config.program}.train").build_task(config, RunContext(self.backend, World(), 1))
-        state = State(self.task.model, self.task.optimizer, self.backend.scaler(), None)
-        self.step = engine.make_train_step(self.task, state, self.task.model, config, self.backend)
-        self.task.model.train()
         self.classes = class_count(import_module(f"{config.program}.data").DETECTOR, config)
         shape = (config.image_size, config.batch_size, config.max_boxes)
         self.batch = self.backend.to_device(next(synthetic_batches(self.classes, *shape, 1)))
+
+
+class TrainStep(Program):
+    """A training step, warmed up, to be called."""
+
+    def __init__(self, config: Any):
+        from detcore import engine
+        from detcore.state import State
+
+        super().__init__(config)
+        state = State(self.task.model, self.task.optimizer, self.backend.scaler(), None)
+        self.step = engine.make_train_step(self.task, state, self.task.model, config, self.backend)
+        self.task.model.train()
 
     def __call__(self) -> dict[str, torch.Tensor]:
         return self.step([self.batch])
