@@ -23,8 +23,9 @@ SIZE, CLASSES = (64, 64), 5
 STEPS = {"cpu": 3, "cuda": 10}
 EPILOGUES = ("conv_epilogues", "frozen_stage")
 """Not there where deterministic algorithms are asked for; so their sums may have another order each time."""
-APART = {"cpu": 1e-3, "cuda": 0.15}
-"""How far a weight's momentum may lie apart, relative, by rounding in fp32 and in bf16; without a gradient it is 1."""
+APART = {"cpu": 1e-3, "cuda": 0.3}
+"""How far a weight's momentum may lie apart, relative, by rounding in fp32 and in bf16; without a gradient it is 1.
+On a CPU they are 5e-7 and, with class_bias, which rounds less, 0.11; with fp8_heads 0.25."""
 FP8_APART = 0.5
 Trained = tuple[list[float], dict[str, Tensor]]
 
