@@ -92,15 +92,30 @@ def build_task(config: Config, context: Context) -> Task:
 
 def notes(config: Config) -> tuple[str, ...]:
     """What a reader of this run must know: whether it can be an MLPerf result at all."""
+    idle = idle_variants(config)
+    told = (
+        (f"--variants {','.join(idle)}: nothing here for {'it' if len(idle) == 1 else 'them'} to do.",) if idle else ()
+    )
     departures = ", ".join(config.departures())
     if not departures:
-        return ()
+        return told
     if config.mlperf_division == "closed":
         return (
             f"Warning: the log says division closed, but this run departs from the closed benchmark: {departures}. "
             "Log it with --division open.",
+            *told,
         )
-    return (f"Not the MLPerf benchmark and no MLPerf result: {departures}.",)
+    return (f"Not the MLPerf benchmark and no MLPerf result: {departures}.", *told)
+
+
+def idle_variants(config: Config) -> list[str]:
+    """Which of the chosen variants change nothing in this model, whatever the device."""
+    for_nothing = set(config.variants) if config.ops == "reference" else set()
+    if not config.backbone.startswith("resnext"):  # the others have no grouped convolutions
+        for_nothing.add("merged_groups")
+    if config.norm != "frozen":
+        for_nothing.add("stem")
+    return [name for name in config.variants if name in for_nothing]
 
 
 def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:

@@ -1,12 +1,13 @@
 """Whether two training runs have the same loss curve: the largest relative difference over the steps both recorded.
 
     python tools/compare_losses.py A B [--tolerance 0.02 | --control C] [--steps N] [--figure FILE.html] [--json FILE]
-    python tools/compare_losses.py A B --run [--steps 20] [--control C] ... -- OPTIONS
+    python tools/compare_losses.py A B --run [--steps 20] [--control C] [--b-options "OPTIONS"] ... -- OPTIONS
 
 A and B are output folders of two runs, or their progress.jsonl. --run trains them first: A with --ops reference and
 --graphs off, B with --ops auto and --graphs auto, for so many steps, recording each, and by deterministic algorithms
 where torch has them; OPTIONS are those of single_stage_detector.train and are the same for both (give a --seed, or one
-is chosen).
+is chosen). With --b-options, in one word, both run by --ops auto and --graphs auto, and B has these beside: what an
+option changes, such as "--variants fp8_heads"; --control C then is that of this A.
 The difference of a step is |a - b| / max(|a|, |b|, 1e-6), of the total loss and of every term. Rounding differs between
 two correct programs, and training lets that grow from step to step, as fast as the task and the learning rate make it.
 So a fixed tolerance is a guess. --control C measures it: C is A's program again, trained by --run from weights times
@@ -18,6 +19,7 @@ and by ten times what C has differed up to there, since B rounds otherwise in ev
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +174,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == [TRAINER]:
         return trainer(float(argv[1]), argv[3:])
     cut = argv.index("--") if "--" in argv else len(argv)
-    own, options = argv[:cut], argv[cut + 1 :]
+    words, options = argv[:cut], argv[cut + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, help="output folder or progress.jsonl")
     parser.add_argument("b", type=Path, help="the other one's")
@@ -180,15 +182,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--control", type=Path, help="A's program again from weights that are a rounding apart")
     parser.add_argument("--steps", type=int, help="compare so many steps only; with --run: train so many (20)")
     parser.add_argument("--run", action="store_true", help="train them first")
+    parser.add_argument("--b-options", type=shlex.split, help="with --run: options that B alone has, in one word")
     parser.add_argument("--figure", type=Path, help="draw both curves into this HTML file")
     parser.add_argument("--json", type=Path, help="write the numbers into this file")
-    given = parser.parse_args(own)
+    given = parser.parse_args(words)
+    if given.b_options is not None and not given.run:
+        parser.error("--b-options is for --run")
     if given.run:
         steps = given.steps or 20
         seed = [] if "--seed" in options else ["--seed", "1"]
-        reference = ["--ops", "reference", "--graphs", "off"]
+        ours, own = ["--ops", "auto", "--graphs", "auto"], given.b_options
+        reference = ["--ops", "reference", "--graphs", "off"] if own is None else ours
         train(given.a, steps, [*options, *seed], reference)
-        train(given.b, steps, [*options, *seed], ["--ops", "auto", "--graphs", "auto"])
+        train(given.b, steps, [*options, *seed], [*ours, *(own or ())])
         if given.control:
             train(given.control, steps, [*options, *seed], reference, APART)
         given.steps = steps

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpu_check_core import Context, Job, Row, Stopwatch
-from gpu_check_train import TrainStep, retinanet
+from gpu_check_train import Program, TrainStep, retinanet
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -91,11 +91,11 @@ def pause(context: Context, precision: str, mode: str, images: int) -> Row:
 
 def infer(config: Any, what: str, mode: str, context: Context, watch: Stopwatch) -> Row:
     """images/s of the model of a config of any program, what: "forward" or "forward+postprocess"."""
-    batch, step = config.batch_size, TrainStep(config)
-    recording = backend.select(context.device.type, config.precision, graphs="on") if mode == "graph" else step.backend
-    model, device, fixed = step.task.model.eval(), step.backend, step.batch
+    batch, program = config.batch_size, Program(config)
+    model, device, fixed = program.task.model.eval(), program.backend, program.batch
+    recording = backend.select(context.device.type, config.precision, graphs="on") if mode == "graph" else device
     detector = import_module(f"{config.program}.data").DETECTOR
-    category_ids = torch.arange(step.classes).to(device.device)
+    category_ids = torch.arange(program.classes).to(device.device)
 
     def forward(batch: Batch) -> Tensor:
         with device.autocast():

@@ -5,6 +5,7 @@ An op's floor is the time in which this machine copies the bytes that the op mus
 arithmetic, whichever is longer; both rates are those that the part `floor` measured.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The largest difference between two results: relative for floats, share of unequal values for integers."""
+    """The largest difference between two results: relative for floats, infinite where one is NaN; of integers the share
+    of unequal values."""
     worst = 0.0
     for a, b in zip(tensors(ours), tensors(theirs), strict=True):
         if a.shape != b.shape:
@@ -92,7 +94,8 @@ def difference(ours: Any, theirs: Any) -> float:
             continue
         if a.is_floating_point():
             scale = max(float(b.abs().max()), 1e-30)
-            worst = max(worst, float((a.float() - b.float()).abs().max()) / scale)
+            apart = float((a.float() - b.float()).abs().where(a != b, 0.0).max())  # two infinities are not NaN apart
+            worst = max(worst, math.inf if math.isnan(apart) else apart / scale)
         else:
             worst = max(worst, float((a != b).float().mean()))
     return worst

@@ -7,27 +7,30 @@ beside what was predicted.
 A row holds, beside its times: gflop, mb (computed; read and written once), tflop_s, percent_of_matmul (of the rate of
 the part `floor`; for 8 bits of that of bf16), gb_s where the bytes take longer than the arithmetic, first_s (the first
 call, with the library's trials), kernels (names, longest time first), layout (those that only change the order in
-memory). On a CPU the sizes are tiny: there it is the code that is tried.
+memory); the last two where the kernels are not those of a row before. difference: from the slow way, relative to its
+largest value; a row whose difference is more than rounding has "error". On a CPU the sizes are tiny: there it is the
+code that is tried.
 """
 
 import gc
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from gpu_check_calls import GRADIENTS, REFUSED, attempt, convolution, gflop, judged, narrowed, tried
 from gpu_check_conv3x3 import ways
-from gpu_check_core import Context, Job, Row, Skip, Stopwatch, load, lost_context, words
-from gpu_check_ops import PRECISIONS, difference, megabytes, rates
+from gpu_check_core import Context, Job, Row, Skip, Stopwatch, load
+from gpu_check_ops import PRECISIONS, megabytes, rates
 from gpu_check_profile import layout_kernels, traced
 from gpu_check_train import PREDICTED_GAIN_MS
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore import native
+from detcore import UserError, native
 from detcore.ops.bias_relu import bias_relu
 from detcore.ops.conv import merged
 from detcore.ops.pool_bias_relu import pool_bias_relu
@@ -38,8 +41,6 @@ HEADS = (
     "quantise input", "quantise gradient",
 )  # fmt: skip
 """Those of the ways of tools/gpu_check_conv3x3.py that are not the library's, whose rows are there already."""
-GRADIENTS = "gradients"
-"""Of input and weight, and of the bias where there is one, as a step asks for them."""
 BOTH = ("input gradient", "weight gradient")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -85,6 +86,10 @@ TRIED = (
 )  # fmt: skip
 TRIALS = {"no trials": (False, 10), "limit 10": (True, 10), "limit 0": (True, 0)}
 """cudnn.benchmark and its limit; 0: all algorithms. Training's default is limit 10."""
+NOT_TRACED = ("bias", "limit 10")
+"""Ways whose convolutions other rows have already, so that their kernels are not asked for again."""
+OPTIONAL_SECONDS = 8.0
+"""With less time left no further row is begun of those that decide nothing."""
 
 
 def probe(context: Context) -> Iterator[Job]:
@@ -106,10 +111,23 @@ def probe(context: Context) -> Iterator[Job]:
     yield from bench.products()
     yield from bench.heads()
     yield from bench.convs(biased[1], ("bias", "no bias"))
-    yield from bench.convs(TRIED, tuple(TRIALS))
     yield from bench.convs(frozen, ("32 groups", "merged"))
-    for precision in precisions[1:]:
-        yield from bench.convs(trained + frozen, ("32 groups", "merged"), precision)
+    yield from optional([*bench.convs(TRIED, tuple(TRIALS)), *(
+        job for other in precisions[1:] for job in bench.convs(trained + frozen, ("32 groups", "merged"), other)
+    )], context)  # fmt: skip
+
+
+def optional(jobs: list[Job], context: Context) -> Iterator[Job]:
+    """Jobs whose lack is no fault: a row says how many there was no time for."""
+    for number, job in enumerate(jobs):
+        if context.left() < OPTIONAL_SECONDS:
+            yield "optional rows", partial(no_time, len(jobs) - number)
+            return
+        yield job
+
+
+def no_time(left: int) -> Row:
+    raise Skip(f"no time for {left} rows that decide nothing")
 
 
 class Bench:
@@ -156,20 +174,27 @@ class Bench:
         conv = self.fitted(conv)
         x, weight, grad = self.tensors(conv, precision)
         groups, bias = conv.groups, self.tensor(conv.outputs, dtype=x.dtype) if way == "bias" else None
+        run = plain = convolution((x, weight, bias, grad), conv, groups, direction)
         if way == "merged":
-            weight, groups = merged(weight, groups)
-        run = convolution((x, weight, bias, grad), conv, groups, direction)
+            wide, groups = merged(weight, groups)
+            run = convolution((x, wide, bias, grad), conv, groups, direction)
         passes = 2 if direction == GRADIENTS else 1
-        work = passes * gflop(weight, grad), passes * megabytes(x, weight, grad)
+        asked = wide if way == "merged" else weight
+        work = passes * gflop(asked, grad), passes * megabytes(x, asked, grad)
+        trace = way not in NOT_TRACED and not precision
+        if way == "merged":
+            row = self.measured(run, *work, precision, trace=trace)
+            return judged(row, narrowed(run(), weight, conv.groups), plain())
         if way not in TRIALS:
-            return self.measured(run, *work, precision)
+            return self.measured(run, *work, precision, trace=trace)
         with ThreadPoolExecutor(1) as fresh:  # what the library has chosen for a convolution, a thread keeps
-            return fresh.submit(self.measured, run, *work, precision, way).result()
+            return fresh.submit(self.measured, run, *work, precision, way, trace).result()
 
     def measured(
-        self, run: Callable[[], Any], flop: float, mb: float, precision: str = "", trials: str = "limit 10"
-    ) -> Row:
-        """The row of an operation of so many GFLOP and MB."""
+        self, run: Callable[[], Any], flop: float, mb: float, precision: str = "", trials: str = "limit 10",
+        trace: bool = True,
+    ) -> Row:  # fmt: skip
+        """The row of an operation of so many GFLOP and MB; trace: with its kernels."""
         with tried(*TRIALS[trials]):
             start = time.perf_counter()
             run()
@@ -178,10 +203,12 @@ class Bench:
             first = time.perf_counter() - start
             seconds = self.context.sizes.seconds / 20
             row = self.watch.time(run, warmup=1, least=5, most=30, cold=True, seconds=seconds)
-            kernels = traced(run, self.context.gpu)
-        names = sorted(kernels, key=lambda name: -kernels[name][0])
-        row |= {"first_s": first, "kernels": [name[:200] for name in names[:6]]}
-        row |= {"layout": [name[:200] for name in layout_kernels(names)]}
+            kernels = traced(run, self.context.gpu) if trace else {}
+        row["first_s"] = first
+        if trace:
+            names = sorted(kernels, key=lambda name: -kernels[name][0])
+            row |= {"kernels": [name[:200] for name in names[:6]]}
+            row |= {"layout": [name[:200] for name in layout_kernels(names)]}
         return row | self.worth(row["ms"], flop, mb, precision or self.precision)
 
     def worth(self, ms: float, flop: float, mb: float, precision: str) -> Row:
@@ -204,15 +231,22 @@ class Bench:
         return self.saved(what, pairs, variant)
 
     def saved(self, what: str, pairs: Any, variant: str) -> Job:
-        """pairs: (calls a step, key of the slow row, key of the fast one)."""
+        """pairs: (calls a step, key of the slow row, key of the fast one). Where the library refuses the fast way, it
+        is the slow one's time; "refused" counts those."""
 
         def add() -> Row:
             rows = load(self.context.out)["parts"].get("probe", {}).get("rows", {})
-            missing = [key for _, *keys in pairs for key in keys if "ms" not in rows.get(key, {})]
+            refused = {fast for _, _, fast in pairs if rows.get(fast, {}).get("skipped", "").startswith(REFUSED)}
+            taken = [(calls, slow, slow if fast in refused else fast) for calls, slow, fast in pairs]
+            right = {key for key, row in rows.items() if "ms" in row and "error" not in row}
+            missing = [key for _, *keys in taken for key in keys if key not in right]
             if missing:
                 raise Skip(f"{len(missing)} of its rows are missing, the first: {missing[0]}")
-            won = sum(calls * (rows[slow]["ms"] - rows[fast]["ms"]) for calls, slow, fast in pairs)
-            return {"ms": won, "predicted_ms": PREDICTED_GAIN_MS[variant] if self.batch == 32 else None}
+            if len(refused) == len(pairs):
+                raise Skip(f"{REFUSED}: the library refuses all {len(pairs)}")
+            won = sum(calls * (rows[slow]["ms"] - rows[fast]["ms"]) for calls, slow, fast in taken)
+            predicted = PREDICTED_GAIN_MS[variant] if self.batch == 32 else None
+            return {"ms": won, "predicted_ms": predicted, "refused": len(refused), "pairs": len(pairs)}
 
         return f"step: {what}", add
 
@@ -270,8 +304,12 @@ class Bench:
         with native.using("native"):
             if not fused:
                 return self.measured(ours, gflop(weight, out), mb)
-            off = attempt(lambda: difference(theirs(), ours()))
-            return attempt(lambda: self.measured(theirs, gflop(weight, out), mb)) | {"difference": off}
+            wanted = ours()
+            attempt(theirs)  # its trials have memory of their own
+            # What it does not write, or reads of what nobody has written, it finds in freed memory.
+            del [torch.full_like(out, float("nan")) for _ in range(3)][:]
+            found = attempt(theirs)
+            return judged(attempt(lambda: self.measured(theirs, gflop(weight, out), mb)), found, wanted)
 
     def heads(self) -> Iterator[Job]:
         """The heads' widest convolutions by kernels of our own, in 16 and in 8 bits."""
@@ -282,7 +320,12 @@ class Bench:
     def head(self, conv: Conv, way: str) -> Row:
         tensors = self.tensors(self.fitted(conv))
         flop = 0.0 if way.startswith("quantise") else gflop(*tensors[1:])
-        return attempt(lambda: self.measured(ways(*tensors)[way], flop, megabytes(*tensors)))
+        try:
+            with native.using("auto", "fp8_heads"):
+                native.fp8_heads(self.device.type)
+        except UserError as error:
+            raise Skip(str(error)) from error
+        return self.measured(ways(*tensors)[way], flop, megabytes(*tensors))
 
     def products(self) -> Iterator[Job]:
         """P3's convolutions as one matrix product of [cells, 2304] and [2304, outputs], in bf16 and in 8 bits."""
@@ -311,47 +354,3 @@ class Bench:
             )
 
         return attempt(lambda: self.measured(run, work, megabytes(narrow, right) + 2 * cells * width / 1e6))
-
-
-def attempt(run: Callable[[], Any]) -> Any:
-    """run(), for what a library may not offer here: then Skip."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if lost_context(f"{type(error).__name__}: {error}", torch.cuda.is_initialized()):
-            raise
-        raise Skip(f"not offered here: {words(error).partition('. ')[0]}") from error
-
-
-def gflop(weight: Tensor, out: Tensor) -> float:
-    """Of a convolution's forward pass, or of one of its gradients (2 per multiplication and addition)."""
-    return 2 * out.numel() * weight[0].numel() / 1e9
-
-
-def convolution(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor], conv: Conv, groups: int, direction: str
-) -> Callable[[], Any]:
-    """tensors: input, weight, bias, gradient of the output."""
-    x, weight, bias, grad = tensors
-    stride, padding, one = [conv.stride] * 2, [conv.kernel // 2] * 2, [1, 1]
-    if direction == "forward":
-        return lambda: F.conv2d(x, weight, bias, stride, padding, one, groups)
-    both = direction == GRADIENTS
-    mask = [both or direction == "input gradient", both or direction == "weight gradient", bias is not None]
-    sizes = None if bias is None else [len(bias)]
-    place = sizes, stride, padding, one, False, [0, 0], groups, mask
-    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, *place)
-
-
-@contextmanager
-def tried(benchmark: bool, limit: int) -> Iterator[None]:
-    """How many algorithms cuDNN tries for a convolution that it sees for the first time."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.benchmark_limit
-    cudnn.benchmark, cudnn.benchmark_limit = benchmark, limit
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.benchmark_limit = before

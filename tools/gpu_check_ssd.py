@@ -7,7 +7,7 @@ import torch
 from gpu_check_core import Context, Job, Stopwatch
 from gpu_check_infer import infer
 from gpu_check_ops import Case, close, megabytes, work_dtype
-from gpu_check_train import run_options, train_row
+from gpu_check_train import ALL_BUT_FP8, run_options, train_row
 from torch import Tensor
 
 GFLOP_PER_IMAGE = 120.9
@@ -37,12 +37,14 @@ def ssd300(context: Context) -> Iterable[Job]:
     if not context.gpu:
         training = tuple(("eager", ops, "fp32", 1) for ops in ("native", "reference"))
         inference = tuple(("eager", ops, 1) for ops in ("native", "reference"))
-    for mode, ops, precision, times in training:
-        config = Config(backbone=backbone, **run_options(context, main * times, precision, mode, ops))
+    for number, (mode, ops, precision, times) in enumerate(training):
+        options = run_options(context, main * times, precision, mode, ops)
         key = f"training {precision} b{main * times} {mode} {ops}"
-        profiled = context.gpu and (mode, ops, precision, times) == training[0]
-        chosen = config, mode, context, watch, GFLOP_PER_IMAGE, profiled
-        yield key, lambda chosen=chosen: train_row(*chosen)
+        chosen = Config(backbone=backbone, **options), mode, context, watch, GFLOP_PER_IMAGE
+        yield key, lambda chosen=(*chosen, context.gpu and not number): train_row(*chosen)
+        if not number:  # the backbone's variants, which it shares with RetinaNet
+            varied = Config(backbone=backbone, **options, variants=ALL_BUT_FP8["variants"]), *chosen[1:]
+            yield f"{key} {ALL_BUT_FP8['what']}", lambda varied=varied: train_row(*varied)
     for mode, ops, times in inference:
         precision, batch = "bf16" if context.gpu else "fp32", int(main * times)
         config = Config(backbone=backbone, **run_options(context, batch, precision, "eager", ops))

@@ -256,7 +256,12 @@ def probe(state: dict[str, Any]) -> Iterator[str]:
     yield "% matm.: of the matmul rate measured above. 1st s: the first call, with the library's trials"
     for key, r in sums.items():
         predicted = between(r.get("predicted_ms"))
-        yield f"  won a {key}: {r['ms']:.2f} ms (predicted for the whole variant: {predicted})"
+        refused = f"; refused: {r['refused']} of {r['pairs']}" if r.get("refused") else ""
+        yield f"  won a {key}: {r['ms']:.2f} ms (predicted for the whole variant: {predicted}){refused}"
+    differences = [(r["difference"], key) for key, r in found.items() if "difference" in r]
+    if differences:
+        off, key = max(differences)
+        yield f"  largest difference of {len(differences)} faster ways from the slow one: {off:.1g} ({key})"
     yield from layout({name: None for row in found.values() for name in row.get("layout", ())})
 
 

@@ -11,6 +11,8 @@ from detcore.data.synthetic import synthetic_batches
 from detcore.detection import detect
 from detcore.resnet import FrozenNorm
 from single_stage_detector import model as module
+from single_stage_detector import train
+from single_stage_detector.config import Config
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
@@ -233,3 +235,19 @@ def test_a_recorded_step_follows_weights_and_batches(model, path, variant):
                 old.copy_(new)
         found, expected = replay(), step()
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({}, []),
+        ({"backbone": "resnet18"}, ["merged_groups"]),
+        ({"norm": "batch", "mlperf_division": "open"}, ["stem"]),
+        ({"ops": "reference"}, ["stem", "class_bias", "merged_groups"]),
+    ],
+)
+def test_variants_that_do_nothing_are_said(options, idle):
+    config = Config(synthetic=True, variants=("stem", "class_bias", "merged_groups"), **options)
+    assert train.idle_variants(config) == idle
+    said = [note for note in train.notes(config) if "nothing here" in note]
+    assert [note.partition(":")[0] for note in said] == ([f"--variants {','.join(idle)}"] if idle else [])

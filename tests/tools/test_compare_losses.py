@@ -80,6 +80,37 @@ def test_a_run_may_miss_the_target(losses, tmp_path, monkeypatch, code, fails):
     assert words[:5] == ["--target-map", "none", *options[:3]]
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([], (["--ops", "reference", "--graphs", "off"], ["--ops", "auto", "--graphs", "auto"])),
+        (
+            ["--b-options", "--variants fp8_heads"],
+            (["--ops", "auto", "--graphs", "auto"], ["--ops", "auto", "--graphs", "auto", "--variants", "fp8_heads"]),
+        ),
+    ],
+)
+def test_b_may_have_options_of_its_own(losses, tmp_path, monkeypatch, own, expected):
+    trained = []
+
+    def train(folder, steps, options, how, apart=0):
+        trained.append((folder.name, steps, options, how, apart))
+        curve(folder, {1: 1.0, 2: 0.9})
+
+    monkeypatch.setattr(losses, "train", train)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert losses.main([a, b, "--run", "--steps", "2", "--control", c, *own, "--", "--precision", "bf16"]) == 0
+    given = ["--precision", "bf16", "--seed", "1"]
+    first, second = expected
+    assert trained == [("a", 2, given, first, 0), ("b", 2, given, second, 0), ("c", 2, given, first, losses.APART)]
+
+
+def test_options_of_b_want_a_run(losses, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        losses.main([str(tmp_path), str(tmp_path), "--b-options", "--seed 2"])
+    assert "--b-options is for --run" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_runs_both_itself(tmp_path):
     options = [
