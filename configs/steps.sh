@@ -15,11 +15,11 @@ if [[ -n $job ]]; then
     on_first() { timeout 300 "${first[@]}" "${inside[@]}" "$@"; }
     preflight() { TORCH_CPP_LOG_LEVEL=ERROR "${on_gpus[@]}" --kill-on-bad-exit=1 "${inside[@]}" "$python" tools/preflight.py "$@"; }
     train() {
-        exec "${on_gpus[@]}" --time="$WALLTIME_RUNANDTIME" --output="$folder/rank_%t.log" "${inside[@]}" ./run_and_time.sh "$@" \
+        exec "${on_gpus[@]}" --job-name="trial_$k" --time="$WALLTIME_RUNANDTIME" --output="$folder/rank_%t.log" "${inside[@]}" ./run_and_time.sh "$@" \
             2> >(tee -a "$folder/srun.log" >&2)
     }
-    signal() { # to every rank: the newest step; in the background, because it waits for a node that is gone
-        scancel -s "$1" "$(squeue -hs -j "$job" -o %i | grep -E '\.[0-9]+$' | sort -V | tail -n 1)" 2>/dev/null &
+    signal() { # to every rank; in the background, because it waits for a node that is gone
+        { squeue -hs -j "$job" -o '%i %j' | awk -v name="trial_$k" '$2 == name { print $1 }' | xargs -r scancel -s "$1"; } 2>/dev/null &
     }
 else
     on_hosts() { "$@"; }
@@ -98,4 +98,59 @@ look_around() {
     )
     gone=$(sort -V <<<"$gone" | paste -sd ,)
     [[ -z $gone ]] || down="no answer from $gone: a node is lost"
+}
+
+# watch: while the trial runs, hands stop on to its ranks and ends what hangs; then status is its exit code.
+watch() {
+    local limit=0 lost='' told=''
+    while kill -0 "$trial" 2>/dev/null; do
+        sleep 1 || true # scancel reaches it too
+        if [[ -n $stop && -z $told ]]; then
+            say "SIG$stop: every rank writes a checkpoint and ends"
+            told=$SECONDS
+            signal "$stop"
+        elif [[ -n $stop && -n $job ]] && ((SECONDS >= told + 10)) && ! all_ended; then
+            told=$SECONDS # a rank that had not started yet did not get it
+            signal "$stop"
+        fi
+        # A rank has failed: the watchdogs of the others end them in 30 s (code 6), and then all within seconds.
+        if ((! limit)) && grep -qsE '^[0-9]+ [^ ]+ (1|2|5|6|1[2-9][0-9]|2[0-9]{2}) ' "$folder/exits.txt"; then
+            limit=$((SECONDS + 45))
+        elif ((limit > SECONDS + 10)) && grep -qs ' 6 [0-9]*$' "$folder/exits.txt"; then
+            limit=$((SECONDS + 10))
+        elif ((limit && SECONDS > limit)); then
+            say "some ranks do not end although others failed: they print their stacks and are killed"
+            signal CONT && signal QUIT && sleep 3
+            date +%s >"$folder/killed.txt" || true                          # trials.py blames no rank for it
+            lost=$(awk '$3 { print $3; exit }' "$folder/exits.txt" || true) # the code of the first that failed
+            signal KILL && sleep 3
+            limit=$((SECONDS + 10))
+            kill -KILL "$trial" 2>/dev/null || true # srun itself waits minutes for a node that is gone
+        fi
+    done
+    wait "$trial" || status=$?
+    status=${lost:-$status}
+}
+all_ended() { (($(cat "$folder/exits.txt" 2>/dev/null | wc -l) >= DGXNNODES * DGXNGPU)); }
+
+# judge: says why the trial failed and whether its log is compliant.
+judge() {
+    if ((status)) && [[ -n $job && -z $stop ]] && ((SECONDS - began >= WALLTIME_RUNANDTIME * 60)); then
+        say "trial $k took longer than WALLTIME_RUNANDTIME=$WALLTIME_RUNANDTIME minutes" && status=124
+    elif ((status)) && [[ $stop == TERM ]]; then # no step can be started any more, which could explain it
+        if [[ -f $folder/last.pt ]]; then
+            say "trial $k was stopped; its checkpoint is in $folder"
+        else
+            say "trial $k was stopped and left no checkpoint in $folder"
+        fi
+    elif ((status)) && [[ -d $folder ]]; then
+        with_host_paths on_first "$python" tools/trials.py explain "$OUTPUT_DIR" --code "$status" \
+            --ranks-per-node "$DGXNGPU" --nodes "$(IFS=, && echo "${nodes[*]}")" || say "trial $k failed with code $status"
+    fi
+    [[ $status == [03] || -n $stop ]] || look_around
+    if [[ ${CHECK_COMPLIANCE:-1} == 1 && $status =~ ^[03]$ ]]; then
+        with_host_paths on_first "$python" tools/trials.py check "$OUTPUT_DIR/result_$RESULT_INDEX.txt" \
+            --called "$folder/result_$RESULT_INDEX.txt" --append "$logs/compliance_$stamp.out" \
+            --ruleset "${MLPERF_RULESET:-5.1.0}" || true
+    fi
 }

@@ -139,9 +139,8 @@ def ask_for_stacks(job) -> None:
     """As docs/cluster.md says. Under proctrack/cgroup the signal reaches run_and_time.sh alone, as on most clusters."""
     listed = job.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job.id}", "--format=%i %j").stdout
     steps = dict(line.split() for line in listed.splitlines())
-    newest = max(filter(re.compile(r"\d+\.\d+").fullmatch, steps), key=lambda step: int(step.split(".")[1]))
-    assert steps[newest] == "run_and_time.sh"
-    job.cluster.run("scancel", "--signal=QUIT", newest)
+    training = next(step for step, name in steps.items() if name == "trial_1")
+    job.cluster.run("scancel", "--signal=QUIT", training)
     job.until(lambda: all("most recent call first" in job.rank(rank) for rank in range(4)), "stacks of every rank", 30)
     steps = (job.trial() / "progress.jsonl").read_text().count('"kind": "step"')
     job.until_step(steps + 3)  # it goes on
