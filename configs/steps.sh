@@ -44,10 +44,20 @@ if [[ -n $CONT ]]; then
     done
 fi
 
-# Waits for a line, for the end of the batch script or, once the job is cancelled, nearly as long as Slurm lets it live.
+# Waits for a line, for the end of the batch script or, once the job is cancelled, nearly as long as Slurm lets it live. In
+# the GraceTime of a preemption TERM comes to a job that runs on: there it waits for the end of that too.
 # Pyxis does not hand the user's ENROOT_DATA_PATH on to enroot, so neither does this.
 remover='remove() { env -u ENROOT_DATA_PATH enroot remove -f "$0"; exit; }
-trap "read -rt $1; remove" TERM
+end() {
+    local patience=$1
+    while [[ $(timeout 5 squeue -ho %T -j "$SLURM_JOB_ID" 2>/dev/null) == RUNNING ]]; do
+        read -rt 3 || (($? > 128)) || remove
+        patience=$(($1 > 5 ? $1 - 4 : 1))
+    done
+    read -rt "$patience"
+    remove
+}
+trap "end $1" TERM
 trap "" USR1
 read -r
 remove'
@@ -66,38 +76,81 @@ enter_containers() {
         sh -c '[ -f "$0/run_and_time.sh" ] || exit 9' "$work" || code=$?
     ((code != 9)) || refuse "CONT=$CONT holds no $work/run_and_time.sh: WORK_DIR is where it has the repository"
     ((code == 0)) || refuse "no container from CONT=$CONT, see above (has this Slurm Pyxis?)"
-    exec {table}> >(exec "${first[@]}" "${inside[@]}" bash -c 'trap "" TERM USR1; read -r && exec "$@"' - "$@" 2>&1)
+    # A signal to the job must end neither the step nor what filters its words.
+    exec {table}> >(trap : TERM INT USR1 && with_host_paths "${first[@]}" "${inside[@]}" \
+        bash -c 'trap "" TERM USR1; read -r word; if [[ $word == print ]]; then exec "$@"; fi' - "$@")
     table_step=$!
 }
 
-# let_table: where no step can be started any more, the one that waits for it prints the table.
-let_table() {
-    echo >&"$table" && exec {table}>&- && timeout 60 tail -f /dev/null --pid="$table_step"
+# close_table WORD: ends the step that waits with the table, which prints it where WORD is print.
+close_table() {
+    [[ -n $table ]] || return 0
+    trap '' PIPE
+    echo "$1" >&"$table" || true
+    exec {table}>&-
+    table=''
+    timeout 60 tail -f /dev/null --pid="$table_step"
 }
 
-# look_around: why no further trial can run here, in down (a sentence, empty if one can) and gone (nodes that do not answer).
-look_around() {
-    local code=0 free need=50 # MiB; trials.py names a disk with less as the reason of a failure
-    local look='for path; do [[ -e $path ]] || { echo "$path is gone on ${SLURMD_NODENAME:-$HOSTNAME}"; code=9; }; done; exit ${code:-0}'
+# open_log: the folder of trial k with what the logs of a submission begin with.
+open_log() {
+    mkdir -p "$folder" && rm -f "$folder"/{exits,killed,interrupted}.txt "$folder/exit_code" && {
+        echo ":::DLPAL ${CONT:-none} ${job:-none} ${#nodes[@]} ${SLURM_JOB_NODELIST:-$HOSTNAME}" \
+            "${MLPERF_CLUSTER_NAME:-unknown} $DGXSYSTEM"
+        echo ":::SYSJSON $(tr -d '\n' <"$LOGDIR/${stamp}_system.json")"
+        echo ":::GITCOMMITID $code $launcher"
+    } >>"$folder/rank_0.log" && ln -sfn "${stamp}_$k/rank_0.log" "$LOGDIR/${stamp}_$k.log"
+}
+
+# check_folders: why no further trial can run here, in down (a sentence, empty if one can) and gone (nodes that do not
+# answer). Every look has its time, because a file server that hangs would hold up this script too.
+check_folders() {
+    local code=0 look ask
     down='' gone=''
-    [[ -d $folder ]] || { down="LOGDIR: $folder was removed" && return; }
-    free=$(df --output=avail -BM "$folder" | tr -dc '0-9\n' | tail -n 1)
-    ((${free:-$need} >= need)) || { down="the disk of LOGDIR=$LOGDIR is full" && return; }
-    local ask=(bash -c "$look" - "$folder" ${data:+"$data"} ${weights:+"$weights"})
-    [[ -z $job ]] || ask=(timeout 20 "${hosts[@]}" --immediate=15 "${ask[@]}")
-    down=$("${ask[@]}" 2>/dev/null) || code=$?
+    # trials.py names a disk with less than 50 MiB as the reason of a failure; a quota shows only where something is written.
+    look='[[ -d $0 ]] || { echo "LOGDIR: $0 was removed"; exit; }
+        free=$(df --output=avail -BM "$0" | tr -dc "0-9\n" | tail -n 1)
+        ((${free:-50} >= 50)) || { echo "the disk of LOGDIR=$1 is full"; exit; }
+        said=$(LC_ALL=C dd if=/dev/zero of="$0/.written" bs=1M count=1 conv=fsync status=none 2>&1) ||
+            echo "LOGDIR=$1: nothing can be written: ${said##*: }"
+        rm -f "$0/.written"'
+    down=$(timeout -k 5 20 bash -c "$look" "$folder" "$LOGDIR" 2>/dev/null) || code=$?
+    ((code != 124 && code != 137)) || down="LOGDIR=$LOGDIR does not answer: does its file server hang?"
+    [[ -z $down ]] || return 0
+    look='for path; do [[ -e $path ]] || { echo "$path is gone on ${SLURMD_NODENAME:-$HOSTNAME}"; code=9; }; done; exit ${code:-0}'
+    ask=(bash -c "$look" - "$folder" ${data:+"$data"} ${weights:+"$weights"})
+    [[ -z $job ]] || ask=("${hosts[@]}" --immediate=15 "${ask[@]}")
+    code=0
+    down=$(timeout -k 5 20 "${ask[@]}" 2>/dev/null) || code=$?
     down=${down//$'\n'/, }
     ((code != 0 && code != 9)) || return 0
     down=''
-    [[ -n $job ]] || return 0
-    gone=$(
-        for node in "${nodes[@]}"; do
-            timeout 20 "${step[@]}" --immediate=15 --nodes=1 --ntasks=1 --nodelist="$node" true &>/dev/null || echo "$node" &
-        done
-        wait
-    )
-    gone=$(sort -V <<<"$gone" | paste -sd ,)
+    if [[ -z $job ]]; then
+        ((code != 124 && code != 137)) || down="DATADIR or BACKBONE_DIR does not answer: does a file server hang?"
+        return 0
+    fi
+    gone=$(silent_nodes)
+    # This script runs on the first: if all are silent, Slurm was too busy for an answer.
+    if [[ -n $gone && $(wc -l <<<"$gone") == "${#nodes[@]}" ]]; then
+        sleep 10 || true
+        gone=$(silent_nodes)
+    fi
+    gone=$(paste -sd , <<<"$gone")
     [[ -z $gone ]] || down="no answer from $gone: a node is lost"
+}
+silent_nodes() {
+    local node
+    for node in "${nodes[@]}"; do
+        timeout -k 5 20 "${step[@]}" --immediate=15 --nodes=1 --ntasks=1 --nodelist="$node" true &>/dev/null || echo "$node" &
+    done | sort -V
+}
+
+# notice_preemption: a preemption with GraceTime signals a job that goes on running; it is to be resumed, as at a time limit.
+notice_preemption() {
+    [[ -n $job && -z $preempted ]] || return 0
+    local about
+    about=$(scontrol show job "$job" 2>/dev/null) || return 0
+    [[ ! $about =~ JobState=RUNNING || ! $about =~ PreemptTime=[0-9] ]] || stop=USR1 preempted="Slurm's preemption"
 }
 
 # watch: while the trial runs, hands stop on to its ranks and ends what hangs; then status is its exit code.
@@ -106,7 +159,8 @@ watch() {
     while kill -0 "$trial" 2>/dev/null; do
         sleep 1 || true # scancel reaches it too
         if [[ -n $stop && -z $told ]]; then
-            say "SIG$stop: every rank writes a checkpoint and ends"
+            notice_preemption
+            say "${preempted:-SIG$stop}: every rank writes a checkpoint and ends"
             told=$SECONDS
             signal "$stop"
         elif [[ -n $stop && -n $job ]] && ((SECONDS >= told + 10)) && ! all_ended; then
@@ -147,7 +201,7 @@ judge() {
         with_host_paths on_first "$python" tools/trials.py explain "$OUTPUT_DIR" --code "$status" \
             --ranks-per-node "$DGXNGPU" --nodes "$(IFS=, && echo "${nodes[*]}")" || say "trial $k failed with code $status"
     fi
-    [[ $status == [03] || -n $stop ]] || look_around
+    [[ $status == [03] || -n $stop ]] || check_folders
     if [[ ${CHECK_COMPLIANCE:-1} == 1 && $status =~ ^[03]$ ]]; then
         with_host_paths on_first "$python" tools/trials.py check "$OUTPUT_DIR/result_$RESULT_INDEX.txt" \
             --called "$folder/result_$RESULT_INDEX.txt" --append "$logs/compliance_$stamp.out" \
