@@ -4,7 +4,7 @@
 # and what is asked after a trial that failed.
 
 if [[ -n $job ]]; then
-    step=(srun --export=ALL --overlap --no-kill --kill-on-bad-exit=0 --wait=0)
+    step=(srun --export=ALL --mpi=none --overlap --no-kill --kill-on-bad-exit=0 --wait=0)
     slurm=$(scontrol show config)
     # Where Slurm binds at all, it would give each task a single core; BIND=1 binds to sockets.
     grep 'TaskPlugin .*task/none' <<<"$slurm" >/dev/null || step+=(--cpu-bind=none)
@@ -153,6 +153,17 @@ notice_preemption() {
     [[ ! $about =~ JobState=RUNNING || ! $about =~ PreemptTime=[0-9] ]] || stop=USR1 preempted="Slurm's preemption"
 }
 
+# wait_for_steps: until Slurm has ended the training step of an earlier trial, whose processes may hold GPUs and ports.
+wait_for_steps() {
+    local old
+    for _ in {1..45}; do
+        old=$(squeue -hs -j "$job" -o '%j %N' 2>/dev/null | awk '$1 ~ /^trial_/ { print $2; exit }') || true
+        [[ -n $old && -z $stop ]] || return 0
+        sleep 2 || true
+    done
+    say "warning: after 90 s Slurm has not ended the step of an earlier trial on $old: drain the node whose processes hang"
+}
+
 # watch: while the trial runs, hands stop on to its ranks and ends what hangs; then status is its exit code.
 watch() {
     local limit=0 lost='' told=''
@@ -180,6 +191,7 @@ watch() {
             signal KILL && sleep 3
             limit=$((SECONDS + 10))
             kill -KILL "$trial" 2>/dev/null || true # srun itself waits minutes for a node that is gone
+            wait "$trial" 2>/dev/null || true       # without the shell's own words about it
         fi
     done
     wait "$trial" || status=$?

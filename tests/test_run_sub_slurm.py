@@ -314,6 +314,18 @@ def test_a_rank_that_missed_the_signal_gets_it_once_more(slurm):
     assert (slurm.notes / "scancel").read_text() == "-s USR1 7.5\n" * 2, "the step of the training alone"
 
 
+@pytest.mark.parametrize("listed, warned", [(3, False), (99, True)])
+def test_a_trial_waits_for_the_step_of_the_one_before(slurm, listed, warned):
+    (slurm.notes.parent / "bin/sleep").write_text('#!/bin/bash\necho "$1" >>"$NOTES/slept"\nexec /bin/sleep 0.01\n')
+    (slurm.notes.parent / "bin/sleep").chmod(0o755)
+    (slurm.notes.parent / "bin/squeue").write_text(
+        f'#!/bin/bash\n[[ $(grep -c 2 "$NOTES/slept") -ge {listed} ]] || echo trial_1 n2\n'
+    )
+    code, said = slurm.run()
+    assert code == 0 and (slurm.notes / "slept").read_text().count("2\n") == (45 if warned else listed)
+    assert ("step of an earlier trial on n2: drain" in said) == warned, said
+
+
 def test_no_trial_starts_after_a_signal(slurm):
     """It comes while the caches are dropped."""
     drop = slurm.notes.parent / "bin/drop"
