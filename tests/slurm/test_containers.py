@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def whole(cluster, data, foreign, inside, exported, tmp_path_factory):
     """A job of two trials that has ended, for several tests."""
     job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
                 **inside, **exported)  # fmt: skip
+    job.until_end(180)
+    began = time.monotonic()
     assert job.wait() == 0, job.said()
+    assert time.monotonic() - began < 12, "no step is left that Slurm must kill after KillWait"
     return job
 
 
