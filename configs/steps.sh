@@ -149,7 +149,7 @@ silent_nodes() {
 notice_preemption() {
     [[ -n $job && -z $preempted ]] || return 0
     local about
-    about=$(scontrol show job "$job" 2>/dev/null) || return 0
+    about=$(timeout 10 scontrol show job "$job" 2>/dev/null) || return 0
     [[ ! $about =~ JobState=RUNNING || ! $about =~ PreemptTime=[0-9] ]] || stop=USR1 preempted="Slurm's preemption"
 }
 
