@@ -1,7 +1,7 @@
 # shellcheck disable=SC2034,SC2154,SC2329,SC2016  # run.sub shares variables and calls functions; words for other shells
 # Sourced by run.sub: how things are started. on_hosts: on each node; on_first: on the first node, with CONT in its
 # container; preflight and train: once for each GPU, there too. Without Slurm, all of it on this machine. Then the containers,
-# and what is asked after a trial that failed.
+# and what run.sub does before, during and after a trial.
 
 if [[ -n $job ]]; then
     step=(srun --export=ALL --mpi=none --overlap --no-kill --kill-on-bad-exit=0 --wait=0)
