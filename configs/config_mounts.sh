@@ -91,9 +91,10 @@ pyxis_version() {
     config=$(scontrol show config)
     stack=$(sed -n 's/^PlugStackConfig *= *//p' <<<"$config")
     folder=$(sed -n 's/^PluginDir *= *\([^:]*\).*/\1/p' <<<"$config")
-    mapfile -t files < <(sed -nE 's/^ *include +//p' "$stack" 2>/dev/null)
-    # shellcheck disable=SC2068  # an include may be a pattern
-    plugin=$(cd "$(dirname "$stack")" && cat "$stack" ${files[@]} 2>/dev/null | grep -oE '^ *(required|optional) +[^ ]*pyxis[^ ]*') || return 0
+    mapfile -t files < <(sed -nE 's/^[[:space:]]*include[[:space:]]+//p' "$stack" 2>/dev/null)
+    # shellcheck disable=SC2068  # an include may be a pattern, also one that matches nothing
+    plugin=$(cd "$(dirname "$stack")" && { cat "$stack" ${files[@]} 2>/dev/null || true; } |
+        grep -oE '^[[:space:]]*(required|optional)[[:space:]]+[^[:space:]]*pyxis[^[:space:]]*') || return 0
     plugin=${plugin##*[[:space:]]}
     [[ $plugin == /* ]] || plugin=$folder/$plugin
     grep -aohE 'pyxis: version v[0-9]+\.[0-9]+' "$plugin" 2>/dev/null | head -n 1 | grep -oE '[0-9.]+$' || true
@@ -101,10 +102,10 @@ pyxis_version() {
 
 # What this Pyxis can't mount, although it is there: enroot reads the mounts as lines of a shell script.
 pyxis_mounts() {
-    local version name value
+    local version pair name value
     version=$(pyxis_version)
-    for name in DATADIR BACKBONE_DIR LOGDIR EXTRA_MOUNTS; do
-        value=${!name:-}
+    for pair in "DATADIR=$data" "BACKBONE_DIR=$weights" "LOGDIR=$LOGDIR" "${more[@]/#/EXTRA_MOUNTS=}"; do
+        name=${pair%%=*} value=${pair#*=}
         [[ $value != *[\$\"\`\\]* ]] || problems+=("$name=$value holds one of \$ \" \` \\, which Pyxis (here: ${version:-unknown}) can't mount")
         [[ $value != *[[:space:]]* || -z $version || ${version#0.} -ge 24 || $version != 0.* ]] ||
             problems+=("$name=$value holds a blank, which Pyxis can mount from 0.24 on; here it is $version")

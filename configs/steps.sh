@@ -1,10 +1,10 @@
 # shellcheck disable=SC2034,SC2154,SC2329,SC2016  # run.sub shares variables and calls functions; words for other shells
 # Sourced by run.sub: how things are started. on_hosts: on each node; on_first: on the first node, with CONT in its
 # container; preflight and train: once for each GPU, there too. Without Slurm, all of it on this machine. Then the containers,
-# and what is asked after a trial that failed.
+# and what run.sub does before, during and after a trial.
 
 if [[ -n $job ]]; then
-    step=(srun --export=ALL --overlap --no-kill --kill-on-bad-exit=0 --wait=0)
+    step=(srun --export=ALL --mpi=none --overlap --no-kill --kill-on-bad-exit=0 --wait=0)
     slurm=$(scontrol show config)
     # Where Slurm binds at all, it would give each task a single core; BIND=1 binds to sockets.
     grep 'TaskPlugin .*task/none' <<<"$slurm" >/dev/null || step+=(--cpu-bind=none)
@@ -15,11 +15,11 @@ if [[ -n $job ]]; then
     on_first() { timeout 300 "${first[@]}" "${inside[@]}" "$@"; }
     preflight() { TORCH_CPP_LOG_LEVEL=ERROR "${on_gpus[@]}" --kill-on-bad-exit=1 "${inside[@]}" "$python" tools/preflight.py "$@"; }
     train() {
-        exec "${on_gpus[@]}" --time="$WALLTIME_RUNANDTIME" --output="$folder/rank_%t.log" "${inside[@]}" ./run_and_time.sh "$@" \
+        exec "${on_gpus[@]}" --job-name="trial_$k" --time="$WALLTIME_RUNANDTIME" --output="$folder/rank_%t.log" "${inside[@]}" ./run_and_time.sh "$@" \
             2> >(tee -a "$folder/srun.log" >&2)
     }
-    signal() { # to every rank: the newest step; in the background, because it waits for a node that is gone
-        scancel -s "$1" "$(squeue -hs -j "$job" -o %i | grep -E '\.[0-9]+$' | sort -V | tail -n 1)" 2>/dev/null &
+    signal() { # to every rank; in the background, because it waits for a node that is gone
+        { squeue -hs -j "$job" -o '%i %j' | awk -v name="trial_$k" '$2 == name { print $1 }' | xargs -r scancel -s "$1"; } 2>/dev/null &
     }
 else
     on_hosts() { "$@"; }
@@ -44,10 +44,20 @@ if [[ -n $CONT ]]; then
     done
 fi
 
-# Waits for a line, for the end of the batch script or, once the job is cancelled, nearly as long as Slurm lets it live.
+# Waits for a line, for the end of the batch script or, once the job is cancelled, nearly as long as Slurm lets it live. In
+# the GraceTime of a preemption TERM comes to a job that runs on: there it waits for the end of that too.
 # Pyxis does not hand the user's ENROOT_DATA_PATH on to enroot, so neither does this.
 remover='remove() { env -u ENROOT_DATA_PATH enroot remove -f "$0"; exit; }
-trap "read -rt $1; remove" TERM
+end() {
+    local patience=$1
+    while [[ $(timeout 5 squeue -ho %T -j "$SLURM_JOB_ID" 2>/dev/null) == RUNNING ]]; do
+        read -rt 3 || (($? > 128)) || remove
+        patience=$(($1 > 5 ? $1 - 4 : 1))
+    done
+    read -rt "$patience"
+    remove
+}
+trap "end $1" TERM
 trap "" USR1
 read -r
 remove'
@@ -66,36 +76,147 @@ enter_containers() {
         sh -c '[ -f "$0/run_and_time.sh" ] || exit 9' "$work" || code=$?
     ((code != 9)) || refuse "CONT=$CONT holds no $work/run_and_time.sh: WORK_DIR is where it has the repository"
     ((code == 0)) || refuse "no container from CONT=$CONT, see above (has this Slurm Pyxis?)"
-    exec {table}> >(exec "${first[@]}" "${inside[@]}" bash -c 'trap "" TERM USR1; read -r && exec "$@"' - "$@" 2>&1)
+    # A signal to the job must end neither the step nor what filters its words.
+    exec {table}> >(trap : TERM INT USR1 && with_host_paths "${first[@]}" "${inside[@]}" \
+        bash -c 'trap "" TERM USR1; read -r word; if [[ $word == print ]]; then exec "$@"; fi' - "$@")
     table_step=$!
 }
 
-# let_table: where no step can be started any more, the one that waits for it prints the table.
-let_table() {
-    echo >&"$table" && exec {table}>&- && timeout 60 tail -f /dev/null --pid="$table_step"
+# close_table WORD: ends the step that waits with the table, which prints it where WORD is print.
+close_table() {
+    [[ -n $table ]] || return 0
+    trap '' PIPE
+    echo "$1" >&"$table" || true
+    exec {table}>&-
+    table=''
+    timeout 60 tail -f /dev/null --pid="$table_step"
 }
 
-# look_around: why no further trial can run here, in down (a sentence, empty if one can) and gone (nodes that do not answer).
-look_around() {
-    local code=0 free need=50 # MiB; trials.py names a disk with less as the reason of a failure
-    local look='for path; do [[ -e $path ]] || { echo "$path is gone on ${SLURMD_NODENAME:-$HOSTNAME}"; code=9; }; done; exit ${code:-0}'
+# open_log: the folder of trial k with what the logs of a submission begin with.
+open_log() {
+    mkdir -p "$folder" && rm -f "$folder"/{exits,killed,interrupted}.txt "$folder/exit_code" && {
+        echo ":::DLPAL ${CONT:-none} ${job:-none} ${#nodes[@]} ${SLURM_JOB_NODELIST:-$HOSTNAME}" \
+            "${MLPERF_CLUSTER_NAME:-unknown} $DGXSYSTEM"
+        echo ":::SYSJSON $(tr -d '\n' <"$LOGDIR/${stamp}_system.json")"
+        echo ":::GITCOMMITID $code $launcher"
+    } >>"$folder/rank_0.log" && ln -sfn "${stamp}_$k/rank_0.log" "$LOGDIR/${stamp}_$k.log"
+}
+
+# check_folders: why no further trial can run here, in down (a sentence, empty if one can) and gone (nodes that do not
+# answer). Every look has its time, because a file server that hangs would hold up this script too.
+check_folders() {
+    local code=0 look ask
     down='' gone=''
-    [[ -d $folder ]] || { down="LOGDIR: $folder was removed" && return; }
-    free=$(df --output=avail -BM "$folder" | tr -dc '0-9\n' | tail -n 1)
-    ((${free:-$need} >= need)) || { down="the disk of LOGDIR=$LOGDIR is full" && return; }
-    local ask=(bash -c "$look" - "$folder" ${data:+"$data"} ${weights:+"$weights"})
-    [[ -z $job ]] || ask=(timeout 20 "${hosts[@]}" --immediate=15 "${ask[@]}")
-    down=$("${ask[@]}" 2>/dev/null) || code=$?
+    # trials.py names a disk with less than 50 MiB as the reason of a failure; a quota shows only where something is written.
+    look='[[ -d $0 ]] || { echo "LOGDIR: $0 was removed"; exit; }
+        free=$(df --output=avail -BM "$0" | tr -dc "0-9\n" | tail -n 1)
+        ((${free:-50} >= 50)) || { echo "the disk of LOGDIR=$1 is full"; exit; }
+        said=$(LC_ALL=C dd if=/dev/zero of="$0/.written" bs=1M count=1 conv=fsync status=none 2>&1) ||
+            echo "LOGDIR=$1: nothing can be written: ${said##*: }"
+        rm -f "$0/.written"'
+    down=$(timeout -k 5 20 bash -c "$look" "$folder" "$LOGDIR" 2>/dev/null) || code=$?
+    ((code != 124 && code != 137)) || down="LOGDIR=$LOGDIR does not answer: does its file server hang?"
+    [[ -z $down ]] || return 0
+    look='for path; do [[ -e $path ]] || { echo "$path is gone on ${SLURMD_NODENAME:-$HOSTNAME}"; code=9; }; done; exit ${code:-0}'
+    ask=(bash -c "$look" - "$folder" ${data:+"$data"} ${weights:+"$weights"})
+    [[ -z $job ]] || ask=("${hosts[@]}" --immediate=15 "${ask[@]}")
+    code=0
+    down=$(timeout -k 5 20 "${ask[@]}" 2>/dev/null) || code=$?
     down=${down//$'\n'/, }
     ((code != 0 && code != 9)) || return 0
     down=''
-    [[ -n $job ]] || return 0
-    gone=$(
-        for node in "${nodes[@]}"; do
-            timeout 20 "${step[@]}" --immediate=15 --nodes=1 --ntasks=1 --nodelist="$node" true &>/dev/null || echo "$node" &
-        done
-        wait
-    )
-    gone=$(sort -V <<<"$gone" | paste -sd ,)
+    if [[ -z $job ]]; then
+        ((code != 124 && code != 137)) || down="DATADIR or BACKBONE_DIR does not answer: does a file server hang?"
+        return 0
+    fi
+    gone=$(silent_nodes)
+    # This script runs on the first: if all are silent, Slurm was too busy for an answer.
+    if [[ -n $gone && $(wc -l <<<"$gone") == "${#nodes[@]}" ]]; then
+        sleep 10 || true
+        gone=$(silent_nodes)
+    fi
+    gone=$(paste -sd , <<<"$gone")
     [[ -z $gone ]] || down="no answer from $gone: a node is lost"
+}
+silent_nodes() {
+    local node
+    for node in "${nodes[@]}"; do
+        timeout -k 5 20 "${step[@]}" --immediate=15 --nodes=1 --ntasks=1 --nodelist="$node" true &>/dev/null || echo "$node" &
+    done | sort -V
+}
+
+# notice_preemption: a preemption with GraceTime signals a job that goes on running; it is to be resumed, as at a time limit.
+notice_preemption() {
+    [[ -n $job && -z $preempted ]] || return 0
+    local about
+    about=$(timeout 10 scontrol show job "$job" 2>/dev/null) || return 0
+    [[ ! $about =~ JobState=RUNNING || ! $about =~ PreemptTime=[0-9] ]] || stop=USR1 preempted="Slurm's preemption"
+}
+
+# wait_for_steps: until Slurm has ended the training step of an earlier trial, whose processes may hold GPUs and ports.
+wait_for_steps() {
+    local old
+    for _ in {1..45}; do
+        old=$(squeue -hs -j "$job" -o '%j %N' 2>/dev/null | awk '$1 ~ /^trial_/ { print $2; exit }') || true
+        [[ -n $old && -z $stop ]] || return 0
+        sleep 2 || true
+    done
+    say "warning: after 90 s Slurm has not ended the step of an earlier trial on $old: drain the node whose processes hang"
+}
+
+# watch: while the trial runs, hands stop on to its ranks and ends what hangs; then status is its exit code.
+watch() {
+    local limit=0 lost='' told=''
+    while kill -0 "$trial" 2>/dev/null; do
+        sleep 1 || true # scancel reaches it too
+        if [[ -n $stop && -z $told ]]; then
+            notice_preemption
+            say "${preempted:-SIG$stop}: every rank writes a checkpoint and ends"
+            told=$SECONDS
+            signal "$stop"
+        elif [[ -n $stop && -n $job ]] && ((SECONDS >= told + 10)) && ! all_ended; then
+            told=$SECONDS # a rank that had not started yet did not get it
+            signal "$stop"
+        fi
+        # A rank has failed: the watchdogs of the others end them in 30 s (code 6), and then all within seconds.
+        if ((! limit)) && grep -qsE '^[0-9]+ [^ ]+ (1|2|5|6|1[2-9][0-9]|2[0-9]{2}) ' "$folder/exits.txt"; then
+            limit=$((SECONDS + 45))
+        elif ((limit > SECONDS + 10)) && grep -qs ' 6 [0-9]*$' "$folder/exits.txt"; then
+            limit=$((SECONDS + 10))
+        elif ((limit && SECONDS > limit)); then
+            say "some ranks do not end although others failed: they print their stacks and are killed"
+            signal CONT && signal QUIT && sleep 3
+            date +%s >"$folder/killed.txt" || true                          # trials.py blames no rank for it
+            lost=$(awk '$3 { print $3; exit }' "$folder/exits.txt" || true) # the code of the first that failed
+            signal KILL && sleep 3
+            limit=$((SECONDS + 10))
+            kill -KILL "$trial" 2>/dev/null || true # srun itself waits minutes for a node that is gone
+            wait "$trial" 2>/dev/null || true       # without the shell's own words about it
+        fi
+    done
+    wait "$trial" || status=$?
+    status=${lost:-$status}
+}
+all_ended() { (($(cat "$folder/exits.txt" 2>/dev/null | wc -l) >= DGXNNODES * DGXNGPU)); }
+
+# judge: says why the trial failed and whether its log is compliant.
+judge() {
+    if ((status)) && [[ -n $job && -z $stop ]] && ((SECONDS - began >= WALLTIME_RUNANDTIME * 60)); then
+        say "trial $k took longer than WALLTIME_RUNANDTIME=$WALLTIME_RUNANDTIME minutes" && status=124
+    elif ((status)) && [[ $stop == TERM ]]; then # no step can be started any more, which could explain it
+        if [[ -f $folder/last.pt ]]; then
+            say "trial $k was stopped; its checkpoint is in $folder"
+        else
+            say "trial $k was stopped and left no checkpoint in $folder"
+        fi
+    elif ((status)) && [[ -d $folder ]]; then
+        with_host_paths on_first "$python" tools/trials.py explain "$OUTPUT_DIR" --code "$status" \
+            --ranks-per-node "$DGXNGPU" --nodes "$(IFS=, && echo "${nodes[*]}")" || say "trial $k failed with code $status"
+    fi
+    [[ $status == [03] || -n $stop ]] || check_folders
+    if [[ ${CHECK_COMPLIANCE:-1} == 1 && $status =~ ^[03]$ ]]; then
+        with_host_paths on_first "$python" tools/trials.py check "$OUTPUT_DIR/result_$RESULT_INDEX.txt" \
+            --called "$folder/result_$RESULT_INDEX.txt" --append "$logs/compliance_$stamp.out" \
+            --ruleset "${MLPERF_RULESET:-5.1.0}" || true
+    fi
 }

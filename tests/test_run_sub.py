@@ -248,12 +248,32 @@ def test_no_trial_after_a_failed_preflight(machine, what):
             "echo 'echo Avail; echo 3M' >$NOTES/../bin/df; chmod +x $NOTES/../bin/df",
             "the disk of LOGDIR=.*my logs is full",
         ),
+        (
+            "printf '%s\n' 'echo dd: error writing x: Disk quota exceeded >&2' 'exit 1' >$NOTES/../bin/dd; "
+            "chmod +x $NOTES/../bin/dd; printf 'exit 1\n' >$NOTES/../bin/df; chmod +x $NOTES/../bin/df",
+            "LOGDIR=.*my logs: nothing can be written: Disk quota exceeded",
+        ),
     ],
 )
 def test_what_would_fail_each_trial_ends_the_job_and_is_named(machine, during, reason):
     code, said = machine.run(NEXP="3", CODES="1 1 1", DURING=during)
     assert code == 1 and re.search(f"no further trial: {reason}$", said, re.MULTILINE), said
     assert not (machine.logs / "S_2").exists()
+
+
+def test_a_look_at_the_folders_that_fails_ends_nothing(machine):
+    df = machine.notes.parent / "bin/df"
+    df.write_text("#!/bin/bash\necho df: no such mount >&2\nexit 1\n")
+    df.chmod(0o755)
+    code, said = machine.run(NEXP="2", CODES="1 0")
+    assert code == 1 and "the table of" in said and (machine.logs / "S_2/exit_code").read_text() == "0\n", said
+    assert not list(machine.logs.glob("S_1/.*")), "nothing is left of what was written to see whether one can"
+
+
+def test_a_log_that_cannot_be_opened_ends_the_job_with_its_table(machine):
+    code, said = machine.run(NEXP="3", RESUME="1", DURING='mkdir -p "$LOGDIR/S_2/rank_0.log"')
+    assert code == 1 and re.search(r"no further trial: LOGDIR=.*my logs can't be written, see above$", said, re.M), said
+    assert "the table of" in said and "go on with: RESUME=1 DATESTAMP=S ... run.sub" in said
 
 
 def test_a_trial_needs_the_system_description(machine):
@@ -338,7 +358,7 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
     }
     assert read - given - listed == set(), "missing in the README"
     programs = {"SEED", "BATCHSIZE", "EVALBATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS", "WARMUP_STEPS",
-                "LOG_INTERVAL", "OPS", "GRAPHS",
+                "LOG_INTERVAL", "OPS", "GRAPHS", "VARIANTS", "CUDNN_BENCHMARK_LIMIT",
                 "MLPERF_SUBMISSION_ORG", "MLPERF_DIVISION", "MLPERF_STATUS", "MLPERF_SYSTEM_NAME", "SYSTEM_DESCRIPTION",
                 "HANG_MONITOR_TIMEOUT", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"}  # fmt: skip
     assert listed - read - programs == set(), "read by nobody"

@@ -278,6 +278,8 @@ def summarise(logdir: Path, stamp: str, k: int, verdicts: dict[str, str]) -> Row
         row.outcome = plain.get(code, f"failed ({code}, {code_words(code)})")
         if log.status == "success":
             row.note = f"trial {k}: its log ends with success, but the program ended with exit code {code}"
+    if (folder / "interrupted.txt").is_file():
+        row.note = f"trial {k}: {(folder / 'interrupted.txt').read_text(errors='replace').strip()}"
     row.counts = row.outcome == "success" and not log.resumed and row.compliance != "FAILED" and row.minutes is not None
     row.outcome += ", resumed" * log.resumed
     return row

@@ -199,20 +199,26 @@ static void find_space(const char *folder, int add)
     if (file) fclose(file);
 }
 
-static void read_environment(const char *folder)
+/* Of this step, or where it attaches, of the last that has built the container. */
+static int read_environment(const char *folder, uint32_t step)
 {
     char path[2 * PATH_MAX], *line = NULL;
     size_t room = 0, count = 0;
     snprintf(path, sizeof path, "%s/containers/%s/environ", folder, container);
+    size_t end = strlen(path);
+    if (!attached && step == BATCH) snprintf(path + end, sizeof path - end, ".batch");
+    else if (!attached) snprintf(path + end, sizeof path - end, ".%u", step);
     FILE *file = fopen(path, "r");
-    while (file && getline(&line, &room, file) > 0) {
+    if (!file) return slurm_error("pyxis: %s: %m", path), 1;
+    while (getline(&line, &room, file) > 0) {
         line[strcspn(line, "\n")] = 0;
         image_env = realloc(image_env, (count + 2) * sizeof *image_env);
         image_env[count++] = strdup(line);
         image_env[count] = NULL;
     }
     free(line);
-    if (file) fclose(file);
+    fclose(file);
+    return 0;
 }
 
 int slurm_spank_user_init(spank_t sp, int ac, char **av)
@@ -256,7 +262,7 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
         failed = start(av, env);
         if (!failed) find_space(av[0], 1);
     }
-    if (!failed) read_environment(av[0]);
+    if (!failed) failed = read_environment(av[0], step);
     return 0;
 }
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def whole(cluster, data, foreign, inside, exported, tmp_path_factory):
     """A job of two trials that has ended, for several tests."""
     job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
                 **inside, **exported)  # fmt: skip
+    job.until_end(180)
+    began = time.monotonic()
     assert job.wait() == 0, job.said()
+    assert time.monotonic() - began < 12, "no step is left that Slurm must kill after KillWait"
     return job
 
 
@@ -139,10 +143,9 @@ def test_every_step_says_which_container_it_wants(whole, inside, data, image):
         seen.append(kind)
     assert [kind for kind in seen if kind != "bash"] == [
         "sh", "python -c", "run_and_time.sh --print-config", "python tools/preflight.py", "true drop",
-        "printenv GIT_COMMIT",
         *["sync", "true drop", "run_and_time.sh", "python tools/trials.py"] * 2, "python tools/trials.py",
     ]  # fmt: skip
-    assert seen.count("bash") == 3, "two for the containers' end, one that waits with the table"
+    assert seen.count("bash") == 4, "two for the containers' end, one for GIT_COMMIT, one that waits with the table"
 
 
 def test_its_containers_are_removed_and_no_others(whole, foreign):
@@ -152,7 +155,7 @@ def test_its_containers_are_removed_and_no_others(whole, foreign):
 def test_enroot_reads_the_users_variables_and_none_of_ours(whole, exported):
     assert (exported["XDG_CACHE_HOME"] / "enroot").is_dir(), "the double hands it on, as Pyxis does"
     assert not exported["ENROOT_DATA_PATH"].exists() and not Path("/results").exists()
-    assert (whole.logs / ".cache/detcore").is_dir() or not (exported["XDG_CACHE_HOME"] / "detcore").exists()
+    assert (whole.logs / ".cache/detcore").is_dir() and not (exported["XDG_CACHE_HOME"] / "detcore").exists()
 
 
 def test_messages_name_paths_of_the_host(whole):
@@ -197,7 +200,10 @@ def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, f
     assert cluster.job(job.id)["JobState"] == "CANCELLED"
     assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
     assert "Stopped by SIGTERM" in job.rank(0)
-    assert "0 of 2 trials ended with success" in job.said()
+    assert (
+        "0 of 2 trials ended with success" in job.said() and "trial 1 was stopped; its checkpoint is in" in job.said()
+    )
+    assert "/results" not in job.said().replace(str(job.logs), ""), job.said()
     assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
 
 

@@ -459,3 +459,10 @@ def test_summary_reads_the_log_of_rank_0_where_there_is_no_result_file(job, tmp_
     assert lines[1].split()[1:3] == ["success", "2.000"] and lines[1].endswith("s_1.log")
     (tmp_path / "compliance_s.out").write_text("compliance of /results/s_1.log, ruleset 5.1.0: FAILED: x\n")
     assert "FAILED" in job({}, runs=1)[0][1]
+
+
+def test_summary_says_what_interrupted_a_trial(job, tmp_path):
+    (tmp_path / "s_1").mkdir()
+    (tmp_path / "s_1/interrupted.txt").write_text("interrupted by Slurm (node lost): sacct -D -j 7\n")
+    lines, _ = job({1: (143, None)}, runs=1, checks=False)
+    assert "trial 1: interrupted by Slurm (node lost): sacct -D -j 7" in lines
