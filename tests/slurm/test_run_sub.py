@@ -326,18 +326,3 @@ def test_slurm_accepts_every_config(tmp_path):
                 ["bash", "-euc", line, path], env=many.env(), cwd=ROOT, capture_output=True, text=True, timeout=60
             )
             assert done.returncode == 0 and "to start at" in done.stderr, (path, done.stderr)
-
-
-def test_a_preemption_with_grace_time_is_resumed(submit_to, tmp_path):
-    """Slurm sends TERM at the start of the GraceTime, to a job that it lets run on."""
-    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
-    with Cluster(tmp_path / "c", kill_wait=20, settings=settings) as cluster:
-        cluster.run("scontrol", "update", "PartitionName=main", "GraceTime=100")
-        cluster.run("scontrol", "create", "PartitionName=urgent", "Nodes=n1,n2", "PriorityTier=10", "State=UP")
-        job = submit_to(cluster)(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, REQUEUE=1)
-        job.until_step()
-        cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 5", cwd=tmp_path)
-        job.until(lambda: "requeued after trial 1 (code 4)" in job.said(), "requeue", 60)
-        assert "Slurm's preemption: every rank writes a checkpoint" in job.said() and job.status() == "aborted"
-        cluster.requeue_now(job.id, 90)
-        job.until(lambda: "_1.log --resume" in job.said(), "resumed trial 1")
