@@ -20,7 +20,7 @@ case $* in
     echo '{"submitter": "x"}' >"${file%% --*}"
     exit "${PREFLIGHT:-0}" ;;
 *--print-config*) exit "${CONFIG:-0}" ;;
-*" explain "*) echo "see /results/S_1/rank_0.log" ;;
+*" explain "*) echo "see /results/S_1/rank_0.log and $DATASET_DIR/train" ;;
 *" summary "*) echo "the table of ${4}" ;;
 "-m "*.train*)
     env -0 >"$NOTES/env_$RESULT_INDEX"
