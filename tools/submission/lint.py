@@ -178,17 +178,18 @@ def of_one(log: Log, ruleset: str) -> Iterable[tuple[str, str]]:
         yield fatal, "no seed is logged"
     elif any(number(seed) is None and not str(seed).lstrip("-").isdecimal() for seed in seeds):
         yield fatal, f"seed is {seeds[-1]!r}, a whole number is wanted"
-    yield from _samples(log, ruleset)
+    if log.name("submission_division") != "open":
+        yield from (("doubt", words) for words in other_data(log, ruleset))
 
 
 def is_placeholder(org: str) -> bool:
     return org.strip().lower() in PLACEHOLDERS or "placeholder" in org.lower()
 
 
-def _samples(log: Log, ruleset: str) -> Iterable[tuple[str, str]]:
-    """train_samples and eval_samples that are neither the data set's images nor its batches, as some logs have them."""
+def other_data(log: Log, ruleset: str) -> Iterable[str]:
+    """Words on train_samples and eval_samples that are neither the data set's images nor, as in some logs, batches."""
     about = facts(log.name("submission_benchmark"), ruleset)
-    if about is None or log.name("submission_division") == "open":
+    if about is None:
         return
     batch = number(log.last("global_batch_size")) or math.inf
     for key, sizes in (("train_samples", about.train), ("eval_samples", about.val)):
@@ -198,7 +199,7 @@ def _samples(log: Log, ruleset: str) -> Iterable[tuple[str, str]]:
         if value is None or value in sizes or few or any(abs(value - n) <= 2 for n in batches):
             continue
         wanted = " or ".join(f"{size:,}" for size in sorted(sizes))
-        yield "doubt", f"{key} is {value:,.0f}; {about.data} has {wanted} images: was it another data set?"
+        yield f"{key} is {value:,.0f}; {about.data} has {wanted} images: was it another data set?"
 
 
 def of_all(logs: list[Log]) -> list[Finding]:

@@ -17,6 +17,7 @@ from detcore import UserError
 from single_stage_detector import convergence
 
 from . import DOUBTFUL, NOT_CHECKED, OK, REFUSED
+from .lint import other_data
 from .logs import Log, collect, metrics, number, read_log
 from .output import add_json, print_json
 from .rulesets import DEFAULT, RETINANET, ROUNDS, facts, known
@@ -172,8 +173,8 @@ def _needs(epochs: tuple[float, ...], mean: float, lowest: float) -> tuple[str, 
 
 
 def public_runs(log: Log, ruleset: str) -> list[dict[str, Any]]:
-    """Each evaluation beside those of public runs: epoch, value, words, far. Only for the 264-class RetinaNet."""
-    if facts(log.name("submission_benchmark"), ruleset) is not RETINANET:
+    """Each evaluation beside those of public runs: epoch, value, words, far. Only of RetinaNet on MLPerf's data set."""
+    if facts(log.name("submission_benchmark"), ruleset) is not RETINANET or any(other_data(log, ruleset)):
         return []
     batch, found = number(log.last("global_batch_size")), []
     if batch is None:

@@ -104,8 +104,8 @@ def write_system(folder: Path, staged: Result, logs: list[Log], args: argparse.N
     )
     described = program.get("system_name") or args.system
     words = (
-        "`setup.sh`, `init_datasets.sh` and `run_and_time.sh`, in this order, repeat the five runs; their values are in "
-        f"`{args.system}_{args.implementation}.json`, the hardware stands in `systems/{args.system}.json`. "
+        "`setup.sh`, `init_datasets.sh` and `run_and_time.sh`, in this order, repeat the five runs; their values stand "
+        f"in `{args.system}_{args.implementation}.json`, the hardware in `systems/{args.system}.json`. "
         f"`{place}/README.md` has the rest.\n{missing}"
     )
     text = f"# {staged.benchmark} on {described}\n\n{words}\n{runs_table(logs)}\n"

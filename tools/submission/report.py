@@ -1,175 +1,37 @@
-"""One run on one page: reads what a training left in its output folder and writes report.html beside it.
+"""One run on one page: report.html beside what a training left in its output folder, or a page made of any MLPerf log.
+
+  python -m tools.submission report RESULT_DIR              # writes RESULT_DIR/report.html
+  python -m tools.submission report LOG... [--out FILE]     # writes <log>.html beside each log, or FILE
 
 The page is a single file without scripts and without anything from the network: text, inline SVG and the gallery's
-images. It shows whether the target was reached, the loss, the mAP, where the time went, detections on validation
-images, the AP of each class and the configuration. A run without an end, an evaluation or a gallery gets a page that
-says so. Usage: python tools/report.py RESULT_DIR
+images. It shows whether the target was reached, the loss, the mAP beside that of public runs, where the time went,
+detections on validation images, the AP of each class and the configuration. A run without an end, an evaluation or a
+gallery gets a page that says so. A folder without progress.jsonl is taken for one with logs: a page for each.
 """
 
 import argparse
-import html
-import itertools
-import json
 import math
 import statistics
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from report_run import TIMES, Run, read_run
+from typing import Any
 
 from detcore import UserError
 from detcore.cli import run_main
 from detcore.progress import duration
 
-CSS = """
-:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #5a6372; --line: #dfe3e9;
-  --c0: #1b1f27; --c1: #1f6fd6; --c2: #c2570c; --c3: #0f8a6d; --good: #0b7a4b; --bad: #b3261e; --note: #fff4d6;
-  --note-line: #e0b43c; --t0: #8a94a6; --t1: #1f6fd6; --t2: #e08a1e; --t3: #0f9b7a; --t4: #9b5fc0; --t5: #c3cad5;
-  --t6: #d2554a; }
-@media (prefers-color-scheme: dark) { :root { --bg: #12151b; --card: #1b2029; --ink: #e8ebf0; --soft: #a3acba;
-  --line: #323a47; --c0: #e8ebf0; --c1: #6cabff; --c2: #ff9d5c; --c3: #4fd1ab; --good: #55d69b; --bad: #ff8a80;
-  --note: #362d14; --note-line: #a98524; --t1: #4f93ee; --t5: #566072; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 40px; }
-header p, .small, .none, footer { color: var(--soft); } .small, footer { font-size: 13px; }
-header p { margin: 0; } h1 { margin: 4px 0 16px; font-size: 26px; line-height: 1.2; }
-h2 { margin: 0 0 6px; font-size: 17px; } h3 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft); }
-section > p { margin: 0 0 12px; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.banner { margin: 0 0 12px; padding: 10px 14px; border-left: 4px solid var(--note-line); background: var(--note);
-  border-radius: 4px; overflow-wrap: anywhere; }
-.problem { border-color: var(--bad); background: var(--card); }
-section, .tile, .charts figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-section { padding: 16px; margin-top: 16px; } figure { margin: 0; min-width: 0; } .charts figure { padding: 16px; }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 16px 0; }
-.tile { padding: 12px 14px; display: flex; flex-direction: column; } .tile strong { font-size: 26px; line-height: 1.3; }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
-.charts svg { display: block; width: 100%; height: auto; }
-.charts text { font-size: 12px; fill: var(--soft); } .end { text-anchor: end; } .mid { text-anchor: middle; }
-.grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.line.c0 { stroke: var(--c0); stroke-width: 2.5; } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
-.line.c3 { stroke: var(--c3); } .dot.c0 { fill: var(--c0); } .dot.c1 { fill: var(--c1); } .dot.c2 { fill: var(--c2); }
-.dot.c3 { fill: var(--c3); } .target { stroke: var(--good); stroke-width: 2; stroke-dasharray: 7 5; }
-.hover { fill: transparent; } .hover:hover { fill: var(--soft); fill-opacity: .18; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0 0 4px; font-size: 13px; }
-.legend span { display: inline-flex; align-items: center; gap: 6px; }
-.key { width: 18px; border-top: 3px solid; } .key.c0 { border-color: var(--c0); } .key.c1 { border-color: var(--c1); }
-.key.c2 { border-color: var(--c2); } .key.c3 { border-color: var(--c3); }
-.key.dashed { border-top: 2px dashed var(--good); }
-.stack { display: block; width: 100%; height: 34px; border-radius: 4px; margin: 4px 0 12px; }
-.swatch { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 8px; }
-.t0 { fill: var(--t0); background: var(--t0); } .t1 { fill: var(--t1); background: var(--t1); }
-.t2 { fill: var(--t2); background: var(--t2); } .t3 { fill: var(--t3); background: var(--t3); }
-.t4 { fill: var(--t4); background: var(--t4); } .t5 { fill: var(--t5); background: var(--t5); }
-.t6 { fill: var(--t6); background: var(--t6); }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
-td { white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 500; } .sum > * { font-weight: 600; border: 0; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.facts th { vertical-align: top; } .wide { overflow-x: auto; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 14px; }
-.gallery svg { display: block; width: 100%; height: auto; border-radius: 6px; } .gallery p { margin: 2px 0 0; }
-.gallery rect { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2.5; pointer-events: stroke; }
-.gallery .under { stroke: #000; stroke-width: 3; stroke-opacity: .7; }
-.gallery .truth { stroke: #fff; stroke-width: 1.75; stroke-dasharray: 5 4; }
-.gallery text { font-weight: 700; paint-order: stroke; stroke: #000; stroke-width: .22em; stroke-linejoin: round; }
-.bars { columns: 2; column-gap: 32px; } .bar { display: grid; grid-template-columns: 12em 1fr 3.5em; gap: 10px;
-  align-items: center; padding: 3px 0; break-inside: avoid; font-size: 14px; }
-.bar span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.bar svg { width: 100%; height: 12px; background: var(--line); border-radius: 3px; } .bar rect { fill: var(--c1); }
-.bar b { font-weight: 500; text-align: right; font-variant-numeric: tabular-nums; }
-details { margin-top: 10px; } summary { cursor: pointer; font-weight: 500; } footer { margin-top: 20px; }
-@media (max-width: 760px) { .charts { grid-template-columns: 1fr; } .tiles { grid-template-columns: 1fr 1fr; }
-  .bars { columns: 1; } h1 { font-size: 21px; } .charts text { font-size: 15px; } th, td { padding-right: 12px; } }
-"""
+from .logs import collect, number
+from .output import add_json, print_json
+from .rcp import public_runs
+from .report_run import TIMES, Run, read_log_alone, read_run
+from .rulesets import DEFAULT, known
+from .svg import CSS, Band, Markup, Series, chart, el, nice_ticks, table
+
 BOX_COLOURS = ("#ff7a59", "#4cc9f0", "#b5e853", "#f9c74f", "#c792ea", "#ff8fab", "#2ec4b6", "#e0aaff")
 MOST_POINTS = 400  # of a curve; longer ones are drawn as means of neighbours
 MOST_BOXES = 30  # detections drawn in an image
 MOST_CLASSES = 40  # bars that are open to view
-
-
-class Markup(str):
-    """Text that is HTML already; everything else is escaped by `el`."""
-
-
-def el(tag: str, *content: Any, **attributes: Any) -> Markup:
-    """An element; content and attribute values are escaped. `_` in a name becomes `-`, one at its end is dropped."""
-    words = "".join(
-        f' {k.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None
-    )
-    return Markup(f"<{tag}{words}>{join(*content)}</{tag}>")
-
-
-def join(*content: Any) -> Markup:
-    return Markup("".join(c if isinstance(c, Markup) else html.escape(str(c)) for c in content))
-
-
-class Axis(NamedTuple):
-    """A linear scale from data (low..high) to SVG units (start..end), with ticks."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: tuple[float, ...]
-
-    def at(self, value: float) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 2)
-
-
-def nice_ticks(high: float, most: int = 6, smallest: float = 0.0) -> tuple[float, ...]:
-    """0 and multiples of 1, 2 or 5 times a power of ten up to `high` or just above it; at most `most` intervals."""
-    high = high if high > 0 else 1.0
-    power = 10.0 ** math.floor(math.log10(high / most))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= high * (1 - 1e-9))
-    step = max(step, smallest)
-    return tuple(round(i * step, 12) for i in range(math.ceil(high / step - 1e-9) + 1))
-
-
-class Series(NamedTuple):
-    name: str
-    css: str
-    values: list[float]
-
-
-def chart(name: str, unit: str, x_name: str, xs: list[float], series: list[Series], hovers: list[str],
-          target: float | None = None) -> Markup:  # fmt: skip
-    """A figure with one line for each series over xs, its legend, and a title for the pointer at each x."""
-    top = max([v for s in series for v in s.values] + ([target] if target is not None else []))
-    across, up = nice_ticks(xs[-1], smallest=1), nice_ticks(top)
-    x = Axis(0, xs[-1], 46, 468, tuple(t for t in across if t <= xs[-1]))
-    y = Axis(0, up[-1], 226, 30, up)
-    parts = [el("text", unit, x=4, y=14, class_="unit"), el("text", x_name, x=468, y=264, class_="unit end")]
-    for t in y.ticks:
-        parts.append(el("path", d=f"M{x.start},{y.at(t)}H{x.end}", class_="grid"))
-        parts.append(el("text", f"{t:.10g}", x=40, y=y.at(t) + 4, class_="end", data_y=t, data_at=y.at(t)))
-    for t in x.ticks:
-        words = f"{t:,.10g}"
-        place = {"x": 478, "class_": "end"} if x.at(t) + 4 * len(words) > 478 else {"x": x.at(t), "class_": "mid"}
-        parts.append(el("text", words, **place, y=246, data_x=t, data_at=x.at(t)))
-    if target is not None:
-        parts.append(el("path", d=f"M{x.start},{y.at(target)}H{x.end}", class_="target"))
-    for s in reversed(series):
-        points = [(x.at(a), y.at(b)) for a, b in zip(xs, s.values, strict=True)]
-        path = "M" + "L".join(f"{a},{b}" for a, b in points)
-        parts.append(el("path", d=path, class_=f"line {s.css}", data_name=s.name))
-        if len(points) <= 30:
-            parts += [el("circle", cx=a, cy=b, r=3, class_=f"dot {s.css}") for a, b in points]
-    edges = [x.start, *((x.at(a) + x.at(b)) / 2 for a, b in itertools.pairwise(xs)), x.end]
-    for left, right, words in zip(edges[:-1], edges[1:], hovers, strict=True):
-        box = {"x": left, "y": 30, "width": round(max(right - left, 0), 2), "height": 196}
-        parts.append(el("rect", el("title", words), **box, class_="hover"))
-    keys = [el("span", el("i", class_=f"key {s.css}"), s.name) for s in series]
-    if target is not None:
-        keys.append(el("span", el("i", class_="key dashed"), f"target {target:g}"))
-    svg = el("svg", *parts, viewBox="0 0 480 270", role="img", aria_label=f"{name} over {x_name}")
-    return el("figure", el("h2", name), el("p", *keys, class_="legend"), svg)
 
 
 def loss_chart(run: Run) -> Markup:
@@ -192,18 +54,40 @@ def loss_chart(run: Run) -> Markup:
 
 
 def metric_chart(run: Run) -> Markup:
+    """The metrics after each epoch, and the band in which public runs of the same batch size were."""
     if not run.evals:
         return el("figure", el("h2", "mAP"), el("p", "No evaluation was recorded.", class_="none"))
+    names = {"AP": "AP (IoU 0.50 to 0.95)", "AP50": "AP50", "SEGM": "AP of masks"}
     series = [
-        Series(label, css, [max(e["metrics"].get(key, 0.0), 0.0) for e in run.evals])
-        for label, key, css in (("AP (IoU 0.50 to 0.95)", "AP", "c1"), ("AP50", "AP50", "c2"))
+        Series(label, f"c{1 + i}", [max(e["metrics"].get(key, 0.0), 0.0) for e in run.evals])
+        for i, (key, label) in enumerate(names.items())
+        if any(key in e["metrics"] for e in run.evals)
     ]
     hovers = [
         f"after epoch {e['epoch']}\n" + "\n".join(f"{s.name} {s.values[i]:.4f}" for s in series)
         for i, e in enumerate(run.evals)
     ]
-    epochs = [e["epoch"] for e in run.evals]
-    return chart("mAP on the validation images", "AP, 0 to 1", "completed epochs", epochs, series, hovers, run.target)
+    epochs, public = [e["epoch"] for e in run.evals], public_of(run)
+    band = Band("public runs, lowest to highest", [(row["epoch"], row["lowest"], row["highest"]) for row in public])
+    return chart("mAP on the validation images", "AP, 0 to 1", "completed epochs", epochs, series, hovers, run.target,
+                 band if public else None)  # fmt: skip
+
+
+def public_of(run: Run) -> list[dict[str, Any]]:
+    """Each evaluation beside public runs; see `rcp.public_runs`."""
+    found = public_runs(run.mlperf, DEFAULT) if run.mlperf else []
+    return list({row["epoch"]: row for row in found}.values())
+
+
+def public_section(run: Run) -> Markup:
+    rows = public_of(run)
+    if not rows:
+        return Markup("")
+    lines = [el("li", row["words"], class_="bad" if row["far"] else "") for row in rows]
+    words = (
+        "Runs of rounds 2.0 to 5.1 of MLPerf Training. Far off is more than four standard deviations from their mean."
+    )
+    return el("section", el("h2", "Beside public runs"), el("p", words, class_="small"), el("ul", *lines))
 
 
 def time_section(run: Run) -> Markup:
@@ -299,14 +183,6 @@ def class_section(run: Run) -> Markup:
     return el("section", el("h2", "AP of each class"), el("p", words), *body)
 
 
-def table(values: dict[str, Any]) -> Markup:
-    def words(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value)
-
-    rows = [el("tr", el("th", key, scope="row"), el("td", words(value))) for key, value in values.items()]
-    return el("div", el("table", *rows, class_="facts"), class_="wide")
-
-
 def metrics_table(run: Run) -> Markup:
     names = [n for n in run.evals[-1]["metrics"] if n != "per_class"]
     head = el("tr", el("th", "epoch"), *(el("th", n) for n in names))
@@ -338,7 +214,11 @@ def page(run: Run) -> str:
     config, begun = run.start["config"], run.log.get("run_start")
     date = datetime.fromtimestamp(begun[0][0] / 1000, UTC).strftime(", started %Y-%m-%d %H:%M UTC") if begun else ""
     images = {"training": run.log.get("train_samples"), "validation": run.log.get("eval_samples")}
-    sizes = [f"{events[-1][1]:,} {kind} images" for kind, events in images.items() if events]
+    sizes = [
+        f"{events[-1][1]:,} {kind} images"
+        for kind, events in images.items()
+        if events and number(events[-1][1]) is not None
+    ]
     tiles = [
         el("div", el("h3", name), el("strong", value), el("span", words, class_="small"), class_="tile")
         for name, value, words in facts(run)
@@ -352,7 +232,7 @@ def page(run: Run) -> str:
         *(el("p", f"About this page: {problem}.", class_="banner problem") for problem in run.problems),
         el("div", *tiles, class_="tiles"),
         el("div", loss_chart(run), metric_chart(run), class_="charts"),
-        time_section(run), gallery_section(run), class_section(run),
+        time_section(run), public_section(run), gallery_section(run), class_section(run),
         el("section", el("h2", "Details"), *results, el("details", el("summary", "Configuration"), table(config)),
            el("details", el("summary", "Environment"), table(run.start["environment"]), open="")),
         el("footer", "The record of one run. An MLPerf result is only what MLCommons has reviewed and published."),
@@ -371,19 +251,45 @@ def summary(run: Run, path: Path) -> str:
     return "\n".join([run.verdict()[1], f"best AP {best} {where}", speed, f"notes: {notes}", f"report: {path}"])
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Write RESULT_DIR/report.html: one training run on one page.")
-    parser.add_argument("result_dir", type=Path, help="the --output-dir of the training")
-    folder = parser.parse_args(argv).result_dir
-    run = read_run(folder)
-    path = folder / "report.html"
+def write_page(run: Run, path: Path) -> None:
+    """Raises UserError where the file can't be written."""
     try:
         path.write_text(page(run), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from error
-    for problem in run.problems:
-        print(f"note: {problem}", file=sys.stderr)
-    print(summary(run, path))
+        raise UserError(f"{path} can't be written: {error.strerror}; choose another place by --out") from error
+
+
+def main(argv: list[str]) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.submission report", description=__doc__, formatter_class=form
+    )
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="the --output-dir of a training, or logs")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page's name, for a single run")
+    parser.add_argument("--ruleset", default=DEFAULT, help="for the benchmark's target (default: %(default)s)")
+    add_json(parser)
+    args = parser.parse_args(argv)
+    known(args.ruleset)
+    runs: list[tuple[Run, Path]] = []
+    for path in args.paths:
+        if (path.is_dir() and ((path / "progress.jsonl").is_file() or not any(path.iterdir()))) or not path.exists():
+            runs.append((read_run(path), path / "report.html"))
+            continue
+        runs += [(read_log_alone(log, args.ruleset), log.with_suffix(".html")) for log in collect([path])]
+    if args.out and len(runs) != 1:
+        raise UserError(f"--out {args.out} is one page, and these are {len(runs)} runs; leave it out, or name one run")
+    found = []
+    for run, path in runs:
+        write_page(run, args.out or path)
+        for problem in run.problems:
+            print(f"note: {problem}", file=sys.stderr)
+        seconds, best = run.time_to_train()[0], run.best["metrics"]["AP"] if run.best else None
+        fields = {"page": args.out or path, "verdict": run.verdict()[1], "best": best, "seconds": seconds}
+        found.append(fields | {"images_per_s": run.rate, "public_runs": public_of(run)})
+        if not args.json:
+            print(summary(run, args.out or path))
+    if args.json:
+        print_json(found)
     return 0
 
 
