@@ -8,6 +8,7 @@ place.
 
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,20 +165,15 @@ def repository(folder: Path) -> Said:
     return _call(check)
 
 
-def summary(folder: Path, ruleset: str) -> Said:
-    """An organisation's scores; value: {(system, benchmark): minutes or None}, as in the table of results."""
+def summary(folder: Path, benchmark: str, ruleset: str) -> Said:
+    """The score of an organisation that has a single result; value: minutes as in the table of results, or None."""
 
-    def check() -> tuple[bool, dict[tuple[str, str], float | None]]:
-        from mlperf_logging.result_summarizer import result_summarizer
+    def check() -> tuple[bool, float | None]:
+        from mlperf_logging.result_summarizer.result_summarizer import summarize_results
 
-        result_summarizer.summarize_results(str(folder), "training", ruleset)  # the whole command's function
-        scores = {}
-        for system in sorted(path for path in (folder / "results").iterdir() if path.is_dir()):
-            for results in sorted(path for path in system.iterdir() if path.is_dir()):
-                score, *_ = result_summarizer._compute_strong_score_standalone(
-                    results.name, system.name, False, str(results), "training", ruleset
-                )
-                scores[system.name, results.name] = score
-        return all(score is not None for score in scores.values()), scores
+        table, *_ = summarize_results(str(folder), "training", ruleset)
+        score = table[benchmark].iloc[0] if len(table) else None
+        score = None if score is None or math.isnan(score) else float(score)
+        return score is not None, score
 
     return _call(check)

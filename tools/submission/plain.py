@@ -41,9 +41,8 @@ def in_words(complaint: str, log: Log, ruleset: str) -> str:
     if match := _AT_LEAST_ONE.match(complaint):
         return _best(match[1], log, ruleset) or f"no {match[1]} satisfies its rule: {match[2].strip()}"
     if complaint.startswith("Log lines had parsing errors"):
-        return (
-            f"{log.bad or 'some'} line{'s' * (log.bad != 1)} look like events and can't be read: is one cut or merged?"
-        )
+        lines = f"{log.bad} lines look" if log.bad > 1 else "a line looks"
+        return f"{lines} like an event and can't be read: is it cut, or are two merged?"
     return " ".join(complaint.split())[:300]
 
 

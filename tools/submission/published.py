@@ -69,8 +69,8 @@ def compare(result: Result, ruleset: str) -> Compared:
     asked = flags(result)
     with alone(result) as copy:
         said = official.package(copy.org, ruleset, "rcp-bypass" in asked, "seed-checker-bypass" in asked)
-        summary = official.summary(copy.org, ruleset)
-    theirs = summary.value.get((result.system, result.benchmark)) if summary.ran else None
+        summary = official.summary(copy.org, copy.benchmark, ruleset)
+    theirs = summary.value if summary.ran else None
     verdict = "accepted" if said.ok else "refused" if said.ran else "not run"
     with TemporaryDirectory(prefix="published-") as out:
         code, words = _package(result, ruleset, asked, Path(out))

@@ -106,7 +106,7 @@ def _official(checked: Checked, copy: Result, ruleset: str, asked: set[str], har
     checked.official["package"] = official.package(copy.org, ruleset, rcp_bypass, seed_bypass)
     if closed:
         checked.official["rcp"] = official.convergence(copy.folder, ruleset, rcp_bypass)
-    checked.official["summary"] = official.summary(copy.org, ruleset)
+    checked.official["summary"] = official.summary(copy.org, copy.benchmark, ruleset)
 
 
 def _no_benchmark(result: Result, ruleset: str) -> str:
@@ -159,7 +159,7 @@ def _compare_scores(checked: Checked) -> None:
     ours = checked.score.minutes if checked.score else None
     if said is None or not said.ran or facts(checked.result.benchmark, DEFAULT) is None:
         return
-    theirs = said.value.get((checked.result.system, checked.result.benchmark))
+    theirs = said.value
     if theirs is not None and ours is not None and abs(theirs - ours) > TOLERANCE * abs(ours):
         words = f"the summarizer's score is {theirs:.3f} minutes, ours {ours:.3f}: it counts an aborted run, or one"
         checked.findings.append(Finding("note", f"{words} of a clock that went back, by its time"))
