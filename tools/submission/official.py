@@ -13,8 +13,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 _NAME = re.compile(r"\w{1,40}", re.ASCII)
 
@@ -74,6 +75,33 @@ def harmful(values: list[Any]) -> str:
     return ""
 
 
+class RuleFiles:
+    """Stands for the yaml module in the compliance checker, which parses the same rule files for every log: here once."""
+
+    BaseLoader = None
+
+    @staticmethod
+    def load(file: TextIO, Loader: Any) -> Any:
+        return _rules(file.name)
+
+
+@cache
+def _rules(path: str) -> Any:
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        return yaml.load(file, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+
+
+def _checker() -> Any:
+    """The compliance checker's module, without the rules that a check which broke down left for the next one."""
+    from mlperf_logging.compliance_checker import mlp_compliance
+
+    mlp_compliance.yaml = RuleFiles
+    mlp_compliance.enqueued_configs.clear()
+    return mlp_compliance
+
+
 class Compliance(NamedTuple):
     """The compliance checker's complaints, as it worded them: what made it refuse the log, and warnings."""
 
@@ -85,9 +113,7 @@ def compliance(path: Path, ruleset: str, config: Path | None = None) -> Said:
     """One log against the rules; value: Compliance. config: other rules than those of the ruleset."""
 
     def check() -> tuple[bool, Compliance]:
-        from mlperf_logging.compliance_checker import mlp_compliance
-
-        mlp_compliance.enqueued_configs.clear()  # a check that broke down leaves its rules for the next one
+        mlp_compliance = _checker()
         checker = mlp_compliance.make_checker("training", ruleset, quiet=False, werror=False)
         valid, *_ = mlp_compliance.main(str(path), str(config or f"training_{ruleset}/common.yaml"), checker)
         logging.log(logging.INFO if valid else logging.ERROR, "SUCCESS" if valid else "FAILED")
@@ -128,10 +154,9 @@ def package(folder: Path, ruleset: str, rcp_bypass: bool = False, seed_bypass: b
     """An organisation's folder: counts, logs, seeds, convergence, systems. Writes or removes scaling.json in it."""
 
     def check() -> tuple[bool, None]:
-        from mlperf_logging.compliance_checker import mlp_compliance
         from mlperf_logging.package_checker import package_checker
 
-        mlp_compliance.enqueued_configs.clear()
+        _checker()
         # The command prints its verdict and returns nothing; these are the two calls it consists of.
         systems = package_checker.check_systems(str(folder), "training", ruleset)
         results = package_checker.check_training_result_files(
@@ -171,6 +196,7 @@ def summary(folder: Path, benchmark: str, ruleset: str) -> Said:
     def check() -> tuple[bool, float | None]:
         from mlperf_logging.result_summarizer.result_summarizer import summarize_results
 
+        _checker()
         table, *_ = summarize_results(str(folder), "training", ruleset)
         score = table[benchmark].iloc[0] if len(table) else None
         score = None if score is None or math.isnan(score) else float(score)

@@ -6,7 +6,7 @@ import pytest
 
 from detcore import UserError
 from tests.tools.submission import made
-from tools.submission import NOT_CHECKED, OK, REFUSED, compare, published, verify
+from tools.submission import NOT_CHECKED, OK, REFUSED, compare, official, published, verify
 
 
 @pytest.fixture
@@ -90,14 +90,12 @@ def test_verify_names_what_the_repository_checker_refuses(tmp_path, capsys):
 @pytest.mark.parametrize("key", ["submission_division", "submission_benchmark"])
 def test_logs_can_not_name_rule_files(tmp_path, capsys, monkeypatch, key, name):
     """The official checker loads the rule file that a log names, and rule files hold code."""
-    from mlperf_logging.compliance_checker import mlp_compliance
-
     for path in made.write_tree(tmp_path / "us"):
         found = [json.loads(line.partition(":::MLLOG ")[2]) for line in path.read_text().splitlines()]
         path.write_text(made.text([e | {"value": name} if e["key"] == key else e for e in found]))
     loaded = []
-    real = mlp_compliance.yaml.load
-    monkeypatch.setattr(mlp_compliance.yaml, "load", lambda file, **k: loaded.append(file.name) or real(file, **k))
+    real = official.RuleFiles.load
+    monkeypatch.setattr(official.RuleFiles, "load", lambda file, Loader: loaded.append(file.name) or real(file, Loader))
     assert verify.main([str(tmp_path)]) in (REFUSED, NOT_CHECKED)
     assert all("/compliance_checker/training_5.1.0/" in path and ".." not in path for path in loaded)
 
