@@ -76,7 +76,7 @@ def harmful(values: list[Any]) -> str:
 
 
 class RuleFiles:
-    """Stands for the yaml module in the compliance checker, which parses the same rule files for every log: here once."""
+    """Stands for yaml in the compliance checker, which parses the same rule files anew for every log: here once."""
 
     BaseLoader = None
 
