@@ -236,7 +236,7 @@ def main(argv: list[str]) -> int:
     for path, text in ((args.out, page), (args.csv, csv_text)):
         if path:
             try:
-                path.write_text(text(entries), encoding="utf-8")
+                path.write_text(text(entries), encoding="utf-8", errors="replace")
             except OSError as error:
                 raise UserError(f"{path} can't be written: {error.strerror}; choose another place") from error
     if args.json:

@@ -14,7 +14,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(plain(value), indent=1, ensure_ascii=False))
+    print(json.dumps(plain(value), indent=1))
 
 
 def plain(value: Any) -> Any:

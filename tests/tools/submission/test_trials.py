@@ -1,4 +1,4 @@
-"""tools/trials.py (tools.submission.trials) on files as a job leaves them; compliance by the official checker itself."""
+"""tools/trials.py on files as a job leaves them; compliance by the official checker itself."""
 
 import json
 import os
