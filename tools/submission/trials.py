@@ -23,6 +23,7 @@ from .explain import code_words, explain
 from .lint import Verdict, check
 from .logs import Log, find_log, number, read_log
 from .output import plain, table
+from .rcp import public_runs
 from .rulesets import DEFAULT, ROUNDS, known
 from .score import Score, counts, olympic, scaling
 
@@ -181,6 +182,12 @@ def main(argv: list[str]) -> int:
         if args.append:
             append_verdict(args.append, args.called or args.log, verdict)
         print(verdict.line)
+        far = (
+            [row["words"] for row in public_runs(read_log(args.log), args.ruleset) if row["far"]]
+            if args.log.is_file()
+            else []
+        )
+        print("".join(f"warning: {words}\n" for words in far[:1]), end="")
         return cli.OK if verdict.ok else cli.CRASH
     if args.command == "explain":
         if not args.folder.is_dir():
