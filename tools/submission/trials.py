@@ -182,11 +182,8 @@ def main(argv: list[str]) -> int:
         if args.append:
             append_verdict(args.append, args.called or args.log, verdict)
         print(verdict.line)
-        far = (
-            [row["words"] for row in public_runs(read_log(args.log), args.ruleset) if row["far"]]
-            if args.log.is_file()
-            else []
-        )
+        rows = public_runs(read_log(args.log), args.ruleset) if args.log.is_file() else []
+        far = [row["words"] for row in rows if row["far"]]
         print("".join(f"warning: {words}\n" for words in far[:1]), end="")
         return cli.OK if verdict.ok else cli.CRASH
     if args.command == "explain":
