@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
         print(verdict.line)
         rows = public_runs(read_log(args.log), args.ruleset) if args.log.is_file() else []
         far = [row["words"] for row in rows if row["far"]]
-        print("".join(f"warning: {words}\n" for words in far[:1]), end="")
+        print("".join(f"warning: {words}\n" for words in far[:1]), end="", file=sys.stderr)
         return cli.OK if verdict.ok else cli.CRASH
     if args.command == "explain":
         if not args.folder.is_dir():
