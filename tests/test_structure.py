@@ -123,7 +123,7 @@ def test_no_error_is_swallowed(path):
             assert not all(isinstance(line, ast.Pass) for line in node.body), f"line {node.lineno}: except: pass"
 
 
-@pytest.mark.parametrize("path", python(*PACKAGES, "public-scripts", "tests/dataprep"))
+@pytest.mark.parametrize("path", python(*PACKAGES, "public-scripts", "tests/dataprep", "tools/submission"))
 def test_the_search_path_is_left_alone(path):
     """Packages find each other from the checkout; run_module.py alone puts it on the path, for its scripts."""
     assert ("sys.path" in path.read_text()) == (name(path) == "public-scripts/run_module.py")
@@ -171,6 +171,13 @@ def test_the_tree_in_the_readme_is_the_repository():
     assert missing == []
     told = {line.strip().split("  ")[0].rstrip("/") for line in tree if not line.startswith(" ")}
     assert told >= {*PACKAGES, "configs", "public-scripts", "tools", "tests"}
+
+
+@pytest.mark.parametrize("path", python("tools/submission"))
+def test_the_submission_tools_stay_light(path):
+    """They import no benchmark but its table of public runs, and nothing of torch."""
+    text = path.read_text().replace("from single_stage_detector import convergence", "")
+    assert not re.search(r"^\s*(import|from) (torch|single_stage_detector|ssd300)\b", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("bench_*.py")), ids=lambda path: path.name)

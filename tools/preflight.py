@@ -8,7 +8,8 @@ One process a rank, started like the training itself:
 
 Checked: all ranks come; each has a GPU of its own; clocks are in step; on each node the data folders hold files that
 can be read, as many as their manifest says; the output folder can be written and is the same one on all nodes; there is
-free space; an all-reduce over all ranks gives the right sum, and how fast. Exit code 0 and a table of what was found,
+free space; an all-reduce over all ranks gives the right sum, and how fast; and, with a config's variables, whether
+the runs could be submitted to MLPerf (a warning). Exit code 0 and a table of what was found,
 or 2 and, on stderr, all problems of all ranks, each with its nodes and what to do.
 """
 
@@ -35,6 +36,7 @@ from detcore import UserError
 from detcore.cli import BAD_INPUT, run_main
 from detcore.config import refuse_near_misses
 from detcore.data import manifest
+from tools.submission.before import obstacles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,6 +138,8 @@ def lead(team: Team, args: argparse.Namespace) -> int:
     except UserError as error:
         report.problems.append(str(error))
     try:
+        if os.environ.get("BENCHMARK") and (reasons := obstacles()):
+            report.warnings.append(f"this will not be submittable to the closed division, because {'; '.join(reasons)}")
         if args.write_manifest:
             checks.write_manifests(report, team, args.data, args.manifest)
         name = f".preflight-{os.getpid()}-{time.time_ns()}"

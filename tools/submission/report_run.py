@@ -1,15 +1,16 @@
-"""What one training left in its output folder, read for `tools/report.py`: also of aborted, resumed and killed runs."""
+"""What one training left in its output folder, or its MLPerf log alone: also of aborted, resumed and killed runs."""
 
 import base64
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from detcore import UserError
+
+from . import logs as mlperf
+from .logs import Log, metrics, number
+from .rulesets import facts
 
 REQUIRED = {
     "start": ("benchmark", "config", "environment", "notes"),
@@ -41,6 +42,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
     total: float = 0.0  # since the clock started
     log: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)  # key: (milliseconds, value) of each event
+    mlperf: Log | None = None
+    throughput: float | None = None  # images per second, where there are no steps to tell it
     gallery: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -56,7 +59,7 @@ class Run:
     def rate(self) -> float | None:
         """Images per second over all training steps and their waiting for data, all processes together."""
         if not self.steps:
-            return None
+            return self.throughput
         counts = [b["step"] - a for a, b in zip([0] + [s["step"] for s in self.steps], self.steps, strict=False)]
         rates = [max(s["images_per_s"], 1e-9) for s in self.steps]
         return sum(counts) / sum(n / rate for n, rate in zip(counts, rates, strict=True))
@@ -163,15 +166,97 @@ def read_log(folder: Path, run: Run) -> None:
     if not (folder / name).is_file():
         run.problems.append(f"{name} is missing: times are those of progress.jsonl")
         return
-    bad = 0
-    for text in (folder / name).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(text.removeprefix(":::MLLOG "))
-            run.log.setdefault(event["key"], []).append((event["time_ms"], event["value"]))
-        except (ValueError, KeyError, TypeError):
-            bad += 1
-    if bad:
-        run.problems.append(f"left out of {name}, because unreadable or cut: {bad} line{'s' * (bad > 1)}")
+    keep_log(run, mlperf.read_log(folder / name))
+
+
+def keep_log(run: Run, log: Log) -> None:
+    run.mlperf = log
+    for event in log.events:
+        run.log.setdefault(event.key, []).append((event.time_ms, event.value))
+    if log.bad:
+        run.problems.append(
+            f"left out of {log.path.name}, because unreadable or cut: {log.bad} line{'s' * (log.bad > 1)}"
+        )
+
+
+def read_log_alone(path: Path, ruleset: str) -> Run:
+    """A run from its MLPerf log, whoever made it. Raises UserError where the file holds no event."""
+    log = mlperf.read_log(path)
+    if not log.events:
+        raise UserError(f"{path}: holds no MLPerf event (:::MLLOG ...); name a log, or the --output-dir of a training")
+    run = Run(parts=1)
+    keep_log(run, log)
+    about = facts(log.name("submission_benchmark"), ruleset)
+    target = next(iter(about.targets.items())) if about and log.name("submission_division") != "open" else None
+    said = {key: log.last(key) for key in dict.fromkeys(event.key for event in log.events) if _is_setting(key, log)}
+    run.start = {
+        "benchmark": log.name("submission_benchmark") or "unknown benchmark",
+        "config": {"epochs": log.last("epoch_count"), "target_map": target and target[1], **said}, "environment": {},
+        "notes": [f"Made from the MLPerf log {path.name} alone: it has neither losses nor detections."],
+    }  # fmt: skip
+    run.start["config"]["dataset"] = about.data if about else "?"
+    run.status = log.status
+    start = log.first("run_start") or log.events[0]
+    run.total = (log.events[-1].time_ms - start.time_ms) / 1000 if log.minutes is None else log.minutes * 60
+    for event in log.events:
+        values, epoch = metrics(event.value), number(event.metadata.get("epoch_num"))
+        if event.key == "eval_accuracy" and values and epoch is not None and epoch > 0:
+            first, *rest = values.items()
+            found = {"AP": first[1]} | dict(rest)
+            seconds = (event.time_ms - start.time_ms) / 1000
+            run.evals = [e for e in run.evals if e["epoch"] < epoch]
+            run.evals.append({"step": 0, "epoch": int(epoch), "time_s": seconds, "metrics": found})
+    split_time(run, log)
+    train = run.seconds["train"]
+    images = images_of_an_epoch(log, ruleset)
+    stops = len(log.values("epoch_stop") or log.values("block_stop"))
+    run.throughput = images * stops / train if images and stops and train else None
+    return run
+
+
+def images_of_an_epoch(log: Log, ruleset: str) -> int | None:
+    """How many images an epoch has: train_samples, or the data set's size where that counts batches."""
+    about, samples = facts(log.name("submission_benchmark"), ruleset), number(log.last("train_samples"))
+    batch = number(log.last("global_batch_size"))
+    if about and samples and batch and any(abs(samples - size / batch) <= 2 for size in about.train):
+        return max(about.train)
+    return int(samples) if samples else None
+
+
+def _is_setting(key: str, log: Log) -> bool:
+    """Whether an event says how the run was made: it stands there once, and is neither a time nor a result."""
+    several = ("weights_initialization", "tracked_stats", "eval_accuracy", "status")
+    return log.last(key) is not None and key not in several and not key.endswith(("_start", "_stop"))
+
+
+def split_time(run: Run, log: Log) -> None:
+    """Seconds by kind, from the intervals of the log. An evaluation beside the next epoch counts as training."""
+    edges = {"init": "start_up", "epoch": "train", "block": "train", "eval": "evaluation"}
+    spans: dict[str, list[tuple[int, int]]] = {kind: [] for kind in edges.values()}
+    begun: dict[str, int] = {}
+    for event in log.events:
+        name, _, edge = event.key.rpartition("_")
+        if name in edges and edge == "start":
+            begun[name] = event.time_ms
+        elif name in edges and edge == "stop" and name in begun:
+            spans[edges[name]].append((begun.pop(name), event.time_ms))
+    run.seconds["start_up"] = sum(b - a for a, b in spans["start_up"]) / 1000
+    taken = sorted(span for span in spans["train"] if span[1] > span[0])
+    run.seconds["train"] = sum(b - a for a, b in _joined(taken)) / 1000
+    both = _joined(sorted([*taken, *(span for span in spans["evaluation"] if span[1] > span[0])]))
+    run.seconds["evaluation"] = sum(b - a for a, b in both) / 1000 - run.seconds["train"]
+    run.seconds["other"] = max(run.total - run.seconds["train"] - run.seconds["evaluation"], 0.0)
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted intervals, those that overlap made one."""
+    found: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((begin, end))
+    return found
 
 
 def read_gallery(folder: Path, run: Run) -> None:

@@ -1,10 +1,10 @@
 """The report's page against the numbers it was made from."""
 
-import importlib.util
 import itertools
 import json
 import re
-import sys
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,20 +12,17 @@ import pytest
 from PIL import Image
 
 from detcore import UserError
+from tests.tools.submission import made
+from tools.submission import compare, report
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell", "chromium-headless-shell")
 LOSSES, METRICS = [2.0, 1.5, 0.5, 0.25], [0.1, 0.5]
 VOID = {"meta", "img", "br"}
 
 
 @pytest.fixture(scope="module")
 def tool():
-    sys.path.insert(0, str(TOOLS))
-    spec = importlib.util.spec_from_file_location("report", TOOLS / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(TOOLS))
-    return module
+    return report
 
 
 def lines(*, target=0.4, end=True) -> list[dict]:
@@ -210,7 +207,9 @@ def test_an_aborted_run_says_where(tool, tmp_path):
 def test_the_time_is_that_of_the_log(tool, tmp_path, capsys):
     make(tmp_path, lines())
     events = [("run_start", 1_000_000), ("run_stop", 1_083_000)]
-    log = [":::MLLOG " + json.dumps({"key": key, "time_ms": time, "value": None}) for key, time in events]
+    log = [
+        ":::MLLOG " + json.dumps({"key": key, "time_ms": time, "value": None, "metadata": {}}) for key, time in events
+    ]
     (tmp_path / "result_0.txt").write_text("\n".join([*log, ':::MLLOG {"key": "sta']))
     assert "time to train 1:23 (from RUN_START to RUN_STOP in the log)" in console(tool, tmp_path, capsys)
     assert "left out of result_0.txt, because unreadable or cut: 1 line" in (tmp_path / "report.html").read_text()
@@ -219,6 +218,7 @@ def test_the_time_is_that_of_the_log(tool, tmp_path, capsys):
 def test_a_gallery_of_another_run_or_cut_is_left_out(tool, tmp_path):
     make(tmp_path, lines(), gallery=True)
     event = {"key": "run_start", "time_ms": (tmp_path / "gallery.json").stat().st_mtime * 1000 + 60_000, "value": None}
+    event["metadata"] = {}
     (tmp_path / "result_0.txt").write_text(":::MLLOG " + json.dumps(event))
     assert "gallery.json is older than this run" in page(tool, tmp_path)
     (tmp_path / "result_0.txt").unlink()
@@ -238,3 +238,91 @@ def test_a_folder_without_a_run_is_refused(tool, tmp_path, content):
         (tmp_path / "progress.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"progress\.jsonl"):
         tool.main([str(tmp_path)])
+
+
+def test_a_page_from_a_log_alone(tool, tmp_path, capsys):
+    """Also with the prefixes of srun: curve, target, public runs, and the time by the log's intervals."""
+    log = made.write_log(tmp_path / "result_3.txt", prefix="0: ", minutes=40, init_s=30)
+    assert tool.main([str(log)]) == 0
+    text = (tmp_path / "result_3.html").read_text()
+    tags = parse(text)
+    assert "Target AP 0.34 reached" in tags.text and "retinanet on OpenImages-MLPerf" in tags.text
+    assert values_of(text, "AP (IoU 0.50 to 0.95)") == pytest.approx(made.CURVE[:4], abs=0.005)
+    assert "mAP 0.240 after epoch 1, 0.217 to 0.252 in 495 public runs of this batch size" in tags.text
+    assert 'class="band"' in text and "0:40:00" not in tags.text and "40:00" in tags.text
+    lengths = [float(w) for w in re.findall(r'width="([^"]+)" height="40"', text)]
+    train, evaluation = 40 * 60 * 0.9, 40 * 60 * 0.09  # of each epoch 0.9 are steps and 0.09 an evaluation
+    seconds = [30, train, evaluation, 40 * 60 - train - evaluation]
+    assert lengths == pytest.approx([1000 * s / sum(seconds) for s in seconds], abs=0.1)
+    assert "1,170,301 training images" in tags.text and f"{1170301 * 4 / train:,.1f}" in tags.text
+    capsys.readouterr()
+
+
+def test_an_evaluation_beside_the_next_epoch_is_training(tool, tmp_path, capsys):
+    """Steps from 0 to 100 s and from 100 to 200 s, an evaluation from 90 to 150 s: no second counts twice."""
+    spans = {"run": (0, 210), "epoch": (0, 100), "eval": (90, 150)}
+    events = [(f"{name}_start", begin) for name, (begin, _) in spans.items()]
+    events += [("epoch_stop", 100), ("epoch_start", 100), ("eval_stop", 150), ("epoch_stop", 200), ("run_stop", 210)]
+    events = sorted(events, key=lambda one: one[1])
+    status = {"status": "success"}
+    found = [
+        {"key": k, "time_ms": 1000 * t, "value": None, "metadata": status if k == "run_stop" else {}} for k, t in events
+    ]
+    (tmp_path / "a.txt").write_text(made.text(found))
+    assert tool.main([str(tmp_path / "a.txt")]) == 0
+    lengths = [float(w) for w in re.findall(r'width="([^"]+)" height="40"', (tmp_path / "a.html").read_text())]
+    assert lengths == pytest.approx([1000 * 200 / 210, 1000 * 10 / 210], abs=0.1)
+    capsys.readouterr()
+
+
+def test_a_run_far_from_public_ones_says_so(tool, tmp_path, capsys):
+    log = made.write_log(tmp_path / "a.txt", curve=(0.198, 0.25, 0.3, 0.31), status="aborted")
+    assert tool.main([str(log), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]["public_runs"]
+    assert [row["far"] for row in found] == [True, True, True, True] and "far below" in found[0]["words"]
+    other = made.write_log(tmp_path / "b.txt", samples=(292, 72), curve=(0.1,) * 4)  # nobody's data set
+    assert tool.main([str(other), "--json"]) == 0 and json.loads(capsys.readouterr().out)[0]["public_runs"] == []
+
+
+@pytest.mark.parametrize("options", [
+    {"killed_after": 0}, {"killed_after": 2}, {"curve": ("x",) * 4}, {"epochs": 1}, {"division": "open"},
+    {"benchmark": "maskrcnn", "curve": [{"BBOX": 0.1, "SEGM": 0.2}] * 4}, {"benchmark": "bert"},
+])  # fmt: skip
+def test_every_log_has_a_page(tool, tmp_path, options, capsys):
+    log = made.write_log(tmp_path / "a.txt", **options)
+    assert tool.main([str(log), "--out", str(tmp_path / "page.html")]) == 0
+    parse((tmp_path / "page.html").read_text())
+    capsys.readouterr()
+
+
+def test_pages_of_a_folder_of_logs(tool, tmp_path, capsys):
+    made.write_result(tmp_path)
+    assert tool.main([str(tmp_path)]) == 0 and len(list(tmp_path.glob("*.html"))) == 5
+    with pytest.raises(UserError, match="these are 5 runs"):
+        tool.main([str(tmp_path), "--out", str(tmp_path / "x.html")])
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_pages_in_a_real_browser(tool, tmp_path, capsys):
+    """Chromium lays them out: the curves are drawn at some size, and nothing leaves the page sideways."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium here (Debian: chromium-headless-shell or chromium)")
+    made.write_tree(tmp_path / "us")
+    log = tmp_path / "us/results/box/retinanet/result_0.txt"
+    assert tool.main([str(log), "--out", str(tmp_path / "report.html")]) == 0
+    assert compare.main([str(tmp_path / "us"), str(log), "--out", str(tmp_path / "compare.html")]) == 0
+    capsys.readouterr()
+    probe = """<script>const boxes = [...document.querySelectorAll("svg path, svg rect, table, h1")].map(e => {
+      const b = e.getBoundingClientRect(); return [e.getAttribute("class"), b.width, b.height, b.right] });
+      document.title = JSON.stringify({boxes, wide: document.documentElement.scrollWidth, view: innerWidth})</script>"""
+    for name in ("report.html", "compare.html"):
+        page = tmp_path / f"probe_{name}"
+        page.write_text((tmp_path / name).read_text().replace("</body>", probe + "</body>"))
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,2000", "--dump-dom"]
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300)
+        found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1].replace("&quot;", '"'))
+        assert found["wide"] <= found["view"] and len(found["boxes"]) > 10
+        curves = [box for box in found["boxes"] if box[0] and box[0].startswith("line")]
+        assert curves and all(width > 100 and height > 5 for _, width, height, _ in curves)
