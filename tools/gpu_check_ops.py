@@ -246,13 +246,14 @@ def truth(context: Context) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 
 def match_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
-    from single_stage_detector.ops.match import match
+    from detcore.ops.match import match
+    from single_stage_detector.loss import MATCH
 
     def case() -> Case:
         place, boxes, labels, _ = truth(context)
         pairs = int((labels >= 0).sum()) * len(place)
         moved = megabytes(place, boxes, labels) + labels.shape[0] * len(place) * 8 / 1e6
-        return Case("single_stage_detector", lambda: lambda: match(place, boxes, labels), moved, gflop=14 * pairs / 1e9)
+        return Case("detcore", lambda: lambda: match(place, boxes, labels, **MATCH), moved, gflop=14 * pairs / 1e9)
 
     yield "match", case
 
@@ -269,22 +270,24 @@ def outputs(context: Context, lengths: list[int], spread: float = 1.0) -> tuple[
 
 def matched_truth(context: Context) -> tuple[Tensor, ...]:
     """logits [N, A, K] and deltas [N, A, 4] of the first level, anchors, boxes, labels, matched, weight [N]."""
-    from single_stage_detector.ops.match import match
+    from detcore.ops.match import match
+    from single_stage_detector.loss import MATCH
 
     place, boxes, labels, lengths = truth(context)
     logits, deltas = outputs(context, lengths[:1])
     with native.using("reference"):
-        matched = match(place, boxes, labels)
+        matched = match(place, boxes, labels, **MATCH)
     weight = 1 / (matched >= 0).sum(1).clamp(min=1) / len(labels)
     return logits[0], deltas[0], place, boxes, labels, matched, weight
 
 
 def focal_cases(context: Context) -> Iterator[tuple[str, Callable[[], Case]]]:
-    from single_stage_detector.ops.focal import focal_loss
+    from detcore.ops.focal import focal_loss
+    from single_stage_detector.loss import FOCAL
 
     def case() -> Case:
         logits, _, _, _, labels, matched, weight = matched_truth(context)
-        return gradient_case(logits, lambda x: focal_loss(x, matched, labels, weight))
+        return gradient_case(logits, lambda x: focal_loss(x, matched, labels, weight, **FOCAL))
 
     yield "focal fwd+bwd, level P3", case
 

@@ -80,11 +80,12 @@ def class_bias(context: Context) -> torch.Tensor:
 
 
 def biased_focal(context: Context) -> Case:
-    from single_stage_detector.ops.focal import focal_loss
+    from detcore.ops.focal import focal_loss
+    from single_stage_detector.loss import FOCAL
 
     logits, _, _, _, labels, matched, weight = matched_truth(context)
     bias = class_bias(context).requires_grad_()
-    return gradient_case(logits, lambda x: focal_loss(x, matched, labels, weight, 0, bias), bias)
+    return gradient_case(logits, lambda x: focal_loss(x, matched, labels, weight, 0, bias, **FOCAL), bias)
 
 
 def biased_candidates(context: Context) -> Case:

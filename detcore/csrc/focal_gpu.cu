@@ -22,36 +22,44 @@ struct Bias {
 };
 struct NoBias {};
 
+// What all threads know of the loss: its term, alpha, and what gradients are multiplied by while they are kept.
+template <typename F>
+struct Recipe {
+  F term;
+  float alpha, constant;
+};
+
 // Loss of the classes column..column+kWidth of a row; turns the logits into the gradient.
-template <typename T, int kWidth, typename B>
-__device__ inline float focal_values(Values<T, kWidth>& values, int column, int target, float weight, B& bias) {
+template <typename T, int kWidth, typename F, typename B>
+__device__ inline float focal_values(Values<T, kWidth>& values, int column, int target, float weight,
+                                     const Recipe<F>& recipe, B& bias) {
   constexpr bool biased = !std::is_same_v<B, NoBias>;
   const Values<T, kWidth> logits = values;
   const auto logit = [&](int k) {
     if constexpr (biased) return static_cast<float>(logits.at[k]) + bias.at[k];
     return static_cast<float>(logits.at[k]);
   };
-  const float scale = (1 - kAlpha) * weight * focal_constant<T>();
+  const float alpha = recipe.alpha, scale = (1 - alpha) * weight * recipe.constant;
   const int place = target - column;
   float loss = 0;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const Term term = focal_term(logit(k));
+    const Term term = recipe.term(logit(k));
     loss += term.loss;
     values.at[k] = static_cast<T>(scale * term.gradient);
     if constexpr (biased) bias.sums[k] += k == place ? 0.f : scale * term.gradient;
   }
-  if (place < 0 || place >= kWidth) return (1 - kAlpha) * weight * loss;
+  if (place < 0 || place >= kWidth) return (1 - alpha) * weight * loss;
   // Few threads come here: those that hold the class of a foreground row. Subtracting that logit's loss as a negative
   // would lose digits, so that the sum is made anew.
   loss = 0;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     const float x = logit(k);
-    const Term term = focal_term(k == place ? -x : x);
-    loss += (k == place ? kAlpha : 1 - kAlpha) * term.loss;
+    const Term term = recipe.term(k == place ? -x : x);
+    loss += (k == place ? alpha : 1 - alpha) * term.loss;
     if (k == place) {
-      const float gradient = -kAlpha * weight * focal_constant<T>() * term.gradient;
+      const float gradient = -alpha * weight * recipe.constant * term.gradient;
       values.at[k] = static_cast<T>(gradient);
       if constexpr (biased) bias.sums[k] += gradient;
     }
@@ -61,9 +69,10 @@ __device__ inline float focal_values(Values<T, kWidth>& values, int column, int 
 
 // A block goes through tiles of rows: their targets into shared memory, then kWidth logits a thread at a time, of which
 // the next ones are on their way while the present ones are computed. kWidth divides the number of classes.
-template <typename T, int kWidth>
+template <typename T, int kWidth, typename F>
 __global__ __launch_bounds__(kSumThreads, 5) void focal_kernel(const T* logits, Targets targets, int64_t rows,
-                                                               int classes, T* gradient, float* partials) {
+                                                               int classes, Recipe<F> recipe, T* gradient,
+                                                               float* partials) {
   using Part = Values<T, kWidth>;
   constexpr int kSkip = -2;  // the target of a row that is left out
   __shared__ int target[kTile];
@@ -95,7 +104,7 @@ __global__ __launch_bounds__(kSumThreads, 5) void focal_kernel(const T* logits, 
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) values.at[k] = static_cast<T>(0.f);
       } else {
-        sum += focal_values<T, kWidth>(values, part * kWidth, target[row], weight[row], none);
+        sum += focal_values<T, kWidth>(values, part * kWidth, target[row], weight[row], recipe, none);
       }
       to[i] = values;
       row += rows_on;
@@ -113,11 +122,12 @@ __global__ __launch_bounds__(kSumThreads, 5) void focal_kernel(const T* logits, 
 // With a bias: the logits are cells of `packs` values of kWidth. A thread keeps its pack from cell to cell, and with it
 // bias and sums; a block has kLanes neighbouring packs of the cells of its part. bias_partials: [parts, columns], the
 // sums over a part.
-template <typename T, int kWidth>
+template <typename T, int kWidth, typename F>
 __global__ __launch_bounds__(kSumThreads, 4) void biased_focal_kernel(const T* logits, const float* bias,
                                                                       Targets targets, int64_t cells, int per_cell,
-                                                                      int classes, int64_t parts, T* gradient,
-                                                                      float* partials, float* bias_partials) {
+                                                                      int classes, Recipe<F> recipe, int64_t parts,
+                                                                      T* gradient, float* partials,
+                                                                      float* bias_partials) {
   using Part = Values<T, kWidth>;
   __shared__ float shared[kWidth * kSumThreads];
   constexpr int kLines = kSumThreads / kLanes;
@@ -163,7 +173,7 @@ __global__ __launch_bounds__(kSumThreads, 4) void biased_focal_kernel(const T* l
         for (int k = 0; k < kWidth; ++k) values.at[k] = static_cast<T>(0.f);
       } else {
         const int target = box >= 0 ? static_cast<int>(targets.labels[box]) : -1;
-        sum += focal_values<T, kWidth>(values, column, target, weight, own);
+        sum += focal_values<T, kWidth>(values, column, target, weight, recipe, own);
       }
       to[cell * packs] = values;
     }
@@ -204,21 +214,22 @@ static __global__ void column_sums_kernel(const float* partial, int64_t parts, i
 }
 
 // The gradient, partial sums of the loss, and the bias's gradient; a launch for each of the two passes.
-template <typename T, int kWidth>
-static void biased_focal(const OnDevice& gpu, const Focal& a, const T* from, T* to, int64_t parts, float* partials) {
+template <typename T, int kWidth, typename F>
+static void biased_focal(const OnDevice& gpu, const Focal& a, const Recipe<F>& recipe, const T* from, T* to,
+                         int64_t parts, float* partials) {
   const Tensor bias_partials =
       torch::stable::empty({parts, a.columns}, ScalarType::Float, std::nullopt, a.loss.device());
   float* sums = static_cast<float*>(bias_partials.data_ptr());
-  gpu.launch(&biased_focal_kernel<T, kWidth>, parts * ceil_div(a.columns / kWidth, kLanes), kSumThreads, from, a.bias,
-             a.targets, a.cells(), static_cast<int>(a.per_cell), a.classes, parts, to, partials, sums);
-  gpu.launch(&column_sums_kernel, ceil_div(a.columns, kLanes), kSumThreads, sums, parts, a.columns,
-             1 / focal_constant<T>(), a.bias_sums());
+  gpu.launch(&biased_focal_kernel<T, kWidth, F>, parts * ceil_div(a.columns / kWidth, kLanes), kSumThreads, from,
+             a.bias, a.targets, a.cells(), static_cast<int>(a.per_cell), a.classes, recipe, parts, to, partials, sums);
+  gpu.launch(&column_sums_kernel, ceil_div(a.columns, kLanes), kSumThreads, sums, parts, a.columns, 1 / recipe.constant,
+             a.bias_sums());
 }
 
 static std::tuple<Tensor, Tensor, Tensor> focal(const Tensor& logits, const Tensor& matched, const Tensor& labels,
-                                                const Tensor& weight, int64_t first,
-                                                const std::optional<Tensor>& bias) {
-  const Focal a(logits, matched, labels, weight, first, bias);
+                                                const Tensor& weight, int64_t first, double alpha, double gamma,
+                                                double smoothing, const std::optional<Tensor>& bias) {
+  const Focal a(logits, matched, labels, weight, first, alpha, gamma, smoothing, bias);
   const OnDevice gpu(logits);
   for_floating(logits, "logits", [&](auto zero) {
     using T = decltype(zero);
@@ -232,12 +243,17 @@ static std::tuple<Tensor, Tensor, Tensor> focal(const Tensor& logits, const Tens
                                  : std::min(ceil_div(a.rows, kTile), kMostPartials);
     const Tensor partials = torch::stable::empty({parts * across}, ScalarType::Float, std::nullopt, logits.device());
     float* sums = static_cast<float*>(partials.data_ptr());
-    if (a.bias) {
-      wide ? biased_focal<T, kWidth>(gpu, a, from, to, parts, sums) : biased_focal<T, 1>(gpu, a, from, to, parts, sums);
-    } else {
-      gpu.launch(wide ? &focal_kernel<T, kWidth> : &focal_kernel<T, 1>, parts, kSumThreads, from, a.targets, a.rows,
-                 a.classes, to, sums);
-    }
+    a.with_term([&](auto term) {
+      using F = decltype(term);
+      const Recipe<F> recipe{term, a.alpha, a.constant<T>()};
+      if (a.bias) {
+        wide ? biased_focal<T, kWidth>(gpu, a, recipe, from, to, parts, sums)
+             : biased_focal<T, 1>(gpu, a, recipe, from, to, parts, sums);
+      } else {
+        gpu.launch(wide ? &focal_kernel<T, kWidth, F> : &focal_kernel<T, 1, F>, parts, kSumThreads, from, a.targets,
+                   a.rows, a.classes, recipe, to, sums);
+      }
+    });
     gpu.launch(&total_kernel, 1, kSumThreads, sums, parts * across, static_cast<float*>(a.loss.data_ptr()));
   });
   return {a.loss, a.gradient, a.bias_gradient};

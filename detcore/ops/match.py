@@ -3,19 +3,20 @@
 import torch
 from torch import Tensor
 
+from detcore import ops
 from detcore.boxes import areas
 from detcore.device import native
-from single_stage_detector import ops
 
-OP = "single_stage_detector::match"
+OP = "detcore::match"
 
-FOREGROUND_IOU = 0.5
-BACKGROUND_IOU = 0.4
+LOW_QUALITY = ("none", "ties", "best")  # in the order of csrc/match.h
 UNMATCHED = -1
 IGNORED = -2
 
 
-def match_reference(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+def match_reference(
+    anchors: Tensor, boxes: Tensor, labels: Tensor, high: float, low: float, low_quality: str = "none"
+) -> Tensor:
     """`match` in plain PyTorch, for any floating dtype; the overlaps are walked in pieces of a few boxes."""
     n, m = labels.shape
     a = anchors.shape[0]
@@ -26,6 +27,7 @@ def match_reference(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     best = anchors.new_zeros(n, a)
     index = torch.zeros(n, a, dtype=torch.int64, device=anchors.device)
     tied = torch.zeros(n, a, dtype=torch.bool, device=anchors.device)
+    claims = torch.full((n, a + 1), m, dtype=torch.int64, device=anchors.device)  # the place a takes what claims none
     ax1, ay1, ax2, ay2 = anchors.unbind(-1)
     anchor_areas = areas(anchors)
     chunk = max(1, ops.work_elements(anchors.device) // max(1, n * a))
@@ -37,34 +39,47 @@ def match_reference(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
         union = (areas(part).unsqueeze(2) + anchor_areas).sub_(inter)
         real = (labels[:, start : start + part.shape[1]] >= 0).unsqueeze(2)
         iou = torch.where(real & (inter > 0), inter.div_(union), inter.new_zeros(()))
-        highest = iou.amax(2, keepdim=True)
-        tied |= ((iou == highest) & (highest > 0)).any(1)
+        if low_quality == "ties":
+            highest = iou.amax(2, keepdim=True)
+            tied |= ((iou == highest) & (highest > 0)).any(1)
+        elif low_quality == "best" and a:
+            highest, claimed = iou.max(2)
+            numbers = torch.arange(start, start + part.shape[1], device=anchors.device).expand_as(claimed)
+            claims.scatter_reduce_(1, torch.where(highest > 0, claimed, a), numbers, "amin")
         value, position = iou.max(1)
         better = value > best
         index = torch.where(better, position + start, index)
         best = torch.where(better, value, best)
-    negative = torch.where(best < BACKGROUND_IOU, UNMATCHED, IGNORED)
-    return torch.where(tied | (best >= FOREGROUND_IOU), index, negative)
+    negative = torch.where(best < low, UNMATCHED, IGNORED)
+    matched = torch.where(tied | (best >= high), index, negative)
+    claims = claims[:, :a]
+    return torch.where(claims < m, claims, matched)
 
 
 @torch.no_grad()
-def match(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+def match(anchors: Tensor, boxes: Tensor, labels: Tensor, high: float, low: float, low_quality: str = "none") -> Tensor:
     """Assign ground truth to anchors: int64 [N, A], the index of the box, UNMATCHED or IGNORED.
 
     anchors: [A, 4]. boxes: [N, M, 4], padded. labels: int64 [N, M], negative where padded; padding costs next to
     nothing, wherever it stands. The native op wants float32; no gradients.
-    An anchor takes the box it overlaps most, if the IoU is at least 0.5; from 0.4 to 0.5 it is ignored. Besides,
-    all the anchors that tie for a box's highest IoU take the box that they themselves overlap most, whatever the
-    IoU, provided the box's highest is above 0: so a box outside the image, or without area, is never matched.
+    An anchor takes the box it overlaps most (of equals, the first), if the IoU is at least `high`; from `low` to `high`
+    it is ignored. low_quality: what else is matched, whatever the IoU, provided it is above 0, so that a box outside
+    the image, or without area, never is.
+    "none": nothing.
+    "ties": all the anchors that tie for a box's highest IoU take the box that they themselves overlap most (the
+    low-quality matches of RetinaNet and Faster R-CNN).
+    "best": every box takes the first anchor with its highest IoU, whoever had it; where boxes meet, the first one gets
+    it (TensorFlow's object detection API, force_match_for_each_row; EfficientDet).
     IoU values are computed in the order of the MLCommons reference's operations, since ties are found by equality.
     """
     if native.runs(OP, anchors, boxes, labels, dtypes=(torch.float32,)):
-        return torch.ops.single_stage_detector.match(anchors.contiguous(), boxes.contiguous(), labels.contiguous())
-    return match_reference(anchors, boxes, labels)
+        given = anchors.contiguous(), boxes.contiguous(), labels.contiguous()
+        return torch.ops.detcore.match(*given, high, low, LOW_QUALITY.index(low_quality))
+    return match_reference(anchors, boxes, labels, high, low, low_quality)
 
 
 if native.loaded(OP):
 
     @torch.library.register_fake(OP)
-    def _(anchors: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+    def _(anchors: Tensor, boxes: Tensor, labels: Tensor, high: float, low: float, low_quality: int) -> Tensor:
         return labels.new_empty(labels.shape[0], anchors.shape[0])

@@ -1,17 +1,22 @@
 """Focal loss: the reference against published values, torchvision and derivatives; the native op against it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from single_stage_detector import ops
-from single_stage_detector.ops.focal import KEPT_IN_FLOAT16, focal_loss, focal_reference
-from single_stage_detector.ops.match import IGNORED, UNMATCHED
+from detcore import ops
+from detcore.ops import focal as ops_focal
+from detcore.ops.match import IGNORED, UNMATCHED
+from single_stage_detector.loss import FOCAL
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "retinanet.json").read_text())
+KEPT_IN_FLOAT16 = ops_focal.kept_in_float16(**FOCAL)
+focal_loss, focal_reference = (partial(f, **FOCAL) for f in (ops_focal.focal_loss, ops_focal.focal_reference))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_GRADIENTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -45,7 +50,7 @@ def value_and_gradient(loss, logits, *arguments, factor=1.0):
     return value.detach(), logits.grad
 
 
-def check(implementation, dtype, logits, matched, labels, weight, first, factor=1.0) -> None:
+def check(implementation, dtype, logits, matched, labels, weight, first, factor=1.0, smallest=1e-9) -> None:
     """The implementation's value and gradient, which must be those of float64 from the same rounded logits."""
     logits, device = logits.to(dtype), implementation.device
     arguments = (matched.to(device), labels.to(device), weight.float().to(device), first)
@@ -55,7 +60,7 @@ def check(implementation, dtype, logits, matched, labels, weight, first, factor=
     assert found.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-6, atol=1e-12)
     rounding = ROUNDING[dtype] * (2 if factor == 3 else 1)  # multiplied by other than a power of 2: rounded again
-    smallest = 2**-24 if dtype == torch.float16 else 1e-9
+    smallest = max(smallest, 2**-24 if dtype == torch.float16 else 0)
     torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=rounding, atol=smallest)
 
 
@@ -205,10 +210,10 @@ def test_a_second_backward_pass_is_refused(implementation):
 def test_opcheck(implementation):
     logits, matched, labels, weight, first = case(2, 2, 5, 8)
     inputs = [x.to(implementation.device) for x in (logits.bfloat16(), matched, labels, weight.float())]
-    torch.library.opcheck(torch.ops.single_stage_detector.focal.default, (*inputs, first))
+    torch.library.opcheck(torch.ops.detcore.focal.default, (*inputs, first, 0.25, 2.0, 0.0))
     inputs[0] = inputs[0].float().requires_grad_()
     # Its last check wants both outputs from a compiled graph; that of the loss alone, as here, is the next test's.
-    torch.library.opcheck(torch.ops.single_stage_detector.focal.default, (*inputs, first), test_utils=WITH_GRADIENTS)
+    torch.library.opcheck(torch.ops.detcore.focal.default, (*inputs, first, 0.25, 2.0, 0.0), test_utils=WITH_GRADIENTS)
     upstream = torch.tensor(0.3, device=implementation.device)
     torch.library.opcheck(torch.ops.detcore.scale_.default, (inputs[0].detach(), upstream, 2.0))
 
@@ -219,7 +224,7 @@ def test_compiled_in_one_graph(implementation):
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def loss(*arguments):
-        return torch.ops.single_stage_detector.focal(*arguments)[0]
+        return torch.ops.detcore.focal(*arguments, 0.25, 2.0, 0.0)[0]
 
     value, gradient = value_and_gradient(loss, *inputs, first, factor=3)
     expected, wanted = value_and_gradient(focal_loss, *inputs, first, factor=3)
@@ -322,12 +327,15 @@ def test_opcheck_and_compilation_with_a_bias(implementation):
     logits, matched, labels, weight, first = case(2, 2, 6, 8)
     inputs = [x.to(implementation.device) for x in (logits.float(), matched, labels, weight.float())]
     bias = torch.linspace(-1, 1, 24, device=implementation.device)
-    op = torch.ops.single_stage_detector.focal
-    torch.library.opcheck(op.default, (*inputs, first, bias))
+    op = torch.ops.detcore.focal
+    recipe = (0.25, 2.0, 0.0)
+    torch.library.opcheck(op.default, (*inputs, first, *recipe, bias))
     torch.library.opcheck(
-        op.default, (inputs[0].requires_grad_(), *inputs[1:], first, bias.requires_grad_()), test_utils=WITH_GRADIENTS
+        op.default,
+        (inputs[0].requires_grad_(), *inputs[1:], first, *recipe, bias.requires_grad_()),
+        test_utils=WITH_GRADIENTS,
     )
-    compiled = torch.compile(lambda *given: op(*given)[0], backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *given: op(*given[:-1], *recipe, given[-1])[0], backend="aot_eager", fullgraph=True)
     found, expected = (torch.autograd.grad(f(*inputs, first, bias), (inputs[0], bias)) for f in (compiled, focal_loss))
     assert all(map(torch.equal, found, expected))
 
@@ -335,10 +343,74 @@ def test_opcheck_and_compilation_with_a_bias(implementation):
 def test_wrong_arguments_are_refused(implementation):
     logits, matched, labels, weight, _ = case(2, 2, 5, 8)
     x, m, k, w = (t.to(implementation.device) for t in (logits.float(), matched, labels, weight.float()))
-    op = torch.ops.single_stage_detector.focal
+    op = torch.ops.detcore.focal
     for wrong in ((x[0], m, k, w, 0), (x, m[:1], k, w, 0), (x, m, k, w.double(), 0), (x, m, k, w, 7), (x, m, k, w, -1)):
         with pytest.raises(RuntimeError):
-            op(*wrong)
+            op(*wrong, 0.25, 2.0, 0.0)
     for bias in (x.new_ones(16), x.new_ones(7), x.new_ones(0), x.new_ones(40).double(), x.new_ones(5, 8)):
         with pytest.raises(RuntimeError, match="bias must be"):
-            op(x, m, k, w, 0, bias)
+            op(x, m, k, w, 0, 0.25, 2.0, 0.0, bias)
+
+
+def smoothed(logits, matched, labels, weight, first, *, alpha, gamma, smoothing) -> torch.Tensor:
+    """EfficientDet's focal loss from one-hot targets, by autograd."""
+    total = 0
+    for x, match, label, factor in zip(logits, matched[:, first : first + logits.shape[1]], labels, weight):
+        target = torch.zeros_like(x)
+        rows = (match >= 0).nonzero()[:, 0]
+        target[rows, label[match[rows]]] = 1
+        p = x.sigmoid()
+        wrong = target * (1 - p) + (1 - target) * p
+        soft = target * (1 - smoothing) + smoothing / 2
+        entropy = F.binary_cross_entropy_with_logits(x, soft, reduction="none")
+        terms = (target * alpha + (1 - target) * (1 - alpha)) * wrong**gamma * entropy
+        total = total + factor * terms[match != IGNORED].sum()
+    return total
+
+
+RECIPES = [
+    {"alpha": 0.25, "gamma": 1.5, "smoothing": 0.0},
+    {"alpha": 0.25, "gamma": 2.0, "smoothing": 0.1},
+    {"alpha": 0.6, "gamma": 0.0, "smoothing": 0.3},
+    {"alpha": 0.05, "gamma": 5.0, "smoothing": 0.01},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_reference_of_other_recipes(recipe):
+    logits, *rest = case(12, 2, 30, 5, spread=6.0)
+    value, gradient = value_and_gradient(partial(ops_focal.focal_reference, **recipe), logits, *rest, factor=3)
+    expected, wanted = value_and_gradient(partial(smoothed, **recipe), logits, *rest, factor=3)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-14)
+    few = logits[:1, :6].clone().requires_grad_()
+    rest = [rest[0][:1], rest[1][:1], rest[2][:1], rest[3]]
+    assert torch.autograd.gradcheck(lambda x: ops_focal.focal_reference(x, *rest, **recipe), (few,))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 130, 1), (3, 7, 3), (2, 9, 90)])
+def test_other_recipes(implementation, shape, dtype, recipe, monkeypatch):
+    for name in ("focal_loss", "focal_reference"):
+        monkeypatch.setitem(globals(), name, partial(getattr(ops_focal, name), **recipe))
+    # Near where a smoothed target is met, float32 subtracts what is nearly equal.
+    check(implementation, dtype, *case(sum(shape), *shape), smallest=2e-8)
+    check(implementation, dtype, *case(sum(shape), *shape, spread=30), smallest=2e-8)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_other_recipes_with_a_bias(implementation, recipe, monkeypatch):
+    for name in ("focal_loss", "focal_reference"):
+        monkeypatch.setitem(globals(), name, partial(getattr(ops_focal, name), **recipe))
+    check_bias(implementation, torch.float16, 2, 11, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(0.0, 2.0, 0.0), (1.0, 2.0, 0.0), (0.25, -1.0, 0.0), (0.25, 17.0, 0.0), (0.25, 2.0, 1.1)]
+)
+def test_wrong_recipes_are_refused(implementation, wrong):
+    logits, matched, labels, weight, first = case(2, 1, 6, 8)
+    inputs = [x.to(implementation.device) for x in (logits.float(), matched, labels, weight.float())]
+    with pytest.raises(RuntimeError, match=r"alpha|gamma|smoothing"):
+        torch.ops.detcore.focal(*inputs, first, *wrong)

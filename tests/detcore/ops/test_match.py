@@ -1,13 +1,19 @@
 """Matching by the native op: bit for bit that of the reference, in every implementation."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from detcore.boxes import iou
 from detcore.device import native
+from detcore.ops import match as ops_match
+from detcore.ops.match import IGNORED, UNMATCHED
 from single_stage_detector.anchors import anchors, grids
-from single_stage_detector.ops.match import IGNORED, UNMATCHED, match, match_reference
+from single_stage_detector.loss import MATCH
 
 SIZE = (64, 96)
+match, match_reference = (partial(f, **MATCH) for f in (ops_match.match, ops_match.match_reference))
 
 
 def truth(seed: int, images: int, padded: int, used: float = 0.5, size=SIZE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,13 +101,13 @@ def test_opcheck(implementation):
     a = anchors((32, 32), grids((32, 32)))
     boxes, labels = truth(6, 2, 5)
     inputs = tuple(x.to(implementation.device) for x in (a, boxes, labels))
-    torch.library.opcheck(torch.ops.single_stage_detector.match.default, inputs)
+    torch.library.opcheck(torch.ops.detcore.match.default, (*inputs, 0.5, 0.4, 1))
 
 
 def test_wrong_arguments_are_refused(implementation):
     a = anchors((32, 32), grids((32, 32))).to(implementation.device)
     boxes, labels = (x.to(implementation.device) for x in truth(6, 2, 5))
-    op = torch.ops.single_stage_detector.match
+    op = torch.ops.detcore.match
     for wrong in (
         (a[:, :3], boxes, labels),
         (a, boxes[:1], labels),
@@ -109,11 +115,51 @@ def test_wrong_arguments_are_refused(implementation):
         (a.half(), boxes, labels),
     ):
         with pytest.raises(RuntimeError):
-            op(*wrong)
+            op(*wrong, 0.5, 0.4, 1)
+    for wrong in ((0.4, 0.5, 1), (0.5, -0.1, 1), (1.1, 0.5, 1), (0.5, 0.4, 3), (0.5, 0.4, -1)):
+        with pytest.raises(RuntimeError, match=r"thresholds|low_quality"):
+            op(a, boxes, labels, *wrong)
 
 
 def test_float64_is_the_references():
     a = anchors(SIZE, grids(SIZE)).double()
     boxes, labels = truth(4, 3, 20)
     assert torch.equal(match(a, boxes, labels), match_reference(a, boxes, labels))
-    assert not native.runs("single_stage_detector::match", a, dtypes=(torch.float32,))
+    assert not native.runs("detcore::match", a, dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize("low_quality", ops_match.LOW_QUALITY)
+@pytest.mark.parametrize(("high", "low"), [(0.5, 0.5), (0.7, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize(("images", "padded", "size"), [(3, 7, SIZE), (2, 300, (32, 32)), (1, 12, (256, 160))])
+def test_other_recipes(implementation, images, padded, size, high, low, low_quality):
+    """More anchors than a tile, more boxes than a block holds; many boxes, so that several claim one anchor."""
+    a = anchors(size, grids(size))
+    given = a, *truth(images + padded, images, padded, used=0.7, size=size)
+    found = ops_match.match(*(x.to(implementation.device) for x in given), high, low, low_quality).cpu()
+    assert torch.equal(found, ops_match.match_reference(*given, high, low, low_quality))
+
+
+def by_hand(a, boxes, labels, high: float, low: float, low_quality: str) -> list[int]:
+    """One image in loops over numpy-like scalars, as the three recipes are described."""
+    real = [j for j in range(len(labels)) if labels[j] >= 0]
+    overlap = {j: iou(a, boxes[j][None])[:, 0] for j in real}
+    result = []
+    for i in range(len(a)):
+        values = [(float(overlap[j][i]), -j) for j in real]
+        best, index = max(values, default=(0.0, 0))
+        result.append(-index if best >= high else UNMATCHED if best < low else IGNORED)
+        if low_quality == "ties" and any(0 < float(overlap[j][i]) == float(overlap[j].max()) for j in real):
+            result[-1] = -index
+    for j in reversed(real if low_quality == "best" else []):
+        if float(overlap[j].max()) > 0:
+            result[int((overlap[j] == overlap[j].max()).nonzero()[0])] = j
+    return result
+
+
+@pytest.mark.parametrize("low_quality", ops_match.LOW_QUALITY)
+def test_the_recipes_are_what_they_say(low_quality):
+    a = anchors((32, 32), grids((32, 32)))
+    boxes, labels = truth(11, 4, 12, used=0.7, size=(32, 32))
+    found = ops_match.match_reference(a, boxes, labels, 0.6, 0.4, low_quality)
+    for image in range(4):
+        assert found[image].tolist() == by_hand(a, boxes[image], labels[image], 0.6, 0.4, low_quality)

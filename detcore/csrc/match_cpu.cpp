@@ -64,11 +64,35 @@ static void match_tile(const Match& a, const Planes& anchors, const std::vector<
     overlaps(anchors, begin, n, boxes[used[k]], iou);
     take(iou, n, used[k], highest[k], best, at, tied);
   }
-  for (int64_t i = 0; i < n; ++i) out[begin + i] = decision(best[i], at[i], tied[i]);
+  for (int64_t i = 0; i < n; ++i) out[begin + i] = a.thresholds.decision(best[i], at[i], tied[i]);
 }
 
-static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& labels) {
-  const Match a(anchors_, boxes, labels);
+// The highest overlap of a box with any anchor, and the first anchor that has it.
+struct Highest {
+  float overlap = 0;
+  int64_t first = 0;
+};
+
+static Highest highest_anchor(const Planes& anchors, int64_t count, Corners box) {
+  float iou[kTile];
+  Highest found;
+  int64_t tile = 0;
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    const int64_t n = std::min(kTile, count - begin);
+    overlaps(anchors, begin, n, box, iou);
+    const float highest = highest_of(iou, n, found.overlap);
+    if (highest > found.overlap) tile = begin, found.overlap = highest;
+  }
+  const int64_t n = std::min(kTile, count - tile);
+  overlaps(anchors, tile, n, box, iou);
+  found.first = tile + (std::find(iou, iou + n, found.overlap) - iou);
+  return found;
+}
+
+static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& labels, double high, double low,
+                    int64_t low_quality) {
+  const Match a(anchors_, boxes, labels, high, low, low_quality);
+  const bool ties = a.low_quality == LowQuality::kTies, best = a.low_quality == LowQuality::kBest;
   const Planes anchors(a.anchors, a.count);
   const int64_t tiles = ceil_div(a.count, kTile);
   for (int64_t image = 0; image < a.images; ++image) {
@@ -77,28 +101,32 @@ static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& l
     for (int64_t j = 0; j < a.most; ++j) {
       if (a.labels[image * a.most + j] >= 0) used.push_back(static_cast<int32_t>(j));
     }
-    std::vector<float> highest(used.size());
-    torch::stable::parallel_for(0, static_cast<int64_t>(used.size()), 1, [&](int64_t first, int64_t last) {
-      float iou[kTile];
+    std::vector<float> goal(used.size());        // the overlap that ties; 0 for none
+    std::vector<int64_t> first_of(used.size());  // the anchor that the box claims
+    const int64_t searched = ties || best ? static_cast<int64_t>(used.size()) : 0;
+    torch::stable::parallel_for(0, searched, 1, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
-        for (int64_t begin = 0; begin < a.count; begin += kTile) {
-          const int64_t n = std::min(kTile, a.count - begin);
-          overlaps(anchors, begin, n, own[used[k]], iou);
-          highest[k] = highest_of(iou, n, highest[k]);
-        }
+        const Highest highest = highest_anchor(anchors, a.count, own[used[k]]);
+        goal[k] = ties ? highest.overlap : 0;
+        first_of[k] = highest.overlap > 0 ? highest.first : -1;
       }
     });
     int64_t* out = static_cast<int64_t*>(a.out.data_ptr()) + image * a.count;
     torch::stable::parallel_for(0, tiles, 16, [&](int64_t first, int64_t last) {
       for (int64_t tile = first; tile < last; ++tile) {
-        match_tile(a, anchors, used, highest.data(), own, tile * kTile, out);
+        match_tile(a, anchors, used, goal.data(), own, tile * kTile, out);
       }
     });
+    for (size_t k = used.size(); best && k-- > 0;) {  // of the boxes that claim an anchor the first one gets it
+      if (first_of[k] >= 0) out[first_of[k]] = used[k];
+    }
   }
   return a.out;
 }
 
 }  // namespace detcore
 
-SCHEMAS(m) { m.def("match(Tensor anchors, Tensor boxes, Tensor labels) -> Tensor"); }
+SCHEMAS(m) {
+  m.def("match(Tensor anchors, Tensor boxes, Tensor labels, float high, float low, int low_quality) -> Tensor");
+}
 CPU_OPS(m) { m.impl("match", TORCH_BOX(&detcore::match)); }
