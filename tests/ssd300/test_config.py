@@ -8,11 +8,11 @@ import torch
 from detcore import UserError
 from detcore.config import load, to_dict
 from ssd300 import train
-from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, own_words
+from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, translate_flags
 
 
 def read(line: str, **environ: str):
-    return load(Config, own_words(line.split()), environ, IGNORED_FLAGS)
+    return load(Config, translate_flags(line.split()), environ, IGNORED_FLAGS)
 
 
 @pytest.mark.parametrize(

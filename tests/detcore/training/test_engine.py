@@ -83,12 +83,11 @@ def make_task(
     return Task(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
-        lr=lambda step, per_epoch: lr,
+        lr=lambda step, per_epoch, base: base,
         loss=loss or (lambda network, b: {"square": (network(b.images) ** 2).mean()}),
         open_data=open_data,
-        metric="AP",
-        target=target,
-        eval_epochs=lambda completed: True,
+        targets={"AP": target},
+        eval_epochs=lambda completed, epochs: True,
         hyperparameters={"opt_name": "sgd"},
     )
 
@@ -576,9 +575,9 @@ def test_an_epoch_has_its_time_and_its_file_before_the_next_one(tmp_path):
         if kind == "epoch":
             assert fields["time_s"] < 0.9
         if kind == "saved":
-            files.append(fields["epoch_file"].name)
+            files.append(fields["file"].name)
 
-    more = {"observe": observe, "epoch_file": lambda completed: tmp_path / f"models/{completed}.pt"}
+    more = {"observe": observe, "checkpoint_file": lambda step, completed: tmp_path / f"models/{completed}.pt"}
     run(tmp_path, dataclasses.replace(task, open_data=open_data, **more), epochs=2, log_interval=100)
     assert seen == [True, True] and files == ["1.pt", "2.pt"]
     assert told == [("step", 1), ("epoch", 1), ("step", 2), ("epoch", 2)]
