@@ -10,9 +10,10 @@ from detcore.cli import run_main
 from detcore.config import describe, format_config, load
 from detcore.data import synthetic
 from detcore.data.batch import Batch
+from detcore.detection import inference
 from detcore.detection.benchmark import benchmark
 from detcore.detection.config import adopt
-from detcore.detection.detector import Inference, class_count, inference, open_data
+from detcore.detection.detector import Inference, class_count, open_data
 from detcore.detection.program import spread
 from detcore.nn import optim
 from detcore.nn.resnet import load_backbone
@@ -65,7 +66,7 @@ def build_task(config: Config, context: Context) -> Task:
 
     return Task(
         model=model,
-        optimizer=optim.adam(model, config.lr, fused=context.backend.is_gpu),
+        optimizer=optim.adam(model, config.lr, fused=context.backend.fused_optimizers),
         lr=lambda step, per_epoch: warmup_then_constant(
             step, config.lr, config.warmup_epochs * per_epoch, config.warmup_factor
         ),

@@ -9,7 +9,7 @@ from detcore import UserError
 from detcore.config import DEFAULT, above, at_least, between, option
 from detcore.data.layouts import LAYOUTS
 from detcore.detection.config import DetectionConfig
-from detcore.device.backend import PRECISIONS
+from detcore.device.base import PRECISIONS
 
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
 AUGMENTATIONS = ("ssd", "flip", "none")

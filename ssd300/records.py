@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detcore import UserError
-from detcore.device import backend
+from detcore.device import select
 from detcore.evaluation.coco import METRICS
 from ssd300.config import Config
 
@@ -80,7 +80,7 @@ class Summary:
 
         "eval batch size" is "auto" where a GPU's memory decides it, which is later.
         """
-        device, precision = backend.resolve(config.device, config.precision)
+        device, precision = select.resolve(config.device, config.precision)
         gpu = device not in ("cpu", "tpu")
         self.log(
             "PARAMETER",

@@ -26,9 +26,9 @@ def init(
     """Join the other processes that the launcher started; with one process, do nothing.
 
     `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. `device`:
-    this process's own, where collectives run on one; they are set up at once then, not at the first use. From here on
-    SIGQUIT prints the stacks of this process. Raises
-    `UserError` for missing or contradictory variables and when the processes do not find each other in time.
+    where collectives run; on an accelerator they are set up now, not at the first use. From here on SIGQUIT prints the
+    stacks of this process. Raises `UserError` for missing or contradictory variables and when the processes do not find
+    each other in time.
     """
     world, port = discover(environ)
     if world.size == 1:
@@ -43,7 +43,7 @@ def init(
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
-            device_id=device,
+            device_id=None if device is None or device.type == "cpu" else device,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -142,14 +142,14 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def settle_buckets(parallel: DistributedDataParallel) -> None:
-    """Lets DistributedDataParallel group the gradients for their exchange now, with a backward pass of zeros.
+def rebuild_ddp_buckets(parallel: DistributedDataParallel) -> None:
+    """Has DistributedDataParallel assign gradients to its buckets now, by a backward pass of zeros.
 
-    It does so for good after the first backward pass, and how gradients are grouped decides the order of the sums: the
-    first step of a resumed run would be rounded unlike the same step of a run that was never stopped.
+    It rebuilds them once, after the first backward pass, and the buckets decide the order of the sums: the first step
+    of a resumed run would be rounded unlike the same step of a run that was never stopped.
     """
     model = parallel.module
-    # Created last, differentiated first: so the exchange begins with the last parameters, whose gradients come first.
+    # Created last, differentiated first: so the all-reduce begins with the last parameters, whose gradients come first.
     model.forward = lambda: sum((p * 0).sum() for p in model.parameters() if p.requires_grad)
     parallel().backward()
     del model.forward

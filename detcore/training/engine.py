@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from detcore import UserError, cli
 from detcore.config import to_dict
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.base import Backend
+from detcore.device.select import select_backend
 from detcore.nn import optim
 from detcore.processes import distributed, launcher
 from detcore.processes.watchdog import Watchdog
@@ -37,11 +39,11 @@ class NotFinite(Exception):
     """A loss became NaN or infinite."""
 
 
-def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:
+def open_device(config: RunConfig, world: launcher.World) -> Backend:
     """The device of this process by the config, and what computes the ops there."""
     native.choose(config.ops, config.variants)
     chosen = (config.device, config.precision, world.local_rank, config.graphs, world.size, world.local_size)
-    return backend.select(*chosen, benchmark_limit=config.cudnn_benchmark_limit)
+    return select_backend(*chosen, benchmark_limit=config.cudnn_benchmark_limit)
 
 
 class _Run:
@@ -65,7 +67,7 @@ class _Run:
         # Step of a last.pt that is not known to be written yet, and its epoch's own file.
         self.writing: tuple[int, Path | None, Future] | None = None
         epoch, step = divmod(state.step, data.steps_per_epoch)
-        self.stream = context.backend.ahead(data.train_batches(epoch, step * config.accumulate))
+        self.stream = context.backend.prefetch(data.train_batches(epoch, step * config.accumulate))
 
     def close(self) -> None:
         """Ends the stream of batches, and what makes them; a checkpoint that is being written is written."""
@@ -91,10 +93,10 @@ class _Run:
             with progress.clock("train"):
                 self.lr, device = self.task.lr(state.step, self.data.steps_per_epoch), self.context.backend
                 optim.set_lr(self.task.optimizer, self.lr)
-                start = device.mark()
+                start = device.record_event()
                 terms = self.train_step([device.to_device(b) for b in batches])
                 state.step += 1
-                self.window.append((state.step, terms, [b.image_id for b in batches], (start, device.mark())))
+                self.window.append((state.step, terms, [b.image_id for b in batches], (start, device.record_event())))
                 at_interval = state.step % config.log_interval == 0 or state.step == end
                 if at_interval:
                     self.report(epoch)
@@ -121,13 +123,13 @@ class _Run:
         losses = torch.stack([torch.stack(list(terms.values())) for _, terms, *_ in self.window]).cpu()
         finite = losses.isfinite().all(dim=1).tolist()
         weights = optim.finite(self.task.optimizer)
-        if distributed.agree([int(not (all(finite) and weights))], self.context.backend.exchange)[0]:
+        if distributed.agree([int(not (all(finite) and weights))], self.context.backend.collective_device)[0]:
             raise NotFinite(self.explain(names, losses, finite, weights, epoch))
-        busy = self.context.backend.seconds([marks for *_, marks in self.window])
+        busy = self.context.backend.seconds_between([marks for *_, marks in self.window])
         self.window.clear()
         step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
         rate, wait = progress.interval(step=step, images_per_step=self.images_per_step, busy=busy)
-        over_ranks = distributed.average(losses.mean(0), self.context.backend.exchange)
+        over_ranks = distributed.average(losses.mean(0), self.context.backend.collective_device)
         means = dict(zip(names, over_ranks.tolist(), strict=True))
         total = sum(means.values())
         fields = {
@@ -141,11 +143,12 @@ class _Run:
         evaluations = sum(self.task.eval_epochs(e + 1) for e in range(epoch, self.config.epochs))
         left = progress.time_left(step, self.config.epochs * steps, evaluations)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        threads = self.context.backend.adapt_threads(rate)
         done = step - epoch * steps
         bar = ("#" * (done * 16 // steps)).ljust(16, ".")
         progress.bar(
             f"epoch {epoch + 1}/{self.config.epochs} [{bar}] {done}/{steps}  loss {total:.3f} ({parts})  "
-            f"{rate:.1f} images/s  data wait {wait:.0%}  {left}"
+            f"{rate:.1f} images/s  data wait {wait:.0%}  {left}{threads and f'  ({threads})'}"
         )
         progress.advise(rate, wait, self.data.advise)
 
@@ -179,7 +182,7 @@ class _Run:
                     time.sleep(0.02)
         reached = self.take(result) if result is not None else False
         flags = [int(result is not None), int(reached), self.stop.signal]
-        arrived, reached, stopped = distributed.agree(flags, self.context.backend.exchange)
+        arrived, reached, stopped = distributed.agree(flags, self.context.backend.collective_device)
         if arrived:
             self.pending = None
         if reached:
@@ -216,7 +219,7 @@ class _Run:
             if self.state.ema:
                 stack.enter_context(self.state.ema.applied(self.task.model))
             # Running statistics are rank 0's, as in the checkpoint.
-            distributed.broadcast_buffers(self.task.model, self.context.backend.exchange)
+            distributed.broadcast_buffers(self.task.model, self.context.backend.collective_device)
             self.task.model.eval()
             self.pending = (completed, self.data.evaluate(self.task.model, self.watchdog.beat))
             self.task.model.train()
@@ -230,7 +233,7 @@ class _Run:
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", self.state.step)
             device = self.context.backend
-            generators = distributed.gather_rows(device.rng_state()[None].to(device.exchange))
+            generators = distributed.gather_rows(device.rng_state()[None].to(device.collective_device))
             if self.context.world.rank == 0:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
@@ -291,10 +294,11 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
     device = open_device(config, world)
     with ExitStack() as stack:
         stack.callback(distributed.shutdown)
-        distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+        timeout_s = config.hang_timeout or 7 * 24 * 3600
+        distributed.init(device.collective_backend, timeout_s, device=device.collective_device)
         stack.callback(device.close)
         saved = claim_folder(config, world)
-        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.exchange)
+        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.collective_device)
         context = Context(device, world, seed)
         folder = config.output_dir if world.rank == 0 else None
         log = MLPerfLog(folder and folder / f"result_{config.result_index}.txt", append=config.resume)
@@ -330,14 +334,16 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             log.event(keys.WEIGHTS_INITIALIZATION, tensor=name)
         for key, value in task.hyperparameters.items():
             log.event(key, value)
-        computing = (native.describe(config.program, device.device), f"steps: {device.steps}")
+        computing = (native.describe(config.program, device.device), f"steps: {device.step_execution}")
         about = {"environment": device.describe() | {"processes": world.size}, "notes": task.notes}
         progress.write("start", benchmark=benchmark, config=to_dict(config) | {"seed": seed}, **about)
         for note in (*computing, *task.notes):
             progress.say(note)
-        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.exchange)
+        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.collective_device)
         watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
         watchdog.beat("preparing the step", 0)
+        if note := device.adapt_threads():
+            progress.say(note)
         parallel = device.parallel(task.model, world.size)
         train_step = make_train_step(task, state, parallel, config, device)
         watchdog.beat("preparing the evaluation", 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.training.config import RunConfig
 from detcore.training.state import State
 from detcore.training.task import Task
@@ -48,7 +48,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
         return sums
 
     if not task.example or not (device.warms_up or config.compile):
-        return device.ready(train_step, task.optimizer)
+        return device.prepare_eager_step(train_step, task.optimizer)
 
     def prepare(batches: Sequence[Batch]) -> Callable:
         model.train()
@@ -57,7 +57,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
 
     usual = prepare([task.example()] * config.accumulate)
     if not device.records_steps:
-        return device.ready(usual, task.optimizer)
+        return device.prepare_eager_step(usual, task.optimizer)
     recorded = {config.accumulate: usual}
 
     def replay(batches: Sequence[Batch]) -> dict[str, Tensor]:

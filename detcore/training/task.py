@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detcore import cli
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.processes.launcher import World
 from detcore.training.progress import duration
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection.detector import detect
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.cuda import CudaBackend
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
@@ -44,7 +45,7 @@ def fakes(backbone: str, norm: str, trainable_layers: int) -> Iterator[tuple]:
         with torch.device("cuda"):
             model = RetinaNet(backbone, CLASSES, SIZE, norm, trainable_layers, 32, 1, (16, 32, 64, 128, 256))
         batch = on_cpu.map(lambda t: torch.empty_like(t, device="cuda"))
-        yield model, batch, backend.Backend(torch.device("cuda"), "fp32")
+        yield model, batch, CudaBackend(torch.device("cuda"), "fp32")
 
 
 @pytest.fixture(params=["", "class_bias", "residual_gradient", "multi_cast", "small_levels"])

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detcore.data.batch import Batch
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection.detector import detect
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.cpu import CpuBackend
 from detcore.nn.resnet import FrozenNorm
 from single_stage_detector import model as module
 from single_stage_detector import train
@@ -58,7 +59,7 @@ def a_batch(seed: int = 0) -> Batch:
 
 def results(model: RetinaNet, variants: tuple[str, ...], precision: str = "fp32", batch: Batch | None = None):
     """(losses, gradients by name, rows of detections) of a batch."""
-    device, batch = backend.Backend(torch.device("cpu"), precision), batch or a_batch()
+    device, batch = CpuBackend(torch.device("cpu"), precision), batch or a_batch()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with native.using("native", *variants):
         with device.autocast():
@@ -130,7 +131,7 @@ def test_several_processes_exchange_every_gradient(model, variants):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        parallel = backend.Backend(torch.device("cpu"), "fp32").parallel(model, world_size=2)
+        parallel = CpuBackend(torch.device("cpu"), "fp32").parallel(model, world_size=2)
         with native.using("auto", *variants):
             for step in range(2):
                 model.zero_grad(set_to_none=True)
@@ -215,7 +216,7 @@ def test_small_levels_run_beside_the_large_ones(model, monkeypatch):
 @pytest.mark.parametrize("variant", ["class_bias", "residual_gradient", *EXACT])
 def test_a_recorded_step_follows_weights_and_batches(model, path, variant):
     """What a replay computes from new weights, statistics and images is what the step would have computed."""
-    batch, device = a_batch(), backend.Backend(torch.device("cpu"), "bf16")
+    batch, device = a_batch(), CpuBackend(torch.device("cpu"), "bf16")
     learns = [p for p in model.parameters() if p.requires_grad]
 
     def step():

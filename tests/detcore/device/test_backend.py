@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from detcore.device import backend
+from detcore.device.base import PRECISIONS
+from detcore.device.select import select_backend
 from detcore.processes.launcher import World
 from detcore.training import engine
 from detcore.training.config import RunConfig
@@ -34,22 +35,22 @@ def one_gpu(monkeypatch):
 def test_cudnn_tries_as_many_algorithms_as_the_config_says(one_gpu, limit):
     torch.backends.cudnn.benchmark = False
     config = RunConfig(device="cuda", graphs="off", cudnn_benchmark_limit=limit)
-    assert engine.open_device(config, World()).is_gpu
+    assert engine.open_device(config, World()).collective_backend == "nccl"
     assert torch.backends.cudnn.benchmark and torch.backends.cudnn.benchmark_limit == limit
 
 
 def test_without_a_config_cudnn_keeps_its_own_number(one_gpu):
     torch.backends.cudnn.benchmark_limit = 7
-    backend.select("cuda", "bf16")
+    select_backend("cuda", "bf16")
     assert torch.backends.cudnn.benchmark_limit == 7
 
 
 @pytest.mark.parametrize("before", ["fp32", "tf32"])
-@pytest.mark.parametrize("precision", backend.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_switch_of_tf32_says_the_same(one_gpu, precision, before):
     """torch raises where the older ones and the newer ones contradict each other."""
-    backend.select("cuda", before)
-    backend.select("cuda", precision)
+    select_backend("cuda", before)
+    select_backend("cuda", precision)
     tf32, cudnn = precision == "tf32", torch.backends.cudnn
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     assert torch.backends.cuda.matmul.allow_tf32 is cudnn.allow_tf32 is tf32

@@ -19,7 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detcore import UserError, cli
 from detcore.data.synthetic import synthetic_batches
-from detcore.device import backend, graphs
+from detcore.device import graphs
+from detcore.device.cpu import CpuBackend
+from detcore.device.cuda import GraphRecorder
+from detcore.device.select import select_backend, why_eager
 from detcore.nn import optim
 from detcore.processes import distributed
 from detcore.training import checkpoint, engine
@@ -99,7 +102,7 @@ def make_state(task: Task, config: RunConfig, scale: bool) -> State:
 
 def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None, spoil=None, drop=0.25, passes=None):
     """(the terms of every step, the state's contents and the random generators after it)."""
-    device = backend.Backend(torch.device("cpu"), "fp32", recorder)
+    device = CpuBackend(torch.device("cpu"), "fp32", recorder)
     task = make_task(optimizer)
     state = make_state(task, config, scale)
     task.model.drop.p = drop
@@ -199,7 +202,7 @@ def test_the_warm_up_leaves_no_trace(optimizer, resumed):
     task, config = make_task(optimizer), RunConfig(accumulate=2, ema_decay=0.9)
     state = make_state(task, config, True)
     task.model.train()
-    device = backend.Backend(torch.device("cpu"), "fp32")
+    device = CpuBackend(torch.device("cpu"), "fp32")
     if resumed:
         engine.make_train_step(task, state, task.model, config, device)(batches(3, 2))
     before, generators = copy.deepcopy(state.contents()), device.rng_state()
@@ -220,7 +223,7 @@ def test_the_warm_up_leaves_no_trace(optimizer, resumed):
     assert same(after, before) and torch.equal(device.rng_state(), generators)
 
 
-class WarmsUp(backend.Backend):
+class WarmsUp(CpuBackend):
     warms_up = True
 
 
@@ -234,7 +237,7 @@ def test_a_step_that_is_not_recorded_is_warmed_up_too(reason, monkeypatch):
         calls.append(batch.images.shape)
         return loss(network, batch)
 
-    device = (backend.Backend if config.compile else WarmsUp)(torch.device("cpu"), "fp32")
+    device = (CpuBackend if config.compile else WarmsUp)(torch.device("cpu"), "fp32")
     if reason == "several GPUs":
         device = dataclasses.replace(device, recorder=TapeRecorder(), eager=reason)
     before, generators = copy.deepcopy(state.model.state_dict()), device.rng_state()
@@ -250,13 +253,13 @@ def test_a_step_that_is_not_recorded_is_warmed_up_too(reason, monkeypatch):
 def test_warmed_up_it_trains_as_without(optimizer, monkeypatch):
     config = RunConfig(accumulate=2, ema_decay=0.9)
     plain = train(None, optimizer, config, scale=True)
-    monkeypatch.setattr(backend.Backend, "warms_up", True)
+    monkeypatch.setattr(CpuBackend, "warms_up", True)
     assert same(train(None, optimizer, config, scale=True), plain)
 
 
 def test_several_gpus_record_inference_only():
-    device = backend.Backend(torch.device("cpu"), "fp32", TapeRecorder(), "several GPUs")
-    assert not device.records_steps and "not recorded (several GPUs)" in device.steps
+    device = CpuBackend(torch.device("cpu"), "fp32", TapeRecorder(), "several GPUs")
+    assert not device.records_steps and "not recorded (several GPUs)" in device.step_execution
     model = Net().eval()
     find = device.compile_inference(lambda batch: model(batch.images))
     with torch.inference_mode():
@@ -266,7 +269,7 @@ def test_several_gpus_record_inference_only():
 
 def test_what_changed_is_put_back_after_an_error_too():
     task = make_task()
-    state, device = make_state(task, RunConfig(), False), backend.Backend(torch.device("cpu"), "fp32")
+    state, device = make_state(task, RunConfig(), False), CpuBackend(torch.device("cpu"), "fp32")
     before = copy.deepcopy(state.contents())
     with pytest.raises(KeyError), state.unchanged(device):
         with torch.no_grad():
@@ -280,7 +283,7 @@ def test_what_changed_is_put_back_after_an_error_too():
 def test_what_a_run_held_goes_with_it(optimizer, recorder):
     """No cycle keeps its memory until Python looks for one, which torch no longer asks for before a recording."""
     task, config = make_task(optimizer), RunConfig(accumulate=2, ema_decay=0.9, clip_norm=0.5)
-    state, device = make_state(task, config, True), backend.Backend(torch.device("cpu"), "fp32", recorder)
+    state, device = make_state(task, config, True), CpuBackend(torch.device("cpu"), "fp32", recorder)
     gc.disable()
     try:
         step = engine.make_train_step(task, state, task.model, config, device)
@@ -300,7 +303,7 @@ def test_what_a_run_held_goes_with_it(optimizer, recorder):
 def test_the_terms_of_a_step_outlive_the_next():
     task = make_task()
     recorder = TapeRecorder()
-    device = backend.Backend(torch.device("cpu"), "fp32", recorder)
+    device = CpuBackend(torch.device("cpu"), "fp32", recorder)
     step = engine.make_train_step(task, make_state(task, RunConfig(), False), task.model, RunConfig(), device)
     first = step(batches(1, 1))
     kept = {name: value.clone() for name, value in first.items()}
@@ -310,7 +313,7 @@ def test_the_terms_of_a_step_outlive_the_next():
 
 def test_another_shape_is_refused_in_words():
     task = make_task()
-    device = backend.Backend(torch.device("cpu"), "fp32", TapeRecorder())
+    device = CpuBackend(torch.device("cpu"), "fp32", TapeRecorder())
     step = engine.make_train_step(task, make_state(task, RunConfig(), False), task.model, RunConfig(), device)
     said = r"1 x \(images 1x3x8x8 uint8, 5 boxes\) .* recorded for 1 x \(images 2x3x8x8 uint8, 5 boxes\).*--graphs off"
     with pytest.raises(UserError, match=said):
@@ -333,7 +336,7 @@ class NoReading(TorchDispatchMode):
 def test_a_plain_step_reads_no_value(case, optimizer, scale):
     config, task = RunConfig(**CASES[case]), make_task(optimizer)
     state = make_state(task, config, scale)
-    step = engine.make_train_step(task, state, task.model, config, backend.Backend(torch.device("cpu"), "fp32"))
+    step = engine.make_train_step(task, state, task.model, config, CpuBackend(torch.device("cpu"), "fp32"))
     with NoReading():
         for i in range(3):
             optim.set_lr(task.optimizer, 0.1 / (i + 1))
@@ -343,7 +346,7 @@ def test_a_plain_step_reads_no_value(case, optimizer, scale):
 def test_recorded_inference_follows_the_weights():
     torch.manual_seed(0)
     model, recorder = Net().eval(), TapeRecorder()
-    device = backend.Backend(torch.device("cpu"), "fp32", recorder)
+    device = CpuBackend(torch.device("cpu"), "fp32", recorder)
     find = device.compile_inference(lambda batch: model(batch.images))
     one, two, small = *batches(1, 2), batches(7, 1, images=1)[0]
     ema = optim.Ema(model, 0.5)
@@ -363,8 +366,8 @@ def test_recorded_inference_follows_the_weights():
 
 
 def run(tmp_path, monkeypatch, recorder, name, **options):
-    device = backend.Backend(torch.device("cpu"), "fp32", recorder)
-    monkeypatch.setattr(backend, "select", lambda *args, **more: device)
+    device = CpuBackend(torch.device("cpu"), "fp32", recorder)
+    monkeypatch.setattr(engine, "open_device", lambda config, world: device)
     fields = {"epochs": 2, "log_interval": 4, "device": "cpu", "seed": 3, "output_dir": tmp_path / name}
     outcome = engine.train(RunConfig(**fields | {"ema_decay": 0.9} | options), "retinanet", lambda context: make_task())
     assert outcome.code == cli.OK
@@ -429,12 +432,12 @@ def test_graphs_on_where_no_gpu_is_meant_is_refused_with_the_configuration(devic
 
 def test_who_records_steps():
     with pytest.raises(UserError, match="--graphs on: only a GPU"):
-        backend.select("cpu", "fp32", graphs="on")
-    device = backend.select("cpu", "fp32", graphs="auto")
-    assert device.recorder is None and "only a GPU" in device.steps
-    assert backend._why_eager("cuda", "auto", 1) == "" and backend._why_eager("cuda", "on", 8) == ""
-    assert re.search("few images.*waits for the processor.*--graphs on", backend._why_eager("cuda", "auto", 8))
-    assert backend._why_eager("cuda", "off", 1)
+        select_backend("cpu", "fp32", graphs="on")
+    device = select_backend("cpu", "fp32", graphs="auto")
+    assert device.recorder is None and "only a GPU" in device.step_execution
+    assert why_eager("cuda", "auto", 1) == "" and why_eager("cuda", "on", 8) == ""
+    assert re.search("few images.*waits for the processor.*--graphs on", why_eager("cuda", "auto", 8))
+    assert why_eager("cuda", "off", 1)
 
 
 def test_ranks_record_their_exchange():
@@ -444,7 +447,9 @@ def test_ranks_record_their_exchange():
 import contextlib, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
+from detcore.device.cuda import GraphRecorder
+from detcore.device.select import select_backend, why_eager
 from detcore.processes import distributed
 from detcore.training import engine
 from detcore.nn import optim
@@ -456,13 +461,13 @@ distributed.init('gloo', 60, {{name: str(value) for name, value in place.items()
 class Again:
     made = 0
     @contextlib.contextmanager
-    def aside(self):
+    def side_stream(self):
         Again.made += 1
         yield
     def record(self, work):
         return work
 def train(recorder):
-    device, config = backend.Backend(torch.device('cpu'), 'fp32', recorder), RunConfig(accumulate=2, ema_decay=0.9)
+    device, config = CpuBackend(torch.device('cpu'), 'fp32', recorder), RunConfig(accumulate=2, ema_decay=0.9)
     task = make_task(sgd)
     state = make_state(task, config, True)
     parallel = device.parallel(task.model, 2)
@@ -524,11 +529,11 @@ def test_the_recorder_of_a_gpu_keeps_to_the_rules_of_pytorch(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda: events.append("collect"))
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")  # it comes back as it was
-    recorder = backend.GraphRecorder(torch.device("cpu"), steps=False)
+    recorder = GraphRecorder(torch.device("cpu"), steps=False)
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
-    recorder = backend.GraphRecorder(torch.device("cpu"), steps=True)
+    recorder = GraphRecorder(torch.device("cpu"), steps=True)
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
-    with recorder.aside():
+    with recorder.side_stream():
         events.append("warm-up")
     replay = recorder.record(lambda: events.append("work") or 7)
     assert replay() == replay() == 7

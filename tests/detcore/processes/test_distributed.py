@@ -135,12 +135,12 @@ def test_four_processes_resume_to_the_same_weights():
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from detcore.device import backend
+from detcore.device.select import select_backend
 from detcore.processes import distributed
 places = {places}
 r = next((rank for rank in (1, 2, 3) if os.fork() == 0), 0)
 distributed.init('gloo', 60, places[r])
-device = backend.select('cpu', 'fp32')
+device = select_backend('cpu', 'fp32')
 def train(parts):
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
