@@ -1,10 +1,13 @@
 """What choosing a device sets for the whole process, with stand-ins for a GPU."""
 
+import re
+
 import pytest
 import torch
 
+from detcore import UserError
 from detcore.device.base import PRECISIONS
-from detcore.device.select import select_backend
+from detcore.device.select import select_backend, why_eager
 from detcore.processes.launcher import World
 from detcore.training import engine
 from detcore.training.config import RunConfig
@@ -56,3 +59,19 @@ def test_every_switch_of_tf32_says_the_same(one_gpu, precision, before):
     assert torch.backends.cuda.matmul.allow_tf32 is cudnn.allow_tf32 is tf32
     for newer in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
         assert (newer.fp32_precision == "tf32") is tf32
+
+
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
+def test_graphs_on_where_no_gpu_is_meant_is_refused_with_the_configuration(device):
+    with pytest.raises(UserError, match=f"--graphs on --device {device}: only a GPU"):
+        RunConfig(graphs="on", device=device)
+
+
+def test_who_records_steps():
+    with pytest.raises(UserError, match="--graphs on: only a GPU"):
+        select_backend("cpu", "fp32", graphs="on")
+    device = select_backend("cpu", "fp32", graphs="auto")
+    assert device.recorder is None and "only a GPU" in device.step_execution
+    assert why_eager("cuda", "auto", 1) == "" and why_eager("cuda", "on", 8) == ""
+    assert re.search("few images.*waits for the processor.*--graphs on", why_eager("cuda", "auto", 8))
+    assert why_eager("cuda", "off", 1)
