@@ -140,7 +140,7 @@ def _largest_eval_batch(
     if backend.probes_batch_size:
         limit = min(limit, LARGEST_TENSOR // widest(model, config.image_size, backend))
     fits = backend.largest_batch(try_batch, config.batch_size, limit)
-    return -distributed.agree([-fits], backend.collective_device)[0]
+    return -distributed.all_reduce_max([-fits], backend.collective_device)[0]
 
 
 def _black(config: DetectionConfig, images: int) -> Batch:

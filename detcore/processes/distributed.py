@@ -1,4 +1,4 @@
-"""Joining the other processes of the job, and what they tell each other.
+"""Joining the other processes of the job, and the collectives of training.
 
 With one process there is no process group, and every function here works without one.
 """
@@ -89,7 +89,8 @@ def choose_seed(seed: int | None, device: torch.device | str = "cpu") -> int:
 
 
 def derive_seed(seed: int, *stream: int) -> int:
-    """A seed of 63 bits for one purpose, such as (epoch, rank): the same on every machine, unlike for other numbers.
+    """A seed of 63 bits for one purpose, named by numbers such as (epoch, rank): the same on every machine, and another
+    one for other numbers.
 
     Folds the numbers (0 to 2**63 - 1) into the state of splitmix64 (Steele, Lea, Flood 2014).
     """
@@ -99,8 +100,8 @@ def derive_seed(seed: int, *stream: int) -> int:
     return state >> 1
 
 
-def agree(values: list[int], device: torch.device | str = "cpu") -> list[int]:
-    """The largest of each value over all ranks, known to all, from one all-reduce on `device`."""
+def all_reduce_max(values: list[int], device: torch.device | str = "cpu") -> list[int]:
+    """The largest of each value over all ranks, on every rank, by one all-reduce on `device`."""
     if not dist.is_initialized():
         return list(values)
     together = torch.tensor(values, dtype=torch.int64, device=device)
@@ -108,7 +109,7 @@ def agree(values: list[int], device: torch.device | str = "cpu") -> list[int]:
     return together.tolist()
 
 
-def average(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+def all_reduce_mean(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """The mean of a floating tensor over all ranks, on the device that it came from."""
     if not dist.is_initialized():
         return values
@@ -118,14 +119,14 @@ def average(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.T
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor | None:
-    """Rows [n, C] of all ranks one below the other in rank order, on rank 0; None on the others.
+    """Rows [n, C] of all ranks, concatenated in rank order, on rank 0; None on the others.
 
     n may differ from rank to rank and be 0; C and dtype must not. The tensors travel from the device they are on.
     """
     if not dist.is_initialized():
         return rows
     rank, size = dist.get_rank(), dist.get_world_size()
-    counts = agree([len(rows) if k == rank else 0 for k in range(size)], rows.device)
+    counts = all_reduce_max([len(rows) if k == rank else 0 for k in range(size)], rows.device)
     if max(counts) == 0:
         return rows if rank == 0 else None
     padded = rows.new_zeros(max(counts), rows.shape[1])

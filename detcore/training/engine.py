@@ -123,13 +123,13 @@ class _Run:
         losses = torch.stack([torch.stack(list(terms.values())) for _, terms, *_ in self.window]).cpu()
         finite = losses.isfinite().all(dim=1).tolist()
         weights = optim.finite(self.task.optimizer)
-        if distributed.agree([int(not (all(finite) and weights))], self.context.backend.collective_device)[0]:
+        if distributed.all_reduce_max([int(not (all(finite) and weights))], self.context.backend.collective_device)[0]:
             raise NotFinite(self.explain(names, losses, finite, weights, epoch))
         busy = self.context.backend.seconds_between([marks for *_, marks in self.window])
         self.window.clear()
         step, steps, progress = self.state.step, self.data.steps_per_epoch, self.progress
         rate, wait = progress.interval(step=step, images_per_step=self.images_per_step, busy=busy)
-        over_ranks = distributed.average(losses.mean(0), self.context.backend.collective_device)
+        over_ranks = distributed.all_reduce_mean(losses.mean(0), self.context.backend.collective_device)
         means = dict(zip(names, over_ranks.tolist(), strict=True))
         total = sum(means.values())
         fields = {
@@ -182,7 +182,7 @@ class _Run:
                     time.sleep(0.02)
         reached = self.take(result) if result is not None else False
         flags = [int(result is not None), int(reached), self.stop.signal]
-        arrived, reached, stopped = distributed.agree(flags, self.context.backend.collective_device)
+        arrived, reached, stopped = distributed.all_reduce_max(flags, self.context.backend.collective_device)
         if arrived:
             self.pending = None
         if reached:

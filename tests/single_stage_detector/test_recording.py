@@ -17,7 +17,7 @@ from detcore.device.cuda import CudaBackend
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from tests.detcore.device.streams import told
+from tests.detcore.device.streams import logged_streams
 from tests.detcore.device.tape import TapeRecorder
 
 SIZE, CLASSES = (128, 128), 5
@@ -53,7 +53,7 @@ def setting(request, monkeypatch):
     """(model, batch, backend), fake: with batch statistics as it is, with frozen ones in each variant."""
     variants = [request.param] if request.param else []
     norm, layers = ("frozen", 3) if variants else ("batch", 5)
-    with fakes("resnet18", norm, layers) as made, told(monkeypatch), native.using("auto", *variants):
+    with fakes("resnet18", norm, layers) as made, logged_streams(monkeypatch), native.using("auto", *variants):
         yield made
 
 

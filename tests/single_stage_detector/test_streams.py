@@ -153,7 +153,7 @@ class TestEvalBatchSize:
         seen: list[tuple] = []
         model.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
         monkeypatch.setattr(
-            detection.distributed, "agree", lambda values, device: [max(*values, -4)]
+            detection.distributed, "all_reduce_max", lambda values, device: [max(*values, -4)]
         )  # another rank's is 4
         gpu = Doubles(torch.device("cpu"), "fp32")
         assert (
@@ -183,7 +183,7 @@ class TestEvalBatchSize:
         gpu = Gpu(torch.device("cpu"), "fp32")
         monkeypatch.setattr(detection, "widest", lambda *given: 8)
         monkeypatch.setattr(detection, "LARGEST_TENSOR", elements)
-        monkeypatch.setattr(detection.distributed, "agree", lambda values, device: values)
+        monkeypatch.setattr(detection.distributed, "all_reduce_max", lambda values, device: values)
         detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, gpu)
         assert limits == [limit]
 

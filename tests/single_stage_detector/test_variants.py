@@ -17,7 +17,7 @@ from single_stage_detector.config import Config
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from tests.detcore.device.streams import told
+from tests.detcore.device.streams import logged_streams
 from tests.detcore.device.tape import TapeRecorder
 
 SIZE, CLASSES = (96, 96), 5
@@ -183,10 +183,10 @@ def test_small_levels_run_beside_the_large_ones(model, monkeypatch):
     """After the copies of the weights that both read, with one fork and one join for both heads."""
     batch, copies = a_batch(), module.narrow_copies
     weights = [p for p in model.head.parameters() if p.dim() == 4]
-    with told(monkeypatch) as device:
+    with logged_streams(monkeypatch) as device:
 
         def spy(parameters):
-            device.told.append("copies")
+            device.log.append("copies")
             return copies(parameters)
 
         monkeypatch.setattr(module, "narrow_copies", spy)
@@ -194,14 +194,14 @@ def test_small_levels_run_beside_the_large_ones(model, monkeypatch):
 
         def on_stream(x, conv, *rest):
             if conv.out_channels in (9 * CLASSES, 36):
-                device.told.append(f"{tuple(x.shape[-2:])} on {device.now}")
+                device.log.append(f"{tuple(x.shape[-2:])} on {device.now}")
             return convolve(x, conv, *rest)
 
         monkeypatch.setattr(module, "_convolve", on_stream)
         with native.using("auto", "small_levels"), torch.autocast("cpu", torch.bfloat16), Conversions(weights) as seen:
             model(batch.images)
         large, small = [(12, 12), (6, 6)], [(3, 3), (2, 2), (1, 1)]
-        assert device.told == [
+        assert device.log == [
             "copies",
             "second waits for main",
             f"second uses {3 + len(weights) + 2}",  # the levels, and copies of weights and of two biases

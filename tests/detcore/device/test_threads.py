@@ -1,4 +1,4 @@
-"""The number of threads that training takes, on processors that are told to be free or busy."""
+"""The number of threads that training takes, for simulated free and busy processors."""
 
 import pytest
 import torch

@@ -350,7 +350,7 @@ def test_a_rank_whose_signal_comes_late_stops_with_the_others(tmp_path, monkeypa
         asked.append(values)
         return [*values[:2], signal.SIGUSR1] if len(values) == 3 and len(asked) > 2 else list(values)
 
-    monkeypatch.setattr(distributed, "agree", agree)
+    monkeypatch.setattr(distributed, "all_reduce_max", agree)
     outcome, _ = run(tmp_path, make_task(target=0.9))
     assert outcome.code == cli.STOPPED
     assert "Stopped by SIGUSR1" in capsys.readouterr().err
