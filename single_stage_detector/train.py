@@ -59,7 +59,7 @@ def build_task(config: Config, context: Context) -> Task:
 
     return Task(
         model=model,
-        optimizer=optim.adam(model, config.lr, fused=context.backend.is_gpu),
+        optimizer=optim.adam(model, config.lr, fused=context.backend.fused_optimizers),
         lr=lambda step, per_epoch, base: warmup_then_constant(
             step, base, config.warmup_epochs * per_epoch, config.warmup_factor
         ),

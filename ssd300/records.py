@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from detcore.device import backend
+from detcore.device import select
 from detcore.evaluation.coco import METRICS
 from detcore.training.records import JsonSummary, unwritable
 from ssd300.config import Config
@@ -35,7 +35,7 @@ def parameters(config: Config, seed: int | None) -> dict[str, Any]:
 
     "eval batch size" is "auto" where a GPU's memory decides it, which is later.
     """
-    device, precision = backend.resolve(config.device, config.precision)
+    device, precision = select.resolve(config.device, config.precision)
     gpu = device not in ("cpu", "tpu")
     return {
         "dataset path": str(config.dataset_path),

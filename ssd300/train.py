@@ -92,7 +92,7 @@ def build_task(config: Config, context: Context, records: Records | None = None)
 
     return Task(
         model=model,
-        optimizer=_optimizer(config, model, rate, context.backend.is_gpu),
+        optimizer=_optimizer(config, model, rate, context.backend.fused_optimizers),
         lr=lambda step, per_epoch, base: warmup_then_decay(
             step, per_epoch, base, config.warmup or 0, config.decay_epochs, DECAY
         ),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
 KNOW_DEVICES = {
-    "detcore/device/backend.py",
-    "detcore/device/graph_recorder.py",
-    "detcore/device/tpu.py",
+    "detcore/device/base.py",
+    "detcore/device/cuda.py",
     "detcore/device/native.py",
+    "detcore/device/select.py",
+    "detcore/device/tpu.py",
     "detcore/data/dali.py",
 }
 ROOMS = ("detection", "training", "nn", "ops", "device", "processes", "data", "evaluation")  # below them the ground
@@ -74,6 +76,14 @@ def modules(path: Path) -> Iterator[str]:
             yield from {alias.name for alias in node.names} & known
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from ({f"{node.module}.{alias.name}" for alias in node.names} | {node.module}) & known
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name(path).removesuffix(".py").replace("/", "."): set(modules(path)) for path in files(*PACKAGES)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def room(module: str) -> int:

@@ -32,7 +32,7 @@ from detcore.data.coco import CocoIndex
 from detcore.data.plan import TrainPlan
 from detcore.data.recipes import stretch
 from detcore.data.torch_loader import Options
-from detcore.device import backend
+from detcore.device.select import select_backend
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -79,10 +79,11 @@ def pillow_batch(plan: TrainPlan, step: int, size: tuple[int, int], uint8: bool)
 
 def on_gpu(plan: TrainPlan, with_dali: bool) -> dict[str, Callable]:
     """The loaders that decode on the GPU, with four threads."""
-    gpu = backend.select("cuda", "bf16")
+    gpu = select_backend("cuda", "bf16")
     modules = {"nvjpeg": nvjpeg} | ({"DALI GPU": dali} if with_dali else {})
     options = Options(workers=4, device=gpu.device)
-    return {name: lambda by=by: gpu.ahead(by.batches(plan, plan.keys(0, 0), options)) for name, by in modules.items()}
+    streams = {name: lambda by=by: by.batches(plan, plan.keys(0, 0), options) for name, by in modules.items()}
+    return {name: lambda stream=stream: gpu.prefetch(stream()) for name, stream in streams.items()}
 
 
 def cpu_seconds() -> float:

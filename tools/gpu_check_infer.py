@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from detcore.data.batch import Batch
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection import detector as detection
-from detcore.device import backend
+from detcore.device.select import select_backend
 from detcore.training import checkpoint
 from detcore.training.state import State
 from single_stage_detector.data import DETECTOR
@@ -95,7 +95,7 @@ def infer(config: Any, what: str, mode: str, context: Context, watch: Stopwatch)
     """images/s of the model of a config of any program, what: "forward" or "forward+postprocess"."""
     batch, program = config.batch_size, Program(config)
     model, device, fixed = program.task.model.eval(), program.backend, program.batch
-    recording = backend.select(context.device.type, config.precision, graphs="on") if mode == "graph" else device
+    recording = select_backend(context.device.type, config.precision, graphs="on") if mode == "graph" else device
     detector = import_module(f"{config.program}.data").DETECTOR
     category_ids = torch.arange(program.classes).to(device.device)
 

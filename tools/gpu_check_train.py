@@ -18,7 +18,8 @@ from gpu_check_ops import rates
 from gpu_check_profile import profile_step
 from gpu_check_table import PUBLISHED
 
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.select import select_backend
 from detcore.nn import optim
 
 GFLOP_PER_IMAGE = 1169.0
@@ -322,7 +323,7 @@ def torchvision_step(context: Context, precision: str, mode: str) -> Callable[[]
     from bench_train_step import batch, torchvision_model
 
     s, device = context.sizes, context.device
-    chosen = backend.select(device.type, precision)
+    chosen = select_backend(device.type, precision)
     images, boxes, labels = batch(s.image, s.batch, s.classes, 10, seed=1)
     torch.manual_seed(1)
     model = chosen.place(torchvision_model(s.backbone, s.classes, s.image)).train()

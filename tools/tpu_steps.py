@@ -160,16 +160,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     open_emulation() if given.device == "tpu" else None
-    from detcore.device import backend
+    from detcore.device.select import select_backend
     from detcore.nn import optim
     from detcore.training import engine
 
     began = time.perf_counter()
-    device = backend.select(given.device, given.precision)
+    device = select_backend(given.device, given.precision)
     task, state, config = build(given, device)
     step = engine.make_train_step(task, state, task.model, config, device)
     found = {"device": device.name, "torch": torch.__version__, "losses": [], "seconds": [], "compiled": []}
-    stream = device.ahead(batches_of(given)) if hasattr(device, "ahead") else batches_of(given)
+    stream = device.prefetch(batches_of(given))
     found["scores"] = best_scores(given, task, device)  # of the same weights as the CPU's
     task.model.train()
     for number in range(given.steps):

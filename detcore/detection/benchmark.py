@@ -44,9 +44,9 @@ def benchmark(
     """
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+    distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
-        context = Context(device, world, distributed.choose_seed(config.seed, device.exchange))
+        context = Context(device, world, distributed.choose_seed(config.seed, device.collective_device))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
         steps = {
@@ -62,12 +62,12 @@ def benchmark(
         ]
         for part, run in runs.items() if not config.synthetic else ():
             stream, images = _stream(part, config, detector, task, context)
-            results.append(_measure(f"{part}, with data", run, device.ahead(stream), config, images, context))
+            results.append(_measure(f"{part}, with data", run, device.prefetch(stream), config, images, context))
     finally:
         device.close()
         distributed.shutdown()
     if world.rank == 0:
-        print(native.describe(config.program, device.device), f"steps: {device.steps}", sep="\n")
+        print(native.describe(config.program, device.device), f"steps: {device.step_execution}", sep="\n")
         print(f"{'':22} images/s   median ms      p90      p95      p99   peak GiB")
         for r in results:
             times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))

@@ -24,7 +24,7 @@ from detcore.data.plan import EvalPlan, TrainPlan
 from detcore.data.recipes import Recipe
 from detcore.data.shards import ReadAhead
 from detcore.detection.config import DetectionConfig
-from detcore.device.backend import LEAD, Backend
+from detcore.device.base import MAX_IN_FLIGHT, Backend
 from detcore.evaluation.background import BackgroundEvaluator
 from detcore.nn.widest import widest
 from detcore.processes import distributed
@@ -130,7 +130,7 @@ def _loader(config: DetectionConfig) -> Callable[..., Iterator[Batch]]:
 
 
 def _options(config: DetectionConfig, backend: Backend) -> torch_loader.Options:
-    return torch_loader.Options(config.workers, backend.own or torch.device("cpu"), config.antialias)
+    return torch_loader.Options(config.workers, backend.loader_device, config.antialias)
 
 
 def eval_batch_size(
@@ -158,13 +158,13 @@ def _largest_eval_batch(
     @torch.inference_mode()
     def try_batch(images: int) -> None:
         # As many as are under way at a time: used, fetched, and those that the host is ahead of the device.
-        batches = [backend.to_device(_blank_batch(largest, images)) for _ in range(LEAD + 2)]
+        batches = [backend.to_device(_blank_batch(largest, images)) for _ in range(MAX_IN_FLIGHT + 2)]
         detect(detector, model, batches[0], backend, ids)
 
-    if backend.is_gpu:
+    if backend.probes_batch_size:
         limit = min(limit, LARGEST_TENSOR // widest(model, largest, backend))
     fits = backend.largest_batch(try_batch, config.batch_size, limit)
-    return -distributed.agree([-fits], backend.exchange)[0]
+    return -distributed.all_reduce_max([-fits], backend.collective_device)[0]
 
 
 def _blank_batch(canvas: tuple[int, int], images: int) -> Batch:
@@ -211,7 +211,7 @@ def detect_all(infer: Callable[[Batch], Tensor], batches: Iterator[Batch], backe
     """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. infer: as
     `compiled_detect` makes it."""
     rows = []
-    for step, batch in enumerate(backend.ahead(batches)):
+    for step, batch in enumerate(backend.prefetch(batches)):
         beat("evaluation", step)
         rows.append(infer(batch))
     found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
@@ -311,7 +311,7 @@ def open_data(
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
         mine = inference.evaluate(model, val, beat)
-        everyone = distributed.gather_rows(mine.to(context.backend.exchange))
+        everyone = distributed.gather_rows(mine.to(context.backend.collective_device))
         if not evaluator:
             return None
         pending = evaluator.submit(counted(detector, config, val, everyone), per_class=True)
@@ -344,7 +344,7 @@ def _parts(index: CocoIndex | JoinedIndex) -> tuple[CocoIndex, ...]:
 def _pace(config: DetectionConfig, context: Context, index: CocoIndex | JoinedIndex) -> Pace:
     """The clocks of the training loader, and what its advice has to know."""
     world, by_processes = context.world, config.loader == "torch"
-    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
+    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.decodes_images else ""
     workers = (
         torch_loader.usable_workers(config.workers) if by_processes else 1
     )  # the others' threads are measured as one

@@ -26,7 +26,8 @@ from detcore.data.recipes import Recipe
 from detcore.detection import detector as detection
 from detcore.detection.config import DetectionConfig
 from detcore.detection.detector import Detector, class_names, open_index
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.base import Backend
 from detcore.evaluation.coco import evaluate as coco_metrics
 from detcore.processes import distributed, launcher
 from detcore.training import engine
@@ -48,7 +49,7 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
     """
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+    distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
         index = open_index(config, "val")
         _same_classes(config.checkpoint, index)
@@ -58,7 +59,7 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
         stream = detection.eval_stream(detector, config, index, world, device, images)
         found = detection.detect_all(infer, stream, device, _no_beat)
-        everyone = distributed.gather_rows(found.to(device.exchange))
+        everyone = distributed.gather_rows(found.to(device.collective_device))
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
@@ -155,7 +156,7 @@ def _detect_files(
     detector: Detector,
     model: nn.Module,
     paths: list[Path],
-    device: backend.Backend,
+    device: Backend,
     classes: list,
     skipped: list[str] | None = None,
     read: Callable[[int], np.ndarray] | None = None,
@@ -185,7 +186,7 @@ def look(
     detector: Detector,
     model: nn.Module,
     image: Tensor,
-    device: backend.Backend,
+    device: Backend,
     category_ids: Tensor,
 ) -> Tensor:
     """What the model finds in a uint8 image [3, h, w]: float64 [d, 6] x, y, w, h, score, category_id on the CPU.

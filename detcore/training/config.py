@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from detcore import UserError
 from detcore.config import above, at_least, between, option
-from detcore.device.backend import DEVICES, GRAPHS, PRECISIONS
+from detcore.device.base import DEVICES, GRAPHS, PRECISIONS
 from detcore.device.native import POLICIES, VARIANTS
 
 MODES = ("train", "evaluate", "predict", "benchmark")

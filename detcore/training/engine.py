@@ -15,7 +15,9 @@ from mlperf_logging.mllog import constants as keys
 
 from detcore import UserError, cli
 from detcore.config import to_dict
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.base import Backend
+from detcore.device.select import select_backend
 from detcore.nn import optim
 from detcore.processes import distributed, launcher
 from detcore.processes.watchdog import Watchdog
@@ -28,11 +30,11 @@ from detcore.training.step import make_train_step
 from detcore.training.task import Context, Outcome, Task
 
 
-def open_device(config: RunConfig, world: launcher.World) -> backend.Backend:
+def open_device(config: RunConfig, world: launcher.World) -> Backend:
     """The device of this process by the config, and what computes the ops there."""
     native.choose(config.ops, config.variants)
     chosen = (config.device, config.precision, world.local_rank, config.graphs, world.size, world.local_size)
-    return backend.select(*chosen, benchmark_limit=config.cudnn_benchmark_limit)
+    return select_backend(*chosen, benchmark_limit=config.cudnn_benchmark_limit)
 
 
 def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Task]) -> Outcome:
@@ -45,10 +47,13 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
     device = open_device(config, world)
     with ExitStack() as stack:
         stack.callback(distributed.shutdown)
-        distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+        timeout_s = config.hang_timeout or 7 * 24 * 3600
+        distributed.init(device.collective_backend, timeout_s, device=device.collective_device)
+            device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device
+        )
         stack.callback(device.close)
         saved = claim_folder(config, world)
-        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.exchange)
+        seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.collective_device)
         context = Context(device, world, seed)
         folder = config.output_dir if world.rank == 0 else None
         log = MLPerfLog(folder and folder / f"result_{config.result_index}.txt", append=config.resume)
@@ -76,11 +81,13 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         about = {"environment": device.describe() | {"processes": world.size}, "notes": task.notes}
         chosen = {"config": to_dict(config) | {"seed": seed}, "targets": dict(task.targets)}
         progress.write("start", benchmark=benchmark, **chosen, **about)
-        for note in (native.describe(config.program, device.device), f"steps: {device.steps}", *task.notes):
+        for note in (native.describe(config.program, device.device), f"steps: {device.step_execution}", *task.notes):
             progress.say(note)
-        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.exchange)
+        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.collective_device)
         watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
         watchdog.beat("preparing the step", 0)
+        if note := device.adapt_threads():
+            progress.say(note)
         train_step = make_train_step(task, state, device.parallel(task.model, world.size), config, device)
         watchdog.beat("preparing the evaluation", 0)
         task.prepare_evaluation()

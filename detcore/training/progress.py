@@ -108,11 +108,13 @@ class Progress:
     def report_step(
         self, *, step: int, epoch: int, epochs: int, epoch_steps: tuple[int, int], last_step: int,
         terms: dict[str, float], lr: float, rate: float, wait: float, evaluations_left: int,
+        note: str = "",
     ) -> None:  # fmt: skip
         """The record and the bar of a logging interval that ends with a global step of an epoch (from 0) of so many.
 
         epoch_steps: the first step of the epoch and the one after its last. terms: of the loss, means over the
-        interval. rate and wait: as `interval` gives them.
+        interval. rate and wait: as `interval` gives them. note: what else
+        the bar says, or "".
         """
         total = sum(terms.values())
         fields = {"loss": total, "terms": terms, "lr": lr, "images_per_s": rate, "data_wait": wait}
@@ -123,6 +125,7 @@ class Progress:
         self.bar(
             f"epoch {epoch + 1}/{epochs} [{bar}] {done}/{steps}  loss {total:.3f} ({parts})  "
             f"{rate:.1f} images/s  data wait {wait:.0%}  {self.time_left(step, last_step, evaluations_left)}"
+            f"{note and f'  ({note})'}"
         )
 
     def report_evaluation(

@@ -61,7 +61,7 @@ class Run:
         # Step of a last.pt that is not known to be written yet, and the further file that it is.
         self.writing: tuple[int, Path | None, Future] | None = None
         epoch, step = divmod(state.step, data.steps_per_epoch)
-        self.stream = self.device.ahead(data.train_batches(epoch, step * config.accumulate))
+        self.stream = self.device.prefetch(data.train_batches(epoch, step * config.accumulate))
 
     def close(self) -> None:
         """Ends the stream of batches, and what makes them; a checkpoint that is being written is written."""
@@ -119,10 +119,10 @@ class Run:
         with self.progress.clock("train"):
             rate = lambda base: self.task.lr(state.step, per_epoch, base)  # noqa: E731
             self.lr = optim.schedule_lr(self.task.optimizer, rate)
-            start = device.mark()
+            start = device.record_event()
             terms = self.train_step([device.to_device(b) for b in batches])
             state.step += 1
-            self.window.append((state.step, terms, [b.image_id for b in batches], (start, device.mark())))
+            self.window.append((state.step, terms, [b.image_id for b in batches], (start, device.record_event())))
         self.epoch_passes += len(batches)
 
     def report_interval(self, epoch: int) -> None:
@@ -134,13 +134,13 @@ class Run:
             losses = torch.stack([torch.stack(list(terms.values())) for _, terms, *_ in self.window]).cpu()
             weights_finite = optim.finite(self.task.optimizer)
             finite = bool(losses.isfinite().all()) and weights_finite
-            if distributed.agree([int(not finite)], self.device.exchange)[0]:
+            if distributed.all_reduce_max([int(not finite)], self.device.collective_device)[0]:
                 steps = [(step, torch.cat(ids).tolist()) for step, _, ids, _ in self.window]
                 where = (self.context.world.rank, epoch, steps, names, losses.tolist())
                 raise NotFinite(explain_not_finite(*where, weights_finite, self.task.warmup_option))
-            busy = self.device.seconds([marks for *_, marks in self.window])
+            busy = self.device.seconds_between([marks for *_, marks in self.window])
             self.window.clear()
-            over_ranks = distributed.average(losses.mean(0), self.device.exchange)
+            over_ranks = distributed.all_reduce_mean(losses.mean(0), self.device.collective_device)
         images = self.images_per_step
         rate, wait = self.progress.interval(step=self.state.step, images_per_step=images, busy=busy)
         begin = epoch * self.data.steps_per_epoch
@@ -148,6 +148,7 @@ class Run:
             step=self.state.step, epoch=epoch, epochs=self.epochs, epoch_steps=(begin, self.end_of(epoch)),
             terms=dict(zip(names, over_ranks.tolist(), strict=True)), lr=self.lr, rate=rate, wait=wait,
             last_step=self.last_step,
+            note=self.device.adapt_threads(rate),
             evaluations_left=sum(self.task.eval_epochs(e + 1, self.epochs) for e in range(epoch, self.epochs)),
         )  # fmt: skip
         self.progress.advise(rate, wait, self.data.advise)
@@ -160,7 +161,7 @@ class Run:
             if self.state.ema:
                 stack.enter_context(self.state.ema.applied(self.task.model))
             # Running statistics are rank 0's, as in the checkpoint.
-            distributed.broadcast_buffers(self.task.model, self.device.exchange)
+            distributed.broadcast_buffers(self.task.model, self.device.collective_device)
             self.task.model.eval()
             self.pending = (completed, self.data.evaluate(self.task.model, self.watchdog.beat))
             self.task.model.train()
@@ -187,7 +188,7 @@ class Run:
                     time.sleep(0.02)
         reached = self.record_result(self.pending[0], result) if result is not None else False
         flags = [int(result is not None), int(reached), self.stop.signal]
-        arrived, reached, stopped = distributed.agree(flags, self.device.exchange)
+        arrived, reached, stopped = distributed.all_reduce_max(flags, self.device.collective_device)
         if arrived:
             self.pending = None
         if reached:
@@ -222,7 +223,7 @@ class Run:
         self.wait_for_checkpoint()
         with self.progress.clock("checkpoint"):
             self.watchdog.beat("checkpoint", self.state.step)
-            generators = distributed.gather_rows(self.device.rng_state()[None].to(self.device.exchange))
+            generators = distributed.gather_rows(self.device.rng_state()[None].to(self.device.collective_device))
             if self.context.world.rank == 0:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}

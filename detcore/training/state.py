@@ -13,7 +13,7 @@ from torch import nn
 
 from detcore import UserError
 from detcore.config import to_dict
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.nn import optim
 from detcore.processes import distributed
 from detcore.processes.launcher import World

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.training.config import RunConfig
 from detcore.training.state import State
 from detcore.training.task import Task
@@ -49,7 +49,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
         return sums
 
     if not task.examples or not (device.warms_up or config.compile):
-        return device.ready(train_step, task.optimizer)
+        return device.prepare_eager_step(train_step, task.optimizer)
 
     def prepare(batches: Sequence[Batch]) -> Callable:
         model.train()
@@ -60,7 +60,7 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
     usual = [[example] * config.accumulate for example in examples]
     prepared = {_shapes(batches): prepare(batches) for batches in usual}
     if not device.records_steps:
-        return device.ready(train_step, task.optimizer)
+        return device.prepare_eager_step(train_step, task.optimizer)
     known, first = set(_shapes(examples)), next(iter(prepared.values()))
 
     def replay(batches: Sequence[Batch]) -> dict[str, Tensor]:

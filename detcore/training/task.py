@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.processes.launcher import World
 
 Beat = Callable[[str, int], None]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detcore import UserError
-from detcore.device import backend
+from detcore.device import select
 from detcore.evaluation.coco import METRICS
 from detcore.training.records import JsonSummary
 from ssd300 import train
@@ -40,7 +40,7 @@ def test_settings_are_those_in_use(tmp_path, precision, amp, used):
     ("device", "given", "said"), [("cuda", 0, "auto"), ("cuda", 8, 8), ("tpu", 0, 32), ("tpu", 8, 8)]
 )
 def test_the_batch_of_evaluations_is_the_gpus_to_find(tmp_path, monkeypatch, device, given, said):
-    monkeypatch.setattr(backend, "resolve", lambda *_: (device, "bf16"))
+    monkeypatch.setattr(select, "resolve", lambda *_: (device, "bf16"))
     data = summary(Config(json_summary=tmp_path / "s.json", eval_batch_size=given))[0]
     assert data["eval batch size"] == said and data["no cuda"] is (device == "tpu") and data["AMP"] is True
 
@@ -118,6 +118,6 @@ def test_evaluation_opens_its_summary_at_the_start(tmp_path, monkeypatch):
 def test_auto_is_what_the_gpu_computes_in(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
-    assert backend.resolve("auto", "auto") == ("cuda", expected)
-    assert backend.resolve("cuda", "tf32") == ("cuda", "tf32")
-    assert backend.resolve("cpu", "auto") == ("cpu", "fp32")
+    assert select.resolve("auto", "auto") == ("cuda", expected)
+    assert select.resolve("cuda", "tf32") == ("cuda", "tf32")
+    assert select.resolve("cpu", "auto") == ("cpu", "fp32")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from detcore.config import load
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
 from detcore.processes.launcher import World
 from detcore.training.task import Context
 from ssd300 import train
@@ -180,7 +180,7 @@ class TestTask:
     @staticmethod
     def task(size=1, **more):
         config = Config(dataset="custom", synthetic=True, num_classes=3, backbone="resnet18", batch_size=2, **more)
-        place = backend.Backend(torch.device("cpu"), "fp32")
+        place = CpuBackend(torch.device("cpu"), "fp32")
         return train.build_task(config, Context(place, World(0, size, 0, size), 1))
 
     @staticmethod

@@ -173,7 +173,7 @@ def test_a_torchvision_that_cannot_says_so_before_training(index, monkeypatch):
 def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
     """More where colours have half the resolution: nvJPEG repeats them, libjpeg interpolates. On these pictures, of
     random colours every 8 pixels, that is 4.5 levels in the mean."""
-    from detcore.device import backend
+    from detcore.device.select import select_backend
 
     coco.categories(1)
     for image_id in range(24):
@@ -181,10 +181,10 @@ def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
     grey = coco.add_image(24, 200, 100)
     Image.open(grey).convert("L").save(grey)
     coco.write()
-    index, device = CocoIndex.open(coco.file, coco.images), backend.select("cuda", "fp32")
+    index, device = CocoIndex.open(coco.file, coco.images), select_backend("cuda", "fp32")
     arguments = {**TRAIN, "image_size": (320, 320), "batch_size": 5, "rank": 0, "world_size": 1, "step": 0}
     arguments["antialias"] = antialias
-    ours = device.ahead(itertools.islice(train_batches(index, by=nvjpeg, device=device.device, **arguments), 10))
+    ours = device.prefetch(itertools.islice(train_batches(index, by=nvjpeg, device=device.device, **arguments), 10))
     theirs = itertools.islice(train_batches(index, **arguments | {"workers": 0}), 10)
     for a, b in zip(ours, theirs, strict=True):
         assert a.images.device == device.device and a.images.stride() == b.images.stride()

@@ -15,6 +15,7 @@ from torch import nn
 
 from detcore import UserError, cli
 from detcore.device import backend
+from detcore.device.select import select_backend
 from detcore.training import checkpoint, engine
 from detcore.training.config import RunConfig
 from detcore.training.state import State
@@ -90,7 +91,7 @@ def test_micro_batches_make_the_step_of_one_large_batch(pieces):
         network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 2)).double()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         loss = lambda m, b: {"square": (m(b.images.double() / 255) ** 2).mean()}  # noqa: E731
-        task, device = make_task(loss=loss, model=network, optimizer=optimizer), backend.select("cpu", "fp32")
+        task, device = make_task(loss=loss, model=network, optimizer=optimizer), select_backend("cpu", "fp32")
         state = State(network, optimizer, device.scaler(), None)
         step = engine.make_train_step(task, state, network, RunConfig(accumulate=len(batches)), device)
         losses = [float(step(batches)["square"]) for _ in range(3)]
@@ -119,7 +120,7 @@ def test_ranks_exchange_gradients_once_a_step():
             yield
             self.syncs = True
 
-    task, device = make_task(), backend.select("cpu", "fp32")
+    task, device = make_task(), select_backend("cpu", "fp32")
     state = State(task.model, task.optimizer, device.scaler(), None)
     step = engine.make_train_step(task, state, Wrapper(task.model), RunConfig(accumulate=3), device)
     step([batch(i, i) for i in range(3)])
@@ -441,8 +442,8 @@ def test_progress_file_tells_steps_metrics_and_where_time_went(tmp_path):
 
 
 def test_scaler_and_precision_follow_the_config():
-    assert not backend.select("cpu", "auto").scaler().is_enabled()
+    assert not select_backend("cpu", "auto").scaler().is_enabled()
     with pytest.raises(UserError, match="fp16"):
-        backend.select("cpu", "fp16")
-    with backend.select("cpu", "bf16").autocast():
+        select_backend("cpu", "fp16")
+    with select_backend("cpu", "bf16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
