@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report_run import TIMES, Run, read_run
-
 from detcore import UserError
 from detcore.cli import run_main
 from detcore.training.progress import duration
+from tools.report_run import TIMES, Run, read_run
 
 CSS = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #5a6372; --line: #dfe3e9;
