@@ -1,19 +1,14 @@
-"""tools/gpu_check_tests.py: groups of tests that crash, hang, lose the CUDA context or are cut, and go on."""
+"""The part `tests`: groups of tests that crash, hang, lose the CUDA context or are cut, and go on."""
 
-import importlib
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    core, groups = importlib.import_module("gpu_check_core"), importlib.import_module("gpu_check_tests")
-finally:
-    sys.path.remove(str(ROOT / "tools"))
+from tests.tools.gpu_check.common import context
+from tools.gpu_check import jobs, state
+from tools.gpu_check import tests as groups
 
 FILES = {
     "crashes": """
@@ -60,13 +55,9 @@ def write(tmp_path):
     return make
 
 
-def context(out: Path, budget: float = 100.0) -> core.Context:
-    return core.Context(out, True, True, None, budget, time.monotonic(), work=out / "work")
-
-
-def run(out: Path, chosen: dict[str, list[str]], budget: float = 100.0) -> core.Row:
-    core.save(out, core.load(out) | {"parts": core.load(out)["parts"] or {"tests": {"rows": {}}}})
-    return groups.run_groups(context(out, budget), "tests", "ops", chosen, ["--rootdir", str(out)])
+def run(out: Path, chosen: dict[str, list[str]], budget: float = 100.0) -> state.Row:
+    state.save(out, state.load(out) | {"parts": state.load(out)["parts"] or {"tests": {"rows": {}}}})
+    return groups.run_groups(context(out, gpu=True, budget=budget), "tests", "ops", chosen, ["--rootdir", str(out)])
 
 
 def short(names: list[str]) -> list[str]:
@@ -122,21 +113,21 @@ def test_a_group_that_always_dies_is_given_up(tmp_path, write, monkeypatch):
 
 def test_what_is_cut_keeps_its_results_and_goes_on_without_them(tmp_path, write, monkeypatch):
     chosen = write("hangs", "crashes")
-    monkeypatch.setattr(core.Context, "left", lambda self: 100.0 - 100.0 * waiting())
+    monkeypatch.setattr(state.Context, "left", lambda self: 100.0 - 100.0 * waiting())
 
     def waiting() -> bool:
         """Whether one group hangs and the other is through."""
         lines = [file.read_text() for file in sorted((tmp_path / "work" / "tests").glob("*/outcomes*.jsonl"))]
         return any("test_hangs" in text for text in lines) and any('"end"' in text for text in lines)
 
-    with pytest.raises(core.OutOfTime, match="tests not run") as cut:
+    with pytest.raises(state.OutOfTime, match="tests not run") as cut:
         run(tmp_path, chosen)
     row = cut.value.row
     assert row["groups"]["hangs"] == {"passed": 1, "failed": 0, "skipped_tests": 0, "not_run": 2}
     assert {name: short(list(tests)) for name, tests in row["outcomes"].items()} == {
         "hangs": ["test_first"], "crashes": ["test_a", "test_dies", "test_b"],
     }  # fmt: skip
-    core.leave(context(tmp_path), "tests", "ops", row)
+    state.leave(context(tmp_path), "tests", "ops", row)
 
     monkeypatch.undo()
     (tmp_path / "test_hangs.py").write_text(FILES["hangs"].replace("time.sleep(100)", "pass"))
@@ -146,9 +137,9 @@ def test_what_is_cut_keeps_its_results_and_goes_on_without_them(tmp_path, write,
     assert sorted(short([test for test, _ in row["failures"]])) == ["test_b", "test_dies"]
     assert sorted(short([test for test, _ in row["slowest"]])) == ["test_hangs", "test_last"]
 
-    state = core.load(tmp_path)
-    state["parts"]["tests"]["anew"] = ["ops"]  # such as after a repair
-    core.save(tmp_path, state)
+    saved = state.load(tmp_path)
+    saved["parts"]["tests"]["anew"] = ["ops"]  # such as after a repair
+    state.save(tmp_path, saved)
     row = run(tmp_path, {"crashes": chosen["crashes"]})
     assert (row["passed"], row["failed"]) == (0, 1), "all are run again"
 
@@ -166,8 +157,8 @@ def test_every_file_with_gpu_tests_is_in_one_group():
 
 
 def test_without_a_gpu_they_are_left_out(tmp_path):
-    nowhere = core.Context(tmp_path, False, True, None, 60.0, time.monotonic(), work=tmp_path)
-    core.run_jobs("tests", groups.tests(nowhere), nowhere)
-    part = core.load(tmp_path)["parts"]["tests"]
+    nowhere = context(tmp_path)
+    jobs.run_jobs("tests", groups.tests(nowhere), nowhere)
+    part = state.load(tmp_path)["parts"]["tests"]
     assert part["status"] == "skipped" and part["reason"] == "the gpu tests want a GPU"
-    assert os.listdir(tmp_path) == [core.NAME]
+    assert os.listdir(tmp_path) == [state.NAME]

@@ -1,6 +1,5 @@
-"""tools/gpu_check.py where there is no GPU: its CPU part, what is cut and goes on, failures."""
+"""tools.gpu_check where there is no GPU: its CPU part, what is cut and goes on, failures."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -12,27 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    check, core, ops, runs = (importlib.import_module(f"gpu_check{name}") for name in ("", "_core", "_ops", "_runs"))
-finally:
-    sys.path.remove(str(ROOT / "tools"))
+from tests.tools.gpu_check.common import FILES, context, no_gpu
+from tools.gpu_check import __main__ as check
+from tools.gpu_check import cases, jobs, programs, state
+from tools.gpu_check.benchmarks.single_stage_detector import training
 
-FILES = ["gpu_check.json", "gpu_check.log", "table.txt"]
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU part is that of a machine without a GPU")
+ROOT = Path(__file__).parents[3]
 
 
 def run(*words: str | Path, code: int = 0) -> str:
-    """tools/gpu_check.py as a user calls it; its output."""
-    command = [sys.executable, *map(str, words)]
+    """tools.gpu_check as a user calls it; its output."""
+    command = [sys.executable, "-m", "tools.gpu_check", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def context(out: Path, budget: float = 60.0, **more) -> core.Context:
-    return core.Context(out, False, True, None, budget, time.monotonic(), work=out / "work", **more)
 
 
 def written_since(moment: float) -> list[str]:
@@ -47,17 +39,17 @@ def written_since(moment: float) -> list[str]:
 def test_the_cpu_part_from_end_to_end(tmp_path):
     began, out = time.time(), tmp_path / "out"
     work = ("--work", tmp_path / "work")
-    said = run("tools/gpu_check.py", "--out", out, *work, "--quick", "--only", "floor,ops,train,ssd300")
+    said = run("--out", out, *work, "--quick", "--only", "floor,ops,train,ssd300")
     assert said.count("no GPU on this machine") == 1
-    state = json.loads((out / "gpu_check.json").read_text())
-    assert state["machine"]["device"] == "cpu" and state["machine"]["torch"] == torch.__version__ and state["quick"]
-    assert list(state["parts"]) == ["floor", "ssd300", "train", "ops"]
-    assert all(part["status"] in ("passed", "skipped") for part in state["parts"].values())
-    assert state["parts"]["floor"]["rows"]["copy"]["gb_s"] > 0
-    assert state["parts"]["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
-    ssd = state["parts"]["ssd300"]["rows"]
+    saved = json.loads((out / "gpu_check.json").read_text())
+    assert saved["machine"]["device"] == "cpu" and saved["machine"]["torch"] == torch.__version__ and saved["quick"]
+    assert list(saved["parts"]) == ["floor", "ssd300", "train", "ops"]
+    assert all(part["status"] in ("passed", "skipped") for part in saved["parts"].values())
+    assert saved["parts"]["floor"]["rows"]["copy"]["gb_s"] > 0
+    assert saved["parts"]["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
+    ssd = saved["parts"]["ssd300"]["rows"]
     assert all(ssd[f"{part} fp32 b2 eager reference"]["images_per_s"] > 0 for part in ("training", "inference"))
-    for row in state["parts"]["ops"]["rows"].values():
+    for row in saved["parts"]["ops"]["rows"].values():
         assert "skipped" in row or (row["difference"] <= row["tolerance"] and row["repeats_equal"])
     printed = (out / "table.txt").read_text()
     assert printed in said and max(map(len, printed.splitlines())) <= 100
@@ -65,11 +57,11 @@ def test_the_cpu_part_from_end_to_end(tmp_path):
     assert written_since(began) == []
     assert sorted(file.name for file in out.iterdir()) == FILES
 
-    again = run("tools/gpu_check.py", "--out", out, *work, "--quick", "--only", "none")
+    again = run("--out", out, *work, "--quick", "--only", "none")
     assert printed in again
 
-    run("tools/gpu_check.py", "--out", out, *work, "--quick", "--only", "floor", "--case", "c?py")
-    before, after = state["parts"], json.loads((out / "gpu_check.json").read_text())["parts"]
+    run("--out", out, *work, "--quick", "--only", "floor", "--case", "c?py")
+    before, after = saved["parts"], json.loads((out / "gpu_check.json").read_text())["parts"]
     assert [key for key, row in after["floor"]["rows"].items() if row != before["floor"]["rows"][key]] == ["copy"]
     assert {**after, "floor": None} == {**before, "floor": None}
 
@@ -81,17 +73,18 @@ def test_a_failing_part_is_reported_and_the_others_run(tmp_path):
     (annotations / "instances_train.json").write_text("no json")
     words = ("--out", tmp_path / "out", "--work", tmp_path / "work", "--quick", "--data", tmp_path / "data")
     words += ("--only", "floor,bccd")
-    said = run("tools/gpu_check.py", *words, code=1)
+    said = run(*words, code=1)
     parts = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["parts"]
     assert parts["floor"]["status"] == "passed" and parts["bccd"]["status"] == "failed"
     assert "FAILED graph native: error: " in said and "instances_train.json" in said
 
 
 def test_parts_say_what_they_lack(tmp_path):
-    nowhere = core.Context(tmp_path, False, True, tmp_path / "none", 60.0, time.monotonic())
-    for function, reason in (("bccd", "the bccd data is not at"), ("sanitizer", "a GPU")):
-        core.run_jobs(function, getattr(runs, function)(nowhere), nowhere)
-        part = core.load(tmp_path)["parts"][function]
+    nowhere = replace(context(tmp_path), data=tmp_path / "none")
+    for part, reason in ((training.bccd, "the bccd data is not at"), (programs.sanitizer, "a GPU")):
+        function = part.__name__
+        jobs.run_jobs(function, part(nowhere), nowhere)
+        part = state.load(tmp_path)["parts"][function]
         assert part["status"] == "skipped" and reason in part["reason"]
 
 
@@ -113,10 +106,10 @@ def test_the_sanitizer_goes_through_each_tool_and_file(tmp_path, monkeypatch):
     binary.chmod(0o755)
     monkeypatch.setenv("PATH", f"{binary.parent}:{os.environ['PATH']}")
     rows = {}
-    for key, measure in runs.sanitizer(replace(context(tmp_path), gpu=True)):
+    for key, measure in programs.sanitizer(replace(context(tmp_path), gpu=True)):
         try:
             rows[key] = measure()
-        except core.Skip as reason:
+        except state.Skip as reason:
             rows[key] = {"skipped": str(reason)}
     files = sorted(file.relative_to(ROOT / "tests").as_posix() for file in (ROOT / "tests").glob("*/ops/test_*.py"))
     files.remove("detcore/ops/test_conv3x3.py")  # of its reference; the kernels have a file of their own
@@ -127,9 +120,7 @@ def test_the_sanitizer_goes_through_each_tool_and_file(tmp_path, monkeypatch):
 
 
 def test_unknown_parts_are_refused(tmp_path):
-    assert "--only trian: choose from build, tests" in run(
-        "tools/gpu_check.py", "--out", tmp_path, "--only", "ops,trian", code=2
-    )
+    assert "--only trian: choose from build, tests" in run("--out", tmp_path, "--only", "ops,trian", code=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,37 +130,37 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path):
     def measure(key):
         return lambda: done.append(key) or {"ms": 1.0}
 
-    def jobs(*keys):
+    def todo(*keys):
         return [(key, measure(key)) for key in keys]
 
-    assert core.run_jobs("floor", jobs("a", "b"), context(tmp_path)) == 0
-    assert core.run_jobs("floor", jobs("a", "b", "c"), context(tmp_path)) == 0
+    assert jobs.run_jobs("floor", todo("a", "b"), context(tmp_path)) == 0
+    assert jobs.run_jobs("floor", todo("a", "b", "c"), context(tmp_path)) == 0
     assert done == ["a", "b", "c"]
-    part = core.load(tmp_path)["parts"]["floor"]
+    part = state.load(tmp_path)["parts"]["floor"]
     assert part["status"] == "passed" and list(part["rows"]) == ["a", "b", "c"] and "running" not in part
     assert part["done"] == [[[], 0]]
 
 
 def test_the_first_cases_are_a_selection_of_their_own(tmp_path):
-    def jobs():
+    def todo():
         return [(key, lambda: {"ms": 1.0}) for key in ("a 1", "a 2", "b 1")]
 
     def entry():
-        return core.load(tmp_path)["parts"]["train"]
+        return state.load(tmp_path)["parts"]["train"]
 
-    core.run_jobs("train", jobs(), context(tmp_path, first=1))
+    jobs.run_jobs("train", todo(), context(tmp_path, first=1))
     assert list(entry()["rows"]) == ["a 1"] and entry()["status"] == "passed"
     assert check.done(entry(), (), 1) and not check.done(entry())
-    assert not check.keep(core.load(tmp_path), "train", named=False)
-    core.run_jobs("train", jobs(), context(tmp_path, cases=("b*", "none")))
+    assert not check.keep(state.load(tmp_path), "train", named=False)
+    jobs.run_jobs("train", todo(), context(tmp_path, cases=("b*", "none")))
     assert list(entry()["rows"]) == ["a 1", "b 1"] and not check.done(entry())
-    core.run_jobs("train", jobs(), context(tmp_path))
+    jobs.run_jobs("train", todo(), context(tmp_path))
     assert list(entry()["rows"]) == ["a 1", "b 1", "a 2"] and check.done(entry())
-    assert check.keep(core.load(tmp_path), "train", named=False)
-    state = core.load(tmp_path)
-    assert not check.keep(state, "train", named=False, cases=["a *"])
-    assert state["parts"]["train"]["anew"] == ["a 1", "a 2"] and len(state["parts"]["train"]["rows"]) == 3
-    assert not check.done(state["parts"]["train"], (), 1)
+    assert check.keep(state.load(tmp_path), "train", named=False)
+    saved = state.load(tmp_path)
+    assert not check.keep(saved, "train", named=False, cases=["a *"])
+    assert saved["parts"]["train"]["anew"] == ["a 1", "a 2"] and len(saved["parts"]["train"]["rows"]) == 3
+    assert not check.done(saved["parts"]["train"], (), 1)
 
 
 def test_time_is_estimated_by_the_last_job(tmp_path):
@@ -179,29 +170,29 @@ def test_time_is_estimated_by_the_last_job(tmp_path):
     def takes(seconds):
         return lambda: clock.__setitem__(0, clock[0] + seconds) or {"ms": 1.0}
 
-    jobs = [("first", takes(30.0)), ("second", takes(5.0)), ("third", takes(5.0)), ("late", takes(5.0))]
+    todo = [("first", takes(30.0)), ("second", takes(5.0)), ("third", takes(5.0)), ("late", takes(5.0))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core.time, "monotonic", lambda: clock[0])
-        core.run_jobs("train", jobs, replace(context(tmp_path, budget=44.0), began=0.0))
-    part = core.load(tmp_path)["parts"]["train"]
+        patch.setattr(jobs.time, "monotonic", lambda: clock[0])
+        jobs.run_jobs("train", todo, replace(context(tmp_path, budget=44.0), began=0.0))
+    part = state.load(tmp_path)["parts"]["train"]
     assert list(part["rows"]) == ["first", "second", "third"] and part["status"] == "stopped"
 
 
 def test_an_unfinished_row_is_taken_up_again(tmp_path):
     def cut():
-        core.leave(context(tmp_path), "tests", "ops", {"passed": 1})
-        raise core.OutOfTime("cut", {"passed": 2, "error": "1 failed"})
+        state.leave(context(tmp_path), "tests", "ops", {"passed": 1})
+        raise state.OutOfTime("cut", {"passed": 2, "error": "1 failed"})
 
     def goes_on():
-        return {"passed": 1 + core.load(tmp_path)["parts"]["tests"]["rows"]["ops"]["passed"]}
+        return {"passed": 1 + state.load(tmp_path)["parts"]["tests"]["rows"]["ops"]["passed"]}
 
-    core.run_jobs("tests", [("ops", cut), ("steps", goes_on)], context(tmp_path))
-    state = core.load(tmp_path)
-    assert state["parts"]["tests"]["rows"] == {"ops": {"passed": 2, "error": "1 failed", "unfinished": True}}
-    assert not check.keep(state, "tests", named=False) and not check.keep(state, "tests", named=True)
-    core.save(tmp_path, state)
-    core.run_jobs("tests", [("ops", goes_on)], context(tmp_path))
-    row = core.load(tmp_path)["parts"]["tests"]["rows"]["ops"]
+    jobs.run_jobs("tests", [("ops", cut), ("steps", goes_on)], context(tmp_path))
+    saved = state.load(tmp_path)
+    assert saved["parts"]["tests"]["rows"] == {"ops": {"passed": 2, "error": "1 failed", "unfinished": True}}
+    assert not check.keep(saved, "tests", named=False) and not check.keep(saved, "tests", named=True)
+    state.save(tmp_path, saved)
+    jobs.run_jobs("tests", [("ops", goes_on)], context(tmp_path))
+    row = state.load(tmp_path)["parts"]["tests"]["rows"]["ops"]
     assert row["passed"] == 3 and "unfinished" not in row
 
 
@@ -210,16 +201,16 @@ def test_errors_skips_and_the_end_of_the_time(tmp_path):
         raise ValueError("first line\nsecond")
 
     def skips():
-        raise core.Skip("not here")
+        raise state.Skip("not here")
 
     def slow():
         time.sleep(0.2)
         return {"ms": 1.0}
 
-    core.run_jobs("one", [("fails", fails), ("skips", skips)], context(tmp_path))
-    core.run_jobs("two", [("slow", slow), ("late", slow)], context(tmp_path, budget=0.3))
-    core.run_jobs("three", [("skips", skips)], context(tmp_path))
-    parts = core.load(tmp_path)["parts"]
+    jobs.run_jobs("one", [("fails", fails), ("skips", skips)], context(tmp_path))
+    jobs.run_jobs("two", [("slow", slow), ("late", slow)], context(tmp_path, budget=0.3))
+    jobs.run_jobs("three", [("skips", skips)], context(tmp_path))
+    parts = state.load(tmp_path)["parts"]
     assert parts["one"]["status"] == "failed" and parts["one"]["rows"]["fails"]["error"] == "ValueError: first line"
     assert parts["two"]["status"] == "stopped" and list(parts["two"]["rows"]) == ["slow"]
     assert parts["three"]["status"] == "skipped" and parts["three"]["reason"] == "not here"
@@ -233,17 +224,17 @@ def test_a_broken_gpu_context_ends_the_process_but_not_the_part(tmp_path):
     def broken():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    jobs = [("broken", broken), ("fine", lambda: {"ms": 1.0})]
-    assert core.run_jobs("ops", jobs, context(tmp_path)) == core.CONTEXT_LOST
-    assert core.run_jobs("ops", jobs, context(tmp_path)) == 0
-    rows = core.load(tmp_path)["parts"]["ops"]["rows"]
+    todo = [("broken", broken), ("fine", lambda: {"ms": 1.0})]
+    assert jobs.run_jobs("ops", todo, context(tmp_path)) == state.CONTEXT_LOST
+    assert jobs.run_jobs("ops", todo, context(tmp_path)) == 0
+    rows = state.load(tmp_path)["parts"]["ops"]["rows"]
     assert "illegal memory access" in rows["broken"]["error"] and rows["fine"]["ms"] == 1.0
-    assert core.load(tmp_path)["parts"]["ops"]["status"] == "failed"
+    assert state.load(tmp_path)["parts"]["ops"]["status"] == "failed"
 
 
 def test_differences_of_results():
     a = {"cls": torch.tensor(2.0), "boxes": [torch.tensor([1, 2, 3, 4]), None]}
     b = {"cls": torch.tensor(2.002), "boxes": [torch.tensor([1, 2, 3, 5]), None]}
-    assert ops.difference(a, b) == pytest.approx(0.25) and ops.difference(a, a) == 0
+    assert cases.difference(a, b) == pytest.approx(0.25) and cases.difference(a, a) == 0
     with pytest.raises(ValueError, match="shapes"):
-        ops.difference(torch.zeros(2), torch.zeros(3))
+        cases.difference(torch.zeros(2), torch.zeros(3))

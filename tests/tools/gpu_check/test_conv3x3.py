@@ -1,7 +1,9 @@
-"""The ways to compute the heads' convolutions that tools/gpu_check.py times: the same results, so times compare."""
+"""The ways to compute the heads' convolutions that the part `probe` times: the same results, so times compare."""
 
 import pytest
 import torch
+
+from tools.gpu_check.benchmarks.single_stage_detector import conv3x3
 
 
 @pytest.fixture
@@ -13,8 +15,8 @@ def tensors():
 
 
 @pytest.mark.parametrize("what", ["forward", "input gradient", "weight gradient"])
-def test_ways_agree(load_tool, tensors, what):
-    ways = load_tool("gpu_check_conv3x3").ways(*tensors)
+def test_ways_agree(tensors, what):
+    ways = conv3x3.ways(*tensors)
     expected = ways[f"library {what}"]()
     assert torch.allclose(ways[f"16-bit {what}"](), expected, rtol=1e-4, atol=1e-4)
     rounded = ways[f"8-bit {what}"]()[: len(expected)]  # without padded channels, and unscaled
@@ -22,6 +24,6 @@ def test_ways_agree(load_tool, tensors, what):
     assert 0.99 < alike < 0.9999
 
 
-def test_errors_are_of_the_sums_alone(load_tool, tensors):
-    errors = load_tool("gpu_check_conv3x3").errors(*tensors)
+def test_errors_are_of_the_sums_alone(tensors):
+    errors = conv3x3.errors(*tensors)
     assert set(errors) == {"forward", "input gradient"} and max(errors.values()) == 0

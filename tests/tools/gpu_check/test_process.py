@@ -1,28 +1,18 @@
-"""tools/gpu_check_process.py: parts whose processes die, hang, lose the CUDA context or are cut; without a GPU."""
+"""The processes of a check: parts whose processes die, hang, lose the CUDA context or are cut; without a GPU."""
 
-import importlib
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    check, core, process = (importlib.import_module(f"gpu_check{name}") for name in ("", "_core", "_process"))
-finally:
-    sys.path.remove(str(ROOT / "tools"))
+from tests.tools.gpu_check.common import FILES, no_gpu, options
+from tools.gpu_check import __main__ as check
+from tools.gpu_check import jobs, process, stages, state
 
-FILES = ["gpu_check.json", "gpu_check.log", "table.txt"]
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU part is that of a machine without a GPU")
-
-
-def options(out: Path, *words: str) -> Namespace:
-    return check.arguments(["--out", str(out), "--work", str(out.parent / "work"), *words])
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -40,9 +30,9 @@ def options(out: Path, *words: str) -> Namespace:
     ],
 )
 def test_a_lost_context_is_told_by_its_words_or_by_the_gpu(monkeypatch, words, whole, lost):
-    monkeypatch.setattr(core, "answers", lambda: whole)
-    assert core.lost_context(words, gpu=True) == lost
-    assert not core.lost_context("ValueError: wrong", gpu=False)
+    monkeypatch.setattr(jobs, "answers", lambda: whole)
+    assert jobs.lost_context(words, gpu=True) == lost
+    assert not jobs.lost_context("ValueError: wrong", gpu=False)
 
 
 def test_a_gpu_that_reports_an_error_of_before_still_answers(monkeypatch):
@@ -55,11 +45,11 @@ def test_a_gpu_that_reports_an_error_of_before_still_answers(monkeypatch):
             raise RuntimeError("CUDA error: invalid configuration argument")
         return torch.tensor([1.0, 1.0])
 
-    monkeypatch.setattr(core.torch, "ones", ones)
+    monkeypatch.setattr(jobs.torch, "ones", ones)
     broken = False
-    assert core.answers() and calls == ["cuda", "cuda"]
+    assert jobs.answers() and calls == ["cuda", "cuda"]
     broken = True
-    assert not core.answers()
+    assert not jobs.answers()
 
 
 CHILD = """
@@ -96,7 +86,7 @@ state = json.loads(file.read_text())
 state["parts"][name].update(status="passed", reason="", done=[[[], 0]])
 write(state)
 """
-"""In place of gpu_check.py as a part's process; it does not wait for torch."""
+"""In place of tools.gpu_check as a part's process; it does not wait for torch."""
 
 
 @pytest.fixture
@@ -109,7 +99,7 @@ def child(tmp_path, monkeypatch):
     def make(*keys: str) -> None:
         script = tmp_path / "child.py"
         script.write_text(CHILD.replace("KEYS", repr(keys)))
-        monkeypatch.setattr(process, "SCRIPT", script)
+        monkeypatch.setattr(process, "COMMAND", [sys.executable, str(script)])
 
     return make
 
@@ -118,14 +108,14 @@ def run_ops(tmp_path: Path, seconds: float, patience: float | None = None) -> tu
     """(the part `ops` after a call, the keys that were running whenever the table was to be refreshed)."""
     seen, out = [], tmp_path / "out"
     out.mkdir(exist_ok=True)
-    core.save(out, core.load(out))
+    state.save(out, state.load(out))
 
     def refresh() -> None:
-        seen.append(core.load(out)["parts"].get("ops", {}).get("running"))
+        seen.append(state.load(out)["parts"].get("ops", {}).get("running"))
 
     part = replace(check.PARTS["ops"], patience=patience)
     process.run_part(part, seconds, options(out, "--quick"), process.Log(tmp_path / "log"), refresh)
-    return core.load(out)["parts"]["ops"], seen
+    return state.load(out)["parts"]["ops"], seen
 
 
 def test_a_part_outlives_its_process(tmp_path, child):
@@ -141,9 +131,9 @@ def test_a_job_that_hangs_is_ended_marked_and_passed_over(tmp_path, child):
     part, seen = run_ops(tmp_path, 60.0, patience=1.0)
     assert list(part["rows"]) == ["a", "hangs", "b"] and part["rows"]["hangs"]["hung"] and "running" not in part
     assert "no end after" in part["rows"]["hangs"]["error"] and seen.count("hangs") >= 3
-    state = {"parts": {"ops": part | {"status": "failed", "done": []}}}
-    assert not check.keep(state, "ops", named=False) and list(state["parts"]["ops"]["rows"]) == ["a", "hangs", "b"]
-    assert not check.keep(state, "ops", named=True, cases=["hangs"]) and state["parts"]["ops"]["anew"] == ["hangs"]
+    saved = {"parts": {"ops": part | {"status": "failed", "done": []}}}
+    assert not check.keep(saved, "ops", named=False) and list(saved["parts"]["ops"]["rows"]) == ["a", "hangs", "b"]
+    assert not check.keep(saved, "ops", named=True, cases=["hangs"]) and saved["parts"]["ops"]["anew"] == ["hangs"]
 
 
 @pytest.mark.parametrize(("ran", "patience", "hung"), [(29.0, 30.0, False), (31.0, 30.0, True), (50.0, 120.0, False)])
@@ -170,18 +160,18 @@ def test_every_part_cut_once_goes_on_in_the_next_call(tmp_path, child, monkeypat
     monkeypatch.setattr(check, "ENDING", 0.0)
     monkeypatch.setattr(check, "LEAST", 0.5)
     names = [name for name, part in check.PARTS.items() if part.cpu]
-    monkeypatch.setattr(check, "STAGES", tuple(check.Stage(name, 1) for name in names))
+    monkeypatch.setattr(stages, "STAGES", tuple(check.Stage(name, 1) for name in names))
     child("whole", "cut")
     out = tmp_path / "out"
     check.main(["--out", str(out), "--work", str(tmp_path / "work"), "--quick", "--minutes", f"{2 * len(names) / 60}"])
-    parts = core.load(out)["parts"]
+    parts = state.load(out)["parts"]
     assert sorted(parts) == sorted(names) and sorted(file.name for file in out.iterdir()) == FILES
     for part in parts.values():
         assert part["status"] == "stopped" and list(part["rows"]) == ["whole"]
         assert part["reason"] == "out of time in 'cut'; call again to go on"
     assert (out / "table.txt").read_text().count("stopped") == len(names)
     check.main(["--out", str(out), "--work", str(tmp_path / "work"), "--quick", "--minutes", "3"])
-    parts = core.load(out)["parts"]
+    parts = state.load(out)["parts"]
     assert all(list(part["rows"]) == ["whole", "cut"] and part["status"] == "passed" for part in parts.values())
     assert sorted(file.name for file in out.iterdir()) == FILES
 
@@ -191,8 +181,8 @@ def test_every_part_cut_once_goes_on_in_the_next_call(tmp_path, child, monkeypat
 def test_the_real_parts_cut_and_gone_on_with(tmp_path):
     out, words = tmp_path / "out", ("--work", tmp_path / "work", "--quick", "--minutes")
     for minutes in ("0.3", "0.6", "10"):
-        command = [sys.executable, "tools/gpu_check.py", "--out", out, *words, minutes]
+        command = [sys.executable, "-m", "tools.gpu_check", "--out", out, *words, minutes]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=620)
         assert done.returncode == 0, done.stdout + done.stderr
         assert sorted(file.name for file in out.iterdir()) == FILES
-    assert all(part["status"] == "passed" for part in core.load(out)["parts"].values())
+    assert all(part["status"] == "passed" for part in state.load(out)["parts"].values())

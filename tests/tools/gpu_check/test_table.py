@@ -1,15 +1,6 @@
-"""tools/gpu_check_table.py: the table of a check."""
+"""The table of a check."""
 
-import importlib
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    table = importlib.import_module("gpu_check_table")
-finally:
-    sys.path.remove(str(ROOT / "tools"))
+from tools.gpu_check import columns, table
 
 
 def full_state() -> dict:
@@ -56,20 +47,20 @@ def test_the_table_fits_and_tells_published_from_measured():
 
 
 def test_a_row_that_is_not_as_it_should_be_does_not_end_a_check():
-    state = full_state()
-    del state["parts"]["train"]["rows"]["bf16 b32 compiled+graph reference"]["images_per_s_p10"]
-    text = table.table(state)
+    saved = full_state()
+    del saved["parts"]["train"]["rows"]["bf16 b32 compiled+graph reference"]["images_per_s_p10"]
+    text = table.table(saved)
     assert "speed: a row is not as it should be (KeyError: 'images_per_s_p10'); see the JSON" in text
     assert "SSD300" in text and "copy 4,300 GB/s" in text
 
 
 def test_rows_of_another_commit_have_a_mark_however_long_their_keys_are():
-    state = full_state()
-    for part in state["parts"].values():
+    saved = full_state()
+    for part in saved["parts"].values():
         for row in part["rows"].values():
             row["commit"] = "old"
-    text = table.table(state)
+    text = table.table(saved)
     assert "not as it should be" not in text and max(map(len, text.splitlines())) <= 100
     assert "copy* 4,300 GB/s" in text and "forward+postprocess bf16 b128 eager reference*" in text
     assert "bf16 b32 compiled+graph reference*" in text and "graph native*" in text
-    assert table.cut("x" * 50 + "*", 34) == "x" * 33 + "*" and table.cut("x" * 50, 34) == "x" * 34
+    assert columns.cut("x" * 50 + "*", 34) == "x" * 33 + "*" and columns.cut("x" * 50, 34) == "x" * 34
