@@ -23,7 +23,7 @@ export PYTHON=$python DATASET_DIR=$data OUTPUT_DIR=$out RESULT_INDEX=0
 last=$DATASET_DIR/annotations/instances_val.json
 if [[ ! -f $last || tools/make_scenes.py -nt $last ]]; then
     rm -rf "$DATASET_DIR"
-    "$python" tools/make_scenes.py --out "$DATASET_DIR" "${scenes[@]}"
+    "$python" -m tools.make_scenes --out "$DATASET_DIR" "${scenes[@]}"
 fi
 
 # shellcheck source=configs/config_cpu_demo.sh

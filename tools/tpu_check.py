@@ -69,9 +69,11 @@ def steps(kind: str, python: Path, device: str, precision: str, *more: str) -> d
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["--device", device, "--precision", precision, "--json", out, *more]
     print(f"{kind}: {device} {precision} {' '.join(more)}", file=sys.stderr)
-    program = [python, ROOT / "tools" / "tpu_steps.py", *words]
+    program = [python, "-m", "tools.tpu_steps", *words]
     try:
-        done = subprocess.run(program, env=surroundings(kind, python), capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            program, cwd=ROOT, env=surroundings(kind, python), capture_output=True, text=True, timeout=PATIENCE
+        )
     except subprocess.TimeoutExpired as late:
         raise RuntimeError(f"{kind} {device} {precision}: not at its end after {PATIENCE} s, ended") from late
     (FOLDER / f"{name}.log").write_text(done.stdout + done.stderr)
