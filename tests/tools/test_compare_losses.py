@@ -94,7 +94,7 @@ def test_b_may_have_options_of_its_own(tmp_path, monkeypatch, own, expected):
         trained.append((folder.name, steps, options, how, apart))
         curve(folder, {1: 1.0, 2: 0.9})
 
-    monkeypatch.setattr("train", train)
+    monkeypatch.setattr(losses, "train", train)
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert losses.main([a, b, "--run", "--steps", "2", "--control", c, *own, "--", "--precision", "bf16"]) == 0
     given = ["--precision", "bf16", "--seed", "1"]
