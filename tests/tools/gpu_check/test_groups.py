@@ -152,7 +152,7 @@ def test_every_file_with_gpu_tests_is_in_one_group():
     assert set(found["ops"]) == {"triton", "detcore", "single_stage_detector", "ssd300"}
     assert found["ops"]["triton"] == ["tests/detcore/ops/test_conv3x3_kernels.py"], "it compiles for long"
     assert found["steps"]["training"] == ["tests/test_gpu.py"]
-    assert found["steps"]["graphs"] == [f"tests/detcore/test_graphs_{name}.py" for name in ("gpu", "variants")]
+    assert found["steps"]["graphs"] == [f"tests/detcore/device/test_graphs_{name}.py" for name in ("gpu", "variants")]
     assert set(found["steps"]) == {"graphs", "training", "others"}
 
 
