@@ -13,6 +13,7 @@ BUILT := build/.kernels
 SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run \
     $(wildcard configs/*.sh configs/systems/*.sh */launch.sh */recipes/*.sh public-scripts/*.sh tools/*.sh)
 CPP_FILES := $(wildcard */csrc/* tests/emulation/*.h tests/emulation/*.cu)
+BENCHES := $(patsubst tools/bench/%.py,tools.bench.%,$(filter-out %/__init__.py,$(wildcard tools/bench/*.py)))
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
 .PHONY: help setup ops demo test test-slow test-slurm test-docker test-tpu lint bench gpu gpu-carry clean
@@ -74,10 +75,10 @@ test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of thei
 	@$(PYTEST) -n 0 -s -m tpu
 
 gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, eight minutes: results/gpu
-	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" tools/gpu_check.py --out results/gpu
+	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" -m tools.gpu_check --out results/gpu
 
-gpu-carry: $(READY) ## what a GPU machine without network lacks, for gpu_check.py --carried: build/carry
-	@"$(BIN)/python" tools/gpu_carry.py
+gpu-carry: $(READY) ## what a GPU machine without network lacks, for gpu_check --carried: build/carry
+	@"$(BIN)/python" -m tools.gpu_carry
 
 lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint
 	@"$(BIN)/ruff" check .
@@ -87,8 +88,8 @@ lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint
 	@"$(BIN)/shfmt" -i 4 -d $(SHELL_FILES)
 	@"$(BIN)/hadolint" Dockerfile
 
-bench: $(READY) ## every tools/bench_*.py: ours beside its baseline
-	@for bench in tools/bench_*.py; do echo "== $$bench"; "$(BIN)/python" "$$bench"; done
+bench: $(READY) ## every tools/bench/*.py: ours beside its baseline
+	@for bench in $(BENCHES); do echo "== $$bench"; "$(BIN)/python" -m "$$bench"; done
 
 clean: ## remove what demo and tests made; .venv stays
 	rm -rf build results/demo results/demo-* results/run .pytest_cache .ruff_cache .hypothesis

@@ -18,9 +18,11 @@ CORE = 128  # images of a micro-batch at most
 
 @pytest.mark.tpu
 def test_training_on_both_emulations_is_that_of_the_cpu():
-    """TPU_CHECK: more words for tools/tpu_check.py, such as --python xla=FILE for an environment that is there."""
+    """TPU_CHECK: more words for tools.tpu_check, such as --python xla=FILE for an environment that is there."""
     words = shlex.split(os.environ.get("TPU_CHECK", ""))
-    done = subprocess.run([sys.executable, ROOT / "tools" / "tpu_check.py", *words], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.tpu_check", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     print(done.stdout)  # the table; make test-tpu shows it
     assert done.returncode == 0, done.stdout
 

@@ -24,7 +24,7 @@ export PYTHON=$python DATASET_DIR=build/demo-data${name:+-$name} OUTPUT_DIR=resu
 last=$DATASET_DIR/annotations/instances_val.json
 if [[ ! -f $last || tools/make_scenes.py -nt $last ]]; then
     rm -rf "$DATASET_DIR"
-    "$python" tools/make_scenes.py --out "$DATASET_DIR" "${demo_scenes[@]}"
+    "$python" -m tools.make_scenes --out "$DATASET_DIR" "${demo_scenes[@]}"
 fi
 
 # shellcheck source=configs/config_cpu_demo.sh

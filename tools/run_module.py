@@ -1,11 +1,13 @@
-"""How tools/trials.py, tools/package_results.py and tools/report.py find their package from any folder."""
+"""How the older names of commands, files in this folder, find their packages from any other: `python -m` does it."""
 
-import runpy
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
-def run(module: str) -> None:
-    """What `python -m MODULE` does, with this process's command line; the checkout goes first on the path."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+def run(module: str) -> NoReturn:
+    """`python -m MODULE` in place of this process, with its command line; the checkout is on the path."""
+    places = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])

@@ -1,6 +1,6 @@
-"""Training steps of SSD300 on a device, by the product's own lines; run by tools/tpu_check.py in each environment.
+"""Training steps of SSD300 on a device, by the product's own lines; run by tools.tpu_check in each environment.
 
-    python tools/tpu_steps.py --device tpu --precision bf16 --steps 20 --json FILE
+    python -m tools.tpu_steps --device tpu --precision bf16 --steps 20 --json FILE
 
 Writes what it saw as JSON: losses of every step, seconds, programs compiled after each step, and the checks of its
 device. Where torch-tpu is installed but no TPU is there, TPU_LIBRARY_PATH names an emulation.
@@ -15,8 +15,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import nn

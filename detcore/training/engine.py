@@ -49,8 +49,6 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         stack.callback(distributed.shutdown)
         timeout_s = config.hang_timeout or 7 * 24 * 3600
         distributed.init(device.collective_backend, timeout_s, device=device.collective_device)
-            device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device
-        )
         stack.callback(device.close)
         saved = claim_folder(config, world)
         seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.collective_device)
