@@ -15,9 +15,9 @@ from dataprep.waymo_records import CAMERAS, Fault, Label, Picture
 PACKAGES = {"pyarrow": "pyarrow"}
 _KEY = ("key.segment_context_name", "key.frame_timestamp_micros", "key.camera_name")
 _IMAGE = "[CameraImageComponent].image"
-_SIDES = tuple(f"[CameraBoxComponent].box.{name}" for name in ("center.x", "center.y", "size.x", "size.y"))
+SIDES = tuple(f"[CameraBoxComponent].box.{name}" for name in ("center.x", "center.y", "size.x", "size.y"))
 _BOX = (
-    "[CameraBoxComponent].type", *_SIDES, "[CameraBoxComponent].difficulty_level.detection", "key.camera_object_id",
+    "[CameraBoxComponent].type", *SIDES, "[CameraBoxComponent].difficulty_level.detection", "key.camera_object_id",
 )  # fmt: skip
 _SIZE = ("[CameraCalibrationComponent].width", "[CameraCalibrationComponent].height")
 _AT_ONCE = 8  # images that are Python objects at a time
