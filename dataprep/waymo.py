@@ -77,6 +77,7 @@ SPLITS = ("training", "validation", "testing")
 LICENSE = {
     "id": 1, "name": "Waymo Dataset License Agreement for Non-Commercial Use", "url": "https://waymo.com/open/terms",
 }  # fmt: skip
+_NO_DATA = ("_$folder$", ".gstmp")  # what listings of the bucket and unfinished copies leave
 _COMPONENTS = ("camera_image", "camera_box", "camera_calibration")
 
 
@@ -159,7 +160,7 @@ def find_sources(folder: Path, dataset: str) -> list[Source]:
             is_record = ".tfrecord" in path.name or path.name.startswith("segment-")
             if is_record and path.is_symlink() and not path.exists():
                 raise UserError(f"{path}: a link to nothing; remove it or bring back {os.readlink(path)}")
-            if is_record and not path.name.endswith("_$folder$") and path.is_file():
+            if is_record and not path.name.endswith(_NO_DATA) and path.is_file():
                 key = path.name.split(".tfrecord")[0].removeprefix("segment-").removesuffix("_with_camera_labels")
                 if key in found:
                     raise UserError(f"{path} and {found[key]['records']} are the same segment; remove one of them")

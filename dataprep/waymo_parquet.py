@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dataprep.waymo_records import CAMERAS, Fault, Label, Picture
+from dataprep.waymo_records import CAMERAS, CONTEXT, Fault, Label, Picture
 
 PACKAGES = {"pyarrow": "pyarrow"}
 _KEY = ("key.segment_context_name", "key.frame_timestamp_micros", "key.camera_name")
@@ -37,6 +37,8 @@ def pictures(files: dict[str, Path], stride: int = 1) -> Iterator[Picture | Faul
         yield from _pictures(files, stride)
     except _Unusable as error:
         yield Fault(*error.args)
+    except (TypeError, ValueError) as error:  # a null or a text where a number belongs
+        yield Fault("Parquet files with values of another type", "", str(error))
 
 
 def _pictures(files: dict[str, Path], stride: int) -> Iterator[Picture | Fault]:
@@ -47,8 +49,11 @@ def _pictures(files: dict[str, Path], stride: int) -> Iterator[Picture | Fault]:
     table = _open(files["camera_image"], (*_KEY, _IMAGE))
     boxes = _boxes(files["camera_box"]) if "camera_box" in files else None
     sizes = _sizes(files["camera_calibration"]) if "camera_calibration" in files else {}
-    times = sorted(set(_read(table, files["camera_image"], _KEY[1:2])[0]))
-    frames = {time: frame for frame, time in enumerate(times)}
+    contexts, times, _ = map(set, _read(table, files["camera_image"], _KEY))
+    unusable = [context for context in contexts if not CONTEXT.fullmatch(context)]
+    if unusable:
+        raise _Unusable("segments whose name can't be a folder's", "camera_image", repr(unusable[0]))
+    frames = {time: frame for frame, time in enumerate(sorted(times))}
     seen = set()
     try:
         for batch in table.iter_batches(_AT_ONCE, columns=[*_KEY, _IMAGE], use_threads=False):

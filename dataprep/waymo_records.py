@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 CAMERAS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT")  # the camera names 1 to 5
 PACKAGES = {"google_crc32c": "google-crc32c", "google.protobuf": "protobuf"}  # modules that this file needs
-_CONTEXT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # published ones: digits and underscores
+CONTEXT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a segment's name, which becomes a folder
 _LENGTH, _CRC = struct.Struct("<Q"), struct.Struct("<I")
 _KNOWN = (
     (b"\x1f\x8b", "it is compressed with gzip: unpack it"),
@@ -170,7 +170,7 @@ def parse(data: bytes, number: int, where: str) -> Iterator[Picture | Fault]:
         yield Fault("records that do not parse", where, f"skipped: {error}")
         return
     context = frame.context.name.decode("ascii", "replace")
-    if not _CONTEXT.fullmatch(context) or not frame.images:
+    if not CONTEXT.fullmatch(context) or not frame.images:
         yield Fault("records that are no Frame", where, f"segment name {context[:40]!r}, {len(frame.images)} images")
         return
     labels: dict[int, list[Label]] = {}

@@ -15,6 +15,7 @@ from dataprep import waymo_parquet, waymo_records
 from dataprep.jpeg_header import BadHeader, read_header
 from dataprep.openimages_pieces import Tally, disk_errors
 from dataprep.waymo_records import CAMERAS, Fault, Label, Picture
+from detcore import UserError
 
 CATEGORIES = {1: "vehicle", 2: "pedestrian", 3: "cyclist"}
 ROUNDING = 0.01  # pixels that a box may reach out of its image, as detcore.data.coco allows
@@ -60,7 +61,10 @@ class Job(NamedTuple):
 
     def fingerprint(self, source: Source) -> dict[str, Any]:
         """What a piece depends on, apart from the options."""
-        about = {name: path.stat() for name, path in source.files.items()}
+        try:
+            about = {name: path.stat() for name, path in source.files.items()}
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} was there and is gone; give the command again") from error
         files = {name: [found.st_size, found.st_mtime_ns] for name, found in about.items()}
         return {"files": files, "number": source.number if self.legacy else None}
 

@@ -256,11 +256,41 @@ def test_rows_that_do_not_fit_together(tmp_path):
     assert {fault[1] for fault in faults(tmp_path / "out2")} >= {"images of an unknown camera"}
 
 
+def test_values_that_make_no_sense(tmp_path):
+    """Nulls, texts and names that lead out of the folder end their segment, not the run."""
+    write_v2(tmp_path / "in", frames_of(CONTEXTS[0], 1))
+    paths = write_v2(tmp_path / "in", frames_of(CONTEXTS[1], 1))
+    times, contexts = "key.frame_timestamp_micros", "key.segment_context_name"
+    for component, column, value, what in (
+        ("camera_image", times, None, "values of another type"),
+        ("camera_image", contexts, None, "values of another type"),
+        ("camera_image", contexts, "../../x", "name can't be a folder's"),
+        ("camera_box", times, None, "labels without their image"),
+    ):
+        before = paths[component].read_bytes()
+        changed(paths[component], column, value, 0)
+        assert run(tmp_path / "in", tmp_path / "out") == 1
+        (fault,) = faults(tmp_path / "out")
+        assert fault[0] == CONTEXTS[1] and what in fault[1] and fault[3]
+        paths[component].write_bytes(before)
+    assert run(tmp_path / "in", tmp_path / "out") == 0 and len(images(tmp_path / "out")) == 10
+
+
+def test_a_file_that_goes_away_meanwhile(tmp_path, monkeypatch):
+    folder = with_good(tmp_path)
+    found = waymo.find_sources(folder, "validation")
+    monkeypatch.setattr(waymo, "find_sources", lambda *_: found)
+    found[0].records.unlink()
+    with pytest.raises(UserError, match="was there and is gone; give the command again"):
+        run(folder, tmp_path / "out")
+
+
 def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(UserError, match="no such folder; check --tf-dir"):
         run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "segment-1_$folder$").write_bytes(b"stub\r\n")
+    (tmp_path / "in" / f"{FILE}_.gstmp").write_bytes(b"half a copy")
     with pytest.raises(UserError, match=r"holds neither .* check --tf-dir"):
         run(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "training_0000.tar").write_bytes(tar(b""))
