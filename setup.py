@@ -101,7 +101,7 @@ def kept(program: str) -> bool:
 
 def loads(program: str) -> bool:
     """Whether the library in the checkout can be loaded; tried in a process of its own."""
-    test = f"import sys; from detcore import native; sys.exit(bool(native.load({program!r})))"
+    test = f"import sys; from detcore.device import native; sys.exit(bool(native.load({program!r})))"
     return subprocess.run([sys.executable, "-c", test], cwd=ROOT, capture_output=True).returncode == 0
 
 

@@ -41,7 +41,7 @@ from dataprep.download_unpack import unpack
 from dataprep.interpreter import command, environment
 from detcore import UserError
 from detcore.cli import OK, run_main
-from detcore.progress import duration
+from detcore.training.progress import duration
 
 MOUNT = Path("/workspace/ssd_dataset")  # where a container of this project finds the user's disk
 # Names of the commands that follow a download, as users know them.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dataprep.download_fetch import Client, Failed, Item, Missing, Stopped, disk_message
 from detcore import UserError
-from detcore.progress import duration
+from detcore.training.progress import duration
 
 JOURNAL = ".downloaded"
 SHOWN = 5  # problems that are printed; all are in the file

@@ -77,7 +77,7 @@ from dataprep.openimages_stages import (
 from dataprep.openimages_tables import Source
 from detcore import UserError
 from detcore.cli import OK, run_main
-from detcore.progress import Meter
+from detcore.training.progress import Meter
 
 PUBLISHED = {"train": 1_170_301, "validation": 24_781}  # images of the MLPerf subset
 SMALL = 8 << 20  # bytes of boxes that one process reads sooner than others start

@@ -29,7 +29,7 @@ from detcore import UserError
 from detcore.cli import OK, run_main
 from detcore.data import shards
 from detcore.data.coco import CocoIndex
-from detcore.progress import Meter, duration
+from detcore.training.progress import Meter, duration
 
 
 def size(text: str) -> int:

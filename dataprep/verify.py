@@ -44,7 +44,7 @@ from dataprep.verify_files import (
 )
 from detcore.cli import OK, run_main
 from detcore.data import manifest
-from detcore.progress import Meter, duration
+from detcore.training.progress import Meter, duration
 
 PROBLEMS_FOUND = 1
 

@@ -18,7 +18,7 @@ from detcore import UserError
 from detcore.data import manifest
 from detcore.data.coco import CocoIndex, training_boxes
 from detcore.data.shards import hash_names
-from detcore.progress import Meter
+from detcore.training.progress import Meter
 
 MISSING, NOT_PACKED = "images listed but missing", "images listed but not in the shards"
 _BLOCK = 8192  # images whose boxes are checked together

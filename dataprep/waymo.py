@@ -70,7 +70,7 @@ from dataprep.waymo_records import CAMERAS
 from dataprep.waymo_segment import CATEGORIES, Job, Source, convert, entries
 from detcore import UserError
 from detcore.cli import OK, run_main
-from detcore.progress import Meter
+from detcore.training.progress import Meter
 
 LOST = 1  # exit code: something could not be converted
 SPLITS = ("training", "validation", "testing")

@@ -9,7 +9,7 @@
 | 3    | TARGET_NOT_REACHED | training ended after its last epoch below the target                    |
 | 4    | STOPPED            | stopped by a signal; a checkpoint was saved, the run can be resumed     |
 | 5    | NOT_FINITE         | the loss became NaN or infinite                                         |
-| 6    | WATCHDOG           | a process died or hung; `detcore.watchdog` ended the others             |
+| 6    | WATCHDOG           | a process died or hung; `detcore.processes.watchdog` ended the others             |
 | 130  | INTERRUPTED        | Ctrl-C                                                                  |
 | 141  | PIPE_CLOSED        | the reader of stdout went away (`... | head`)                           |
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 from detcore import UserError
 from detcore.config import at_least, between, option
 from detcore.data.layouts import LAYOUTS
-from detcore.detection_config import DetectionConfig
+from detcore.detection.config import DetectionConfig
 
 BENCHMARK = "retinanet"  # submission_benchmark in rulesets 5.0 and 5.1
 TARGET_MAP = 0.34

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from detcore.data.batch import Batch
 from detcore.data.recipes import Recipe, stretch
-from detcore.detection import Detector
+from detcore.detection.detector import Detector
 from single_stage_detector import config as constants
 from single_stage_detector.config import Config
 from single_stage_detector.postprocess import postprocess

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detcore import UserError, native
+from detcore import UserError
+from detcore.device import native
+from detcore.device.streams import side_by_side
+from detcore.nn.resnet import ResNet, load_exactly
 from detcore.ops.bias_relu import conv2d, conv_bias_relu
 from detcore.ops.conv3x3 import EightBits, conv3x3, in_8_bits
 from detcore.ops.fold import autocast_dtype, narrow_copies
 from detcore.ops.normalize import normalize
-from detcore.resnet import ResNet, load_exactly
-from detcore.streams import side_by_side
 from single_stage_detector.anchors import OCTAVE_STEPS, RATIOS, SIZES, anchors, grids
 
 MEAN = (0.485, 0.456, 0.406)
@@ -137,7 +138,7 @@ class RetinaNet(nn.Module):
     would copy the widest tensors of all. The images must have `image_size` (height, width); values are normalised
     here, on the device. The order of the anchors is that of the buffer `anchors`, float32 [A, 4], which follows
     `image_size` and `anchor_sizes` and is not part of the state dictionary. backbone, norm and trainable_layers: see
-    `detcore.resnet.ResNet`. Features are in channels_last; on a GPU call
+    `detcore.nn.resnet.ResNet`. Features are in channels_last; on a GPU call
     `model.to(memory_format=torch.channels_last)` for the weights.
 
     With the variant class_bias a third output follows, the bias [9 * K] of the class convolution, and the logits lack

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 
 from mlperf_logging.mllog import constants as keys
 
-from detcore import engine, inference, optim
-from detcore.benchmark import benchmark
 from detcore.cli import run_main
 from detcore.config import describe, format_config, load
 from detcore.data import synthetic
 from detcore.data.batch import Batch
-from detcore.detection import Inference, class_count, open_data
-from detcore.detection_config import adopt
-from detcore.launcher import discover, spread
-from detcore.resnet import load_backbone
-from detcore.schedule import warmup_then_constant
-from detcore.task import Context, Task
+from detcore.detection.benchmark import benchmark
+from detcore.detection.config import adopt
+from detcore.detection.detector import Inference, class_count, inference, open_data
+from detcore.detection.program import spread
+from detcore.nn import optim
+from detcore.nn.resnet import load_backbone
+from detcore.nn.schedule import warmup_then_constant
+from detcore.processes.launcher import discover
+from detcore.training import engine
+from detcore.training.task import Context, Task
 from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, TRANSLATED_FLAGS, Config
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from detcore import UserError
-from detcore.backend import PRECISIONS
 from detcore.config import DEFAULT, above, at_least, between, option
 from detcore.data.layouts import LAYOUTS
-from detcore.detection_config import DetectionConfig
+from detcore.detection.config import DetectionConfig
+from detcore.device.backend import PRECISIONS
 
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
 AUGMENTATIONS = ("ssd", "flip", "none")

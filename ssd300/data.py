@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detcore.data.augment import Augment
 from detcore.data.batch import Batch
 from detcore.data.recipes import Recipe, central_square, ssd_crop, stretch
-from detcore.detection import Detector
+from detcore.detection.detector import Detector
 from ssd300 import config as constants
 from ssd300.config import Config
 from ssd300.postprocess import postprocess

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detcore import UserError, backend
-from detcore.checkpoint import load_checkpoint
+from detcore import UserError
 from detcore.config import from_dict
 from detcore.data import files, torch_loader, transforms
 from detcore.data.recipes import central_square, stretched
+from detcore.device import backend
+from detcore.training.checkpoint import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
 from ssd300.model import SSD300, known_backbone, known_classes, load_original_state, scale_as_the_originals_inference

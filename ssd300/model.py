@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
+from detcore.nn.resnet import ResNet, load_exactly
 from detcore.ops.normalize import normalize
-from detcore.resnet import ResNet, load_exactly
 from ssd300.anchors import IMAGE_SIZE, PER_CELL, priors
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CUT_LAYERS = ("layer4.", "fc.")
-"""What torchvision's files hold and this network doesn't: `without` of `detcore.resnet.load_backbone`."""
+"""What torchvision's files hold and this network doesn't: `without` of `detcore.nn.resnet.load_backbone`."""
 
 _MIDDLE = (256, 256, 128, 128, 128)
 

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detcore import UserError, backend
+from detcore import UserError
+from detcore.device import backend
 from detcore.evaluation.coco import METRICS
 from ssd300.config import Config
 
 RATES = {
     "avg": "images_per_s", "med": "median_images_per_s", "min": "min_images_per_s", "max": "max_images_per_s",
 }  # fmt: skip
-"""The original's names of speeds, and those of `detcore.benchmark`."""
+"""The original's names of speeds, and those of `detcore.detection.benchmark`."""
 
 
 _AREAS = {"s": "small", "m": "medium", "l": "large"}

@@ -11,18 +11,21 @@ from pathlib import Path
 import torch
 from mlperf_logging.mllog import constants as keys
 
-from detcore import UserError, checkpoint, engine, inference, optim, state
-from detcore.benchmark import PARTS, benchmark
+from detcore import UserError
 from detcore.cli import run_main
 from detcore.config import describe, format_config, load
 from detcore.data import synthetic
 from detcore.data.batch import Batch
-from detcore.detection import Inference, class_count, open_data
-from detcore.detection_config import adopt
-from detcore.launcher import World, discover, spread
-from detcore.resnet import load_backbone
-from detcore.schedule import warmup_then_decay
-from detcore.task import Context, Task
+from detcore.detection.benchmark import PARTS, benchmark
+from detcore.detection.config import adopt
+from detcore.detection.detector import Inference, class_count, inference, open_data
+from detcore.detection.program import spread
+from detcore.nn import optim
+from detcore.nn.resnet import load_backbone
+from detcore.nn.schedule import warmup_then_decay
+from detcore.processes.launcher import World, discover
+from detcore.training import checkpoint, engine, state
+from detcore.training.task import Context, Task
 from ssd300.config import (
     ADOPTED,
     BENCHMARK,

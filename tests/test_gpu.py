@@ -9,11 +9,13 @@ import dataclasses
 import pytest
 import torch
 
-from detcore import backend, engine, native, optim
 from detcore.data.synthetic import synthetic_batches
-from detcore.detection import detect
-from detcore.state import State
-from detcore.task import Task
+from detcore.detection.detector import detect
+from detcore.device import backend, native
+from detcore.nn import optim
+from detcore.training import engine
+from detcore.training.state import State
+from detcore.training.task import Task
 from single_stage_detector import loss as loss_module
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.data import DETECTOR

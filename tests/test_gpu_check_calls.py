@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from detcore import native
+from detcore.device import native
 from tests.test_gpu_check_probe import context, core, keep, ops, probe, ssd, table, train
 
 needs_ops = pytest.mark.skipif(bool(native.load("detcore")), reason="the ops are not built")

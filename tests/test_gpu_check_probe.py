@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detcore import engine, native
+from detcore.device import native
+from detcore.training import engine
 
 TOOLS = str(Path(__file__).parents[1] / "tools")
 sys.path.insert(0, TOOLS)

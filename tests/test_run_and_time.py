@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from detcore.run_config import RunConfig
+from detcore.training.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_and_time.sh"

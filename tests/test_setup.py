@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detcore import native
+from detcore.device import native
 from tests import emulation
 
 ROOT = Path(__file__).parents[1]
@@ -262,7 +262,7 @@ def test_a_wheel_holds_the_libraries_and_they_load(checkout, tmp_path):
     with zipfile.ZipFile(wheel) as opened:
         assert {*(f"{program}/_kernels.so" for program in PROGRAMS), CLASS_LIST} <= set(opened.namelist())
         opened.extractall(tmp_path / "installed")
-    test = f"from detcore import native; print([native.load(program) for program in {PROGRAMS}])"
+    test = f"from detcore.device import native; print([native.load(program) for program in {PROGRAMS}])"
     installed = {"cwd": tmp_path / "installed", "env": os.environ | {"PYTHONPATH": "."}}
     done = subprocess.run([sys.executable, "-c", test], text=True, capture_output=True, check=True, **installed)
     assert done.stdout.strip() == str([""] * len(PROGRAMS)), done.stderr

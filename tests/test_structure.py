@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
 KNOW_DEVICES = {
-    "detcore/backend.py",
-    "detcore/backend_graphs.py",
-    "detcore/backend_tpu.py",
-    "detcore/native.py",
+    "detcore/device/backend.py",
+    "detcore/device/graph_recorder.py",
+    "detcore/device/tpu.py",
+    "detcore/device/native.py",
     "detcore/data/dali.py",
 }
+ROOMS = ("detection", "training", "nn", "ops", "device", "processes", "data", "evaluation")  # below them the ground
 WRITTEN_BY_RUNS = (".venv", "build", "results")
-LONG_FUNCTIONS = {"detcore/engine.py:train": 120}
+LONG_FUNCTIONS = {"detcore/training/engine.py:train": 120}
 PROGRAMS = ["detcore", *BENCHMARKS]
 PACKAGES = [*PROGRAMS, "dataprep"]
 
@@ -57,6 +59,38 @@ def test_imports_go_to_detcore_only(path):
     own = path.relative_to(ROOT).parts[0]
     allowed = {own} if own == "detcore" else {own, "detcore"}
     assert set(imported(path)) & {"tests", "tools", *PACKAGES} <= allowed
+
+
+@lru_cache
+def known_modules() -> frozenset[str]:
+    return frozenset(name(file).removesuffix(".py").replace("/", ".") for file in files(*PACKAGES, "tools"))
+
+
+def modules(path: Path) -> Iterator[str]:
+    """The modules of this repository that a file imports, also inside functions: detcore.data.view, not its names."""
+    known = known_modules()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & known
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ({f"{node.module}.{alias.name}" for alias in node.names} | {node.module}) & known
+
+
+def room(module: str) -> int:
+    """How high a module of detcore lies; the ground (boxes, config, cli) below all rooms."""
+    part = module.split(".")[1]
+    return len(ROOMS) - ROOMS.index(part) if part in ROOMS else 0
+
+
+@pytest.mark.parametrize("path", python("detcore"))
+def test_a_room_imports_only_those_below_it(path):
+    own = name(path).removesuffix(".py").replace("/", ".")
+    above = [module for module in modules(path) if module.startswith("detcore.") and room(module) > room(own)]
+    assert above == []
+
+
+def test_the_rooms_are_those_of_the_folder():
+    assert {path.parent.name for path in (ROOT / "detcore").glob("*/__init__.py")} == set(ROOMS)
 
 
 @pytest.mark.parametrize("path", python(*PACKAGES))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from detcore.data.plan import steps_per_epoch
-from detcore.task import Data
+from detcore.training.task import Data
 
 ROOT = Path(__file__).parents[1]
 COCO_2017 = 118_287  # training images

@@ -25,13 +25,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detcore import UserError, backend
+from detcore import UserError
 from detcore.data import dali, nvjpeg, torch_loader
 from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
 from detcore.data.plan import TrainPlan
 from detcore.data.recipes import stretch
 from detcore.data.torch_loader import Options
+from detcore.device import backend
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

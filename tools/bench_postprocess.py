@@ -23,7 +23,7 @@ from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detcore import native
+from detcore.device import native
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.postprocess import postprocess
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataprep import shard_writer
 from detcore.data.coco import CocoIndex
-from detcore.mlperf import drop_file_cache
+from detcore.training.mlperf import drop_file_cache
 
 
 def make(folder: Path, images: int, size: int) -> CocoIndex:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detcore import native
 from detcore.boxes import iou
+from detcore.device import native
 from ssd300.anchors import corners, decode, encode, priors
 from ssd300.postprocess import postprocess
 

@@ -132,7 +132,7 @@ def length(options: list[str], steps: int) -> list[str]:
     """The options that make a run so many steps long, or a little longer: it ends with an epoch."""
     from detcore.config import load
     from detcore.data.plan import steps_per_epoch
-    from detcore.detection import open_index
+    from detcore.detection.detector import open_index
     from single_stage_detector.config import Config
 
     config = load(Config, options, {}, {})[0]

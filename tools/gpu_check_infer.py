@@ -13,10 +13,12 @@ from gpu_check_train import Program, TrainStep, retinanet
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from detcore import backend, checkpoint, detection
 from detcore.data.batch import Batch
 from detcore.data.synthetic import synthetic_batches
-from detcore.state import State
+from detcore.detection import detector as detection
+from detcore.device import backend
+from detcore.training import checkpoint
+from detcore.training.state import State
 from single_stage_detector.data import DETECTOR
 
 

@@ -14,8 +14,9 @@ import torch
 from gpu_check_core import Context, Job, Row, Skip, Stopwatch, load
 from torch import Tensor
 
-from detcore import UserError, native
+from detcore import UserError
 from detcore.data.synthetic import synthetic_batches
+from detcore.device import native
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 

@@ -1,8 +1,8 @@
 """The part `probe` of tools/gpu_check.py: single operations of RetinaNet's training step at its batch.
 
 Which convolutions the library does badly, and what another way to ask for the same would win: the figures that decide
-on the variants of detcore/native.py. Rows "step: ..." add up what one way wins over another in a whole step, in ms,
-beside what was predicted.
+on the variants of detcore/device/native.py. Rows "step: ..." add up what one way wins over another in a whole step, in
+ms, beside what was predicted.
 
 A row holds, beside its times: gflop, mb (computed; read and written once), tflop_s, percent_of_matmul (of the rate of
 the part `floor`; for 8 bits of that of bf16), gb_s where the bytes take longer than the arithmetic, first_s (the first
@@ -30,7 +30,8 @@ from gpu_check_train import PREDICTED_GAIN_MS
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore import UserError, native
+from detcore import UserError
+from detcore.device import native
 from detcore.ops.bias_relu import bias_relu
 from detcore.ops.conv import merged
 from detcore.ops.pool_bias_relu import pool_bias_relu

@@ -16,7 +16,7 @@ from gpu_check_core import ROOT, Context, Job, OutOfTime, Row, Skip
 from gpu_check_machine import place
 from gpu_check_tests import gpu_test_files, pytest_command
 
-from detcore import native
+from detcore.device import native
 
 RECIPE = [
     "--dataset", "custom", "--backbone", "resnet18", "--norm", "batch", "--trainable-backbone-layers", "5",

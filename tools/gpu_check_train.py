@@ -18,7 +18,8 @@ from gpu_check_ops import rates
 from gpu_check_profile import profile_step
 from gpu_check_table import PUBLISHED
 
-from detcore import backend, native, optim
+from detcore.device import backend, native
+from detcore.nn import optim
 
 GFLOP_PER_IMAGE = 1169.0
 """Calculated, of a training step at 800x800 with 264 classes (2 per multiplication and addition)."""
@@ -119,11 +120,11 @@ class Program:
     """
 
     def __init__(self, config: Any):
-        from detcore import engine
         from detcore.data.synthetic import synthetic_batches
-        from detcore.detection import class_count
-        from detcore.launcher import World
-        from detcore.task import Context as RunContext
+        from detcore.detection.detector import class_count
+        from detcore.processes.launcher import World
+        from detcore.training import engine
+        from detcore.training.task import Context as RunContext
 
         missing = native.load(config.program) if config.ops == "native" else ""
         if missing:
@@ -141,8 +142,8 @@ class TrainStep(Program):
     """A training step, warmed up, to be called."""
 
     def __init__(self, config: Any):
-        from detcore import engine
-        from detcore.state import State
+        from detcore.training import engine
+        from detcore.training.state import State
 
         super().__init__(config)
         state = State(self.task.model, self.task.optimizer, self.backend.scaler(), None)

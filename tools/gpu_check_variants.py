@@ -1,4 +1,4 @@
-"""The cases of the part `ops` of tools/gpu_check.py for the ops that only variants of `detcore.native` use."""
+"""The cases of the part `ops` of tools/gpu_check.py for the ops that only variants of `detcore.device.native` use."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from detcore import UserError
 from detcore.cli import BAD_INPUT
-from detcore.launcher import World, discover
+from detcore.processes.launcher import World, discover
 
 GRACE_S = 15.0  # how much longer the others wait than rank 0, whose message says more
 _SIGN_S = 2.0  # how often a rank that makes progress says so

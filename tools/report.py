@@ -23,7 +23,7 @@ from report_run import TIMES, Run, read_run
 
 from detcore import UserError
 from detcore.cli import run_main
-from detcore.progress import duration
+from detcore.training.progress import duration
 
 CSS = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1b1f27; --soft: #5a6372; --line: #dfe3e9;

@@ -53,10 +53,10 @@ def narrowed(model: nn.Module, by: int) -> nn.Module:
 
 def build(given: argparse.Namespace, device) -> tuple:
     """Task, State and config of a small SSD300 on a device: what `engine.make_train_step` wants."""
-    from detcore import optim
-    from detcore.run_config import RunConfig
-    from detcore.state import State
-    from detcore.task import Task
+    from detcore.nn import optim
+    from detcore.training.config import RunConfig
+    from detcore.training.state import State
+    from detcore.training.task import Task
     from ssd300.loss import losses
     from ssd300.model import SSD300
 
@@ -127,7 +127,8 @@ def checkpoint_returns(task, state, device) -> bool:
 def best_scores(given: argparse.Namespace, task, device) -> list[float]:
     """The ten best detections of two batches by the lines of an evaluation, then of an image by those of a prediction;
     20 of an image instead of 200."""
-    from detcore import detection, inference
+    from detcore.detection import detector as detection
+    from detcore.detection.detector import inference
     from ssd300.config import Config
     from ssd300.data import DETECTOR
     from ssd300.postprocess import postprocess
@@ -159,7 +160,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     open_emulation() if given.device == "tpu" else None
-    from detcore import backend, engine, optim
+    from detcore.device import backend
+    from detcore.nn import optim
+    from detcore.training import engine
 
     began = time.perf_counter()
     device = backend.select(given.device, given.precision)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops.conv import conv2d, fused, layout_of
 
 OP = "detcore::bias_relu"

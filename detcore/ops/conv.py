@@ -1,4 +1,4 @@
-"""Convolutions of modules, by faster ways that compute the same where VARIANTS of `detcore.native` ask for them.
+"""Convolutions of modules, by faster ways that compute the same where VARIANTS of `detcore.device.native` ask for them.
 
 merged_groups: a grouped convolution with groups narrower than the tiles of a tensor core, as one of wider groups whose
 weight is zero between them. conv_epilogues, frozen_stage: bias, residual and ReLU inside cuDNN's own kernel.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops.fold import autocast_dtype
 
 BACKWARD = "detcore::bias_relu_backward"

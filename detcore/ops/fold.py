@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detcore import native
+from detcore.device import native
 
 OP = "detcore::fold_"
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from detcore import native
 from detcore.boxes import areas
+from detcore.device import native
 
 OP = "detcore::nms"
 

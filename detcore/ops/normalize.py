@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 
 OP = "detcore::normalize"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops.bias_relu import bias_relu_reference
 
 OP = "detcore::pool_bias_relu"

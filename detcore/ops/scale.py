@@ -7,7 +7,7 @@ constant, nothing is left to multiply.
 import torch
 from torch import Tensor
 
-from detcore import native
+from detcore.device import native
 
 OP = "detcore::scale_"
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from detcore import native
 from detcore.boxes import encode
+from detcore.device import native
 from detcore.ops.scale import kept, take
 
 OP = "single_stage_detector::box"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detcore import native
+from detcore.device import native
 
 OP = "single_stage_detector::candidates"
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops.scale import kept, take
 from single_stage_detector import ops
 from single_stage_detector.ops.match import IGNORED, UNMATCHED

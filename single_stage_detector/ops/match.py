@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from detcore import native
 from detcore.boxes import areas
+from detcore.device import native
 from single_stage_detector import ops
 
 OP = "single_stage_detector::match"

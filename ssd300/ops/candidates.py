@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from detcore import native
+from detcore.device import native
 
 OP = "ssd300::candidates"
 

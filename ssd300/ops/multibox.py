@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore import native
 from detcore.boxes import areas
+from detcore.device import native
 from detcore.ops.scale import kept, take
 from ssd300.anchors import IMAGE_SIZE, centres, corners, encode
 

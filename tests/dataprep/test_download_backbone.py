@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dataprep.download_sets import WEIGHTS
-from detcore.resnet import BACKBONES, weights_file_name
+from detcore.nn.resnet import BACKBONES, weights_file_name
 
 SCRIPT = Path(__file__).resolve().parents[2] / "public-scripts" / "download_backbone.sh"
 CONTENT = bytes(range(256)) * 400

@@ -33,7 +33,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detcore import native
+from detcore.device import native
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from detcore import UserError, checkpoint
-from detcore.checkpoint import load_checkpoint
-from detcore.resnet import load_exactly
+from detcore import UserError
+from detcore.nn.resnet import load_exactly
+from detcore.training import checkpoint
+from detcore.training.checkpoint import load_checkpoint
 from single_stage_detector.model import load_reference_state
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from detcore import UserError
-from detcore.detection import class_count, open_data, open_index
+from detcore.detection.detector import class_count, open_data, open_index
 from single_stage_detector.config import Config
 from single_stage_detector.data import DETECTOR
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detcore import native
+from detcore.device import native
 from single_stage_detector.loss import losses
 from single_stage_detector.model import Head, RetinaNet
 from tests.single_stage_detector.test_recording import CLASSES, OnDeviceOnly, setting  # noqa: F401, a fixture

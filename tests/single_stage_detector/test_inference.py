@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detcore import UserError, checkpoint
-from detcore.checkpoint import load_checkpoint
+from detcore import UserError
 from detcore.cli import run_main
+from detcore.training import checkpoint
+from detcore.training.checkpoint import load_checkpoint
 from single_stage_detector import train
 from single_stage_detector.model import RetinaNet
 

@@ -10,8 +10,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from detcore import native
 from detcore.data.synthetic import synthetic_batches
+from detcore.device import native
 from single_stage_detector import ops
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.loss import losses

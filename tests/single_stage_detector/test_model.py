@@ -14,8 +14,9 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detcore import UserError, native
-from detcore.resnet import NORMS
+from detcore import UserError
+from detcore.device import native
+from detcore.nn.resnet import NORMS
 from single_stage_detector.anchors import grids
 from single_stage_detector.loss import losses
 from single_stage_detector.model import MEAN, STD, FeaturePyramid, RetinaNet, load_reference_state

@@ -11,7 +11,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.ops import batched_nms
 
-from detcore import native
+from detcore.device import native
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.ops import candidates as module
 from single_stage_detector.postprocess import postprocess

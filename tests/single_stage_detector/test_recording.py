@@ -10,14 +10,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detcore import backend, native
 from detcore.data.synthetic import synthetic_batches
-from detcore.detection import detect
+from detcore.detection.detector import detect
+from detcore.device import backend, native
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from tests.detcore.streams import told
-from tests.detcore.tape import TapeRecorder
+from tests.detcore.device.streams import told
+from tests.detcore.device.tape import TapeRecorder
 
 SIZE, CLASSES = (128, 128), 5
 VARIANTS = ("merged_groups", "conv_epilogues", "frozen_stage", "stem")

@@ -9,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from detcore import backend, detection
 from detcore.data import dali, nvjpeg, torch_loader
 from detcore.data.ahead import one_ahead
-from detcore.launcher import World
-from detcore.task import Context
+from detcore.detection import detector as detection
+from detcore.device import backend
+from detcore.processes.launcher import World
+from detcore.training.task import Context
 from single_stage_detector import data
 from single_stage_detector.config import Config
 from single_stage_detector.model import RetinaNet
-from tests.detcore.tape import TapeRecorder
+from tests.detcore.device.tape import TapeRecorder
 
 CPU = backend.Backend(torch.device("cpu"), "fp32")
 ALONE = World(0, 1, 0, 1)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detcore import backend
 from detcore.config import load
-from detcore.launcher import World
-from detcore.task import Context
+from detcore.device import backend
+from detcore.processes.launcher import World
+from detcore.training.task import Context
 from single_stage_detector import train
 from single_stage_detector.config import Config
 

@@ -5,19 +5,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detcore import backend, native
 from detcore.data.batch import Batch
 from detcore.data.synthetic import synthetic_batches
-from detcore.detection import detect
-from detcore.resnet import FrozenNorm
+from detcore.detection.detector import detect
+from detcore.device import backend, native
+from detcore.nn.resnet import FrozenNorm
 from single_stage_detector import model as module
 from single_stage_detector import train
 from single_stage_detector.config import Config
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from tests.detcore.streams import told
-from tests.detcore.tape import TapeRecorder
+from tests.detcore.device.streams import told
+from tests.detcore.device.tape import TapeRecorder
 
 SIZE, CLASSES = (96, 96), 5
 EXACT = ("multi_cast", "small_levels")
@@ -47,7 +47,7 @@ def model() -> RetinaNet:
 @pytest.fixture(params=["modules", "ops"])
 def path(request, monkeypatch):
     """Convolutions with their biases, as on a CPU, or those that leave them to the op, as on a GPU."""
-    for name in ("detcore.ops.bias_relu", "detcore.resnet"):
+    for name in ("detcore.ops.bias_relu", "detcore.nn.resnet"):
         monkeypatch.setattr(f"{name}.leaves_bias", lambda x, conv: request.param == "ops")
     return request.param
 

@@ -131,7 +131,7 @@ def test_a_hanging_rank_is_named_and_all_stacks_are_kept(submit, data, tmp_path)
     said = job.said()
     assert "stood still for 15 s" in said and "waiting for data" in said, said
     for rank in range(4):
-        assert "detcore/engine.py" in (job.trial() / f"stacks_rank{rank}.txt").read_text()
+        assert "detcore/training/engine.py" in (job.trial() / f"stacks_rank{rank}.txt").read_text()
     assert job.status() == "aborted"
 
 

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detcore import backend, detection
 from detcore.data import transforms
 from detcore.data.batch import Batch
 from detcore.data.recipes import central_square
-from detcore.launcher import World
-from detcore.task import Context
+from detcore.detection import detector as detection
+from detcore.device import backend
+from detcore.processes.launcher import World
+from detcore.training.task import Context
 from ssd300 import data
 from ssd300.config import Config
 

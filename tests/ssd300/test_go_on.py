@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from detcore import UserError, checkpoint
+from detcore import UserError
 from detcore.config import to_dict
-from detcore.launcher import World
+from detcore.processes.launcher import World
+from detcore.training import checkpoint
 from ssd300 import train
 from ssd300.config import Config
 from ssd300.model import SSD300

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import hubconf
-from detcore import UserError, checkpoint
+from detcore import UserError
 from detcore.data import transforms
+from detcore.training import checkpoint
 from ssd300 import inference, train
 from ssd300.config import IMAGE_SIZE, Config
 from ssd300.model import BACKBONES, MEAN, SSD300, STD, Body, known_backbone, scale_as_the_originals_inference

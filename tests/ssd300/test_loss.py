@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou
 
-from detcore import native
+from detcore.device import native
 from ssd300.anchors import corners, priors
 from ssd300.loss import BACKGROUND, losses, match
 from ssd300.ops.multibox import hardest, multibox_loss, multibox_loss_reference

@@ -10,11 +10,11 @@ from torch import nn
 from torchvision.models import get_model
 
 from detcore import UserError
-from detcore.backend import Backend
 from detcore.data.batch import whole_images
-from detcore.launcher import World
-from detcore.resnet import load_backbone
-from detcore.task import Context
+from detcore.device.backend import Backend
+from detcore.nn.resnet import load_backbone
+from detcore.processes.launcher import World
+from detcore.training.task import Context
 from ssd300.anchors import priors
 from ssd300.config import Config
 from ssd300.loss import losses

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detcore import checkpoint
+from detcore.training import checkpoint
 from ssd300.model import SSD300
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert, nms
 
-from detcore import native
+from detcore.device import native
 from ssd300.anchors import encode, priors
 from ssd300.data import DETECTOR
 from ssd300.ops import candidates as module

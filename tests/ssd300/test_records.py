@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detcore import UserError, backend
+from detcore import UserError
+from detcore.device import backend
 from detcore.evaluation.coco import METRICS
 from ssd300 import train
 from ssd300.config import Config

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detcore import backend
 from detcore.config import load
-from detcore.launcher import World
-from detcore.task import Context
+from detcore.device import backend
+from detcore.processes.launcher import World
+from detcore.training.task import Context
 from ssd300 import train
 from ssd300.config import Config
 

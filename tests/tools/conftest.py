@@ -9,8 +9,8 @@ import pytest
 from mlperf_logging.mllog import constants as keys
 from mlperf_logging.mllog import mllog
 
-from detcore.mlperf import ABORTED, MLPerfLog
-from detcore.run_config import RunConfig
+from detcore.training.config import RunConfig
+from detcore.training.mlperf import ABORTED, MLPerfLog
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 START_MS = 1_760_000_000_000

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
-from detcore import UserError, backend
+from detcore import UserError
 from detcore.data.ahead import one_ahead
 from detcore.data.batch import Batch, whole_images
 from detcore.data.synthetic import synthetic_batches
+from detcore.device import backend
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 

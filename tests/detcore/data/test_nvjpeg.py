@@ -173,7 +173,7 @@ def test_a_torchvision_that_cannot_says_so_before_training(index, monkeypatch):
 def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
     """More where colours have half the resolution: nvJPEG repeats them, libjpeg interpolates. On these pictures, of
     random colours every 8 pixels, that is 4.5 levels in the mean."""
-    from detcore import backend
+    from detcore.device import backend
 
     coco.categories(1)
     for image_id in range(24):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops import bias_relu as module
 from detcore.ops.bias_relu import bias_relu, bias_relu_apart, bias_relu_reference, conv_bias_relu, conv_bias_relu_apart
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops import conv as module
 from detcore.ops.bias_relu import bias_relu_reference, conv_bias_relu
 from detcore.ops.conv import conv2d, fused, merged

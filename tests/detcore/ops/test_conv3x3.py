@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detcore import UserError, native
+from detcore import UserError
+from detcore.device import native
 from detcore.ops import conv3x3 as ops
 from detcore.ops.conv3x3 import BACKWARD, FORWARD, conv3x3, in_8_bits, quantise
 

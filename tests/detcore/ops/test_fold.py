@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detcore import native
+from detcore.device import native
 from detcore.ops.fold import autocast_dtype, fold, fold_reference, narrow_copies
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

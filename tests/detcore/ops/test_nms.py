@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from detcore import UserError, native
+from detcore import UserError
 from detcore.boxes import iou
+from detcore.device import native
 from detcore.ops import nms as module
 from detcore.ops.nms import nms, nms_reference
 

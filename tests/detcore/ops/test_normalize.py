@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detcore import UserError, native
+from detcore import UserError
+from detcore.device import native
 from detcore.ops.normalize import normalize, normalize_reference
 
 SCALE = torch.tensor([0.017, 0.0175, 0.0174])

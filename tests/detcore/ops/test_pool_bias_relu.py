@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore import native
+from detcore.device import native
 from detcore.ops.pool_bias_relu import pool_bias_relu, pool_bias_relu_reference
 from tests.detcore.ops.test_bias_relu import equal_bits, on
 

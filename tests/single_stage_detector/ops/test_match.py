@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detcore import native
+from detcore.device import native
 from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.ops.match import IGNORED, UNMATCHED, match, match_reference
 

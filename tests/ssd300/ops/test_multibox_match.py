@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detcore import native
+from detcore.device import native
 from ssd300.anchors import priors
 from ssd300.ops.multibox import BACKGROUND, MATCH, match, match_reference
 

@@ -1,0 +1,144 @@
+"""The settings that every detector shares: its data set, its loader, and what its modes look at."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from detcore import UserError
+from detcore.config import DEFAULT, at_least, between, from_dict, option, to_dict
+from detcore.data.layouts import LAYOUTS, Layout
+from detcore.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class DetectionConfig(RunConfig):
+    """What every detector's run can choose. A benchmark gives its own defaults, and `image_size` (height, width)."""
+
+    lr: float = option(1e-4, "learning rate", env="LR", check=between(1e-12, 100), group="Training")
+    target_map: float | None = option(
+        None, "stop with success at this mAP; none: train all epochs", check=between(0, 1), group="Training"
+    )
+    sync_bn: bool = option(
+        False, "batch normalisation that learns, on GPUs: statistics over all processes", group="Model"
+    )
+    pretrained: bool = option(
+        True, "start from ImageNet weights, found in TORCH_HOME or at --weights; never downloaded", group="Model"
+    )
+    weights: Path | None = option(None, "the file of the ImageNet weights", flags=("--backbone-path",), group="Model")
+
+    dataset: str = option("coco", "layout of the data set", choices=tuple(LAYOUTS), group="Data")
+    dataset_path: Path = option(
+        Path("/coco"), "its root", env="DATASET_DIR", flags=("--data", "-d", "--data-path"), group="Data"
+    )
+    train_data_path: Path | None = option(None, "training images; none: as the layout has it", group="Data")
+    train_annotations_file: Path | None = option(None, "training JSON; none: as the layout has it", group="Data")
+    val_data_path: Path | None = option(None, "validation images; none: as the layout has it", group="Data")
+    val_annotations_file: Path | None = option(None, "validation JSON; none: as the layout has it", group="Data")
+    num_classes: int = option(
+        0, "number of classes; 0: as the data set has. Another number than the data set's is an error",
+        check=between(0, 100000), group="Data",
+    )  # fmt: skip
+    max_boxes: int = option(
+        1000, "boxes of an image at most, to which all are padded", check=between(1, 100000), group="Data"
+    )
+    antialias: bool = option(False, "anti-aliased resizing; the reference does without", group="Data")
+    drop_last: bool = option(True, "leave out an epoch's last, incomplete batch instead of filling it", group="Data")
+    loader: str = option(
+        "torch", "what decodes the images: torch on the processors; dali (where installed) or nvjpeg (torchvision) on "
+        "the GPU", choices=("torch", "dali", "nvjpeg"), group="Data",
+    )  # fmt: skip
+    shards: Path | None = option(
+        None, "folder that public-scripts/pack_dataset.py wrote: read the images from its shards; none: from files",
+        group="Data",
+    )  # fmt: skip
+    read_ahead: bool = option(
+        False, "read all shards into the page cache while training begins, where memory holds them", group="Data"
+    )
+    workers: int = option(
+        4, "loader processes per rank; threads with dali and nvjpeg", flags=("-j", "--num-workers"), check=at_least(0),
+        group="Data",
+    )  # fmt: skip
+    synthetic: bool = option(
+        False, "random images and boxes instead of a data set; no evaluation", env="USE_SYNTHETIC_DATA",
+        flags=("--fake-data",), group="Data",
+    )  # fmt: skip
+    cache_dir: Path | None = option(None, "where the annotation index is cached; none: beside the JSON", group="Data")
+
+    gallery: int = option(0, "validation images to draw for the report after training", check=at_least(0), group="Run")
+    images: Path | None = option(None, "--mode predict: an image or a folder of images", group="Predict and benchmark")
+    score_threshold: float = option(
+        0.3, "--mode predict: score from which detections are written and drawn", check=between(0, 1),
+        group="Predict and benchmark",
+    )  # fmt: skip
+    benchmark_warmup: int = option(
+        5, "--mode benchmark: iterations before the clock", check=at_least(0), group="Predict and benchmark"
+    )
+    benchmark_iterations: int = option(
+        20, "--mode benchmark: iterations measured", check=at_least(1), group="Predict and benchmark"
+    )
+
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
+        "target_map", "dataset_path", "train_data_path", "train_annotations_file", "val_data_path",
+        "val_annotations_file", "shards", "read_ahead", "workers", "cache_dir", "gallery", "images", "score_threshold",
+        "weights", "pretrained", "benchmark_warmup", "benchmark_iterations",
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.read_ahead and not self.shards:
+            raise UserError("--read-ahead: only shards are read ahead; say where they are with --shards FOLDER")
+        if self.mode == "predict" and not self.images:
+            raise UserError("--mode predict: say what to look at with --images FILE_OR_FOLDER")
+        if self.mode in ("predict", "evaluate") and not self.checkpoint:
+            raise UserError(f"--mode {self.mode}: say which weights to use with --checkpoint FILE, e.g. .../best.pt")
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.dataset]
+
+    def root(self) -> Path:
+        """The data set's folder: dataset_path, or its one child that holds the layout (a DATADIR around the set)."""
+        path, sign = self.dataset_path, self.layout.train_annotations if self.shards else self.layout.train_images
+        if (path / sign).exists() or not path.is_dir():
+            return path
+        inside = [child for child in path.iterdir() if (child / sign).exists()]
+        return inside[0] if len(inside) == 1 else path
+
+    def split(self, name: str) -> tuple[Path, Path]:
+        """Annotation file and image folder (of files or of shards) of "train" or "val"."""
+        annotations = getattr(self, f"{name}_annotations_file")
+        images = getattr(self, f"{name}_data_path")
+        annotations = annotations or self.root() / getattr(self.layout, f"{name}_annotations")
+        if not images and self.shards:
+            images = self.shards / name
+        return annotations, images or self.root() / getattr(self.layout, f"{name}_images")
+
+    def data_paths(self) -> list[Path]:
+        if self.synthetic:
+            return []
+        parts = [path for name in ("train", "val") for path in self.split(name)]
+        return [path.parent if path.suffix == ".json" else path for path in parts]  # with the index beside the JSON
+
+
+PLACES = (
+    "train_data_path", "train_annotations_file", "val_data_path", "val_annotations_file", "shards",
+)  # fmt: skip
+"""Where the parts of a data set are that do not lie in its folder."""
+
+
+def adopt(config: Any, known: Mapping[str, Any], names: Collection[str], sources: dict[str, str]) -> Any:
+    """A benchmark's config with those of `names` that its checkpoint knows, wherever the user said nothing else.
+
+    known: the checkpoint's settings. sources: where each of the config's values comes from; is told what comes from the
+    checkpoint. Where the user names a data set or its folder, its parts are not taken from elsewhere. Raises UserError
+    for values that are none.
+    """
+    own_data = any(sources[name] != DEFAULT for name in ("dataset", "dataset_path"))
+    free = [name for name in names if sources.get(name) == DEFAULT and not (own_data and name in PLACES)]
+    adopted = {name: known[name] for name in free if known.get(name) is not None}
+    sources |= dict.fromkeys(adopted, config.checkpoint.name)
+    try:
+        return from_dict(type(config), to_dict(config) | adopted)
+    except UserError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from error

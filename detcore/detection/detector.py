@@ -1,0 +1,353 @@
+"""What all detectors do with their data: open it, stream it, and come from a model to its COCO metrics.
+
+A benchmark brings a `Detector`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detcore import UserError
+from detcore.data import nvjpeg, synthetic, torch_loader
+from detcore.data.batch import Batch, whole_images
+from detcore.data.coco import CocoIndex
+from detcore.data.pace import Pace
+from detcore.data.plan import EvalPlan, TrainPlan
+from detcore.data.recipes import Recipe
+from detcore.data.shards import ReadAhead
+from detcore.detection.config import DetectionConfig
+from detcore.device.backend import LEAD, Backend
+from detcore.evaluation.background import BackgroundEvaluator
+from detcore.nn.widest import widest
+from detcore.processes import distributed
+from detcore.processes.distributed import World
+from detcore.training.task import Beat, Context, Data, Pending
+
+LARGEST_EVAL_BATCH = 128  # images; a larger one only takes memory
+LARGEST_TENSOR = 2**31 - 1  # elements; with more a GPU's convolutions may refuse, or take slower ways
+
+
+class Detector(NamedTuple):
+    """What tells one detector from another.
+
+    recipe(config): what happens to its images. infer(model, batch, autocast): boxes [N, D, 4] (x1, y1, x2, y2 in pixels
+    of the canvas), scores [N, D] and labels int64 [N, D] (class index, -1 where unused), of fixed shapes; autocast() is
+    the context of the network's forward pass. classes: of random data, where nobody says how many.
+    scores_empty(config): whether detections on validation images without any annotation count.
+    """
+
+    recipe: Callable[[Any], Recipe]
+    infer: Callable[[nn.Module, Batch, Callable[[], AbstractContextManager]], tuple[Tensor, Tensor, Tensor]]
+    classes: int
+    scores_empty: Callable[[Any], bool] = lambda config: True
+
+
+def open_index(config: DetectionConfig, split: str) -> CocoIndex:
+    """The index of "train" or "val". Raises UserError if its classes are not those that the layout must have."""
+    annotations, images = config.split(split)
+    layout = config.layout
+    exact = layout.classes if layout.contiguous else None
+    index = CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=exact)
+    if layout.classes not in (None, index.num_classes):
+        raise UserError(
+            f"{annotations}: {index.num_classes} categories, but --dataset {config.dataset} has {layout.classes}; "
+            "--dataset custom takes any number"
+        )
+    return index
+
+
+def class_count(detector: Detector, config: DetectionConfig) -> int:
+    """Number of classes: the layout's own, or counted in the training JSON of a custom data set.
+
+    Raises UserError if --num-classes says another number.
+    """
+    if config.synthetic:
+        return config.num_classes or config.layout.classes or detector.classes
+    count = config.layout.classes or open_index(config, "train").num_classes
+    if config.num_classes not in (0, count):
+        raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
+    return count
+
+
+def train_plan(detector: Detector, config: DetectionConfig, index: CocoIndex, context: Context) -> TrainPlan:
+    """This rank's plan of training batches."""
+    world = context.world
+    shard = (config.batch_size, config.max_boxes, context.seed, world.rank, world.size, config.drop_last)
+    return TrainPlan(index, detector.recipe(config), *shard, config.layout.crowd)
+
+
+def train_stream(
+    config: DetectionConfig, plan: TrainPlan, backend: Backend, epoch: int, step: int, pace: Pace | None = None
+) -> Iterator[Batch]:
+    """The loader's endless stream of training batches from a position on. pace: told how long each part takes."""
+    return _loader(config)(plan, plan.keys(epoch, step), _options(config, backend)._replace(pace=pace))
+
+
+def eval_stream(
+    detector: Detector, config: DetectionConfig, index: CocoIndex, world: World, backend: Backend, batch_size: int = 0
+) -> Iterator[Batch]:
+    """This rank's batches of one pass over an index. batch_size: 0, the config's."""
+    size = batch_size or config.eval_batch_size or config.batch_size
+    plan = EvalPlan(index, detector.recipe(config), size, world.rank, world.size)
+    return _loader(config)(plan, plan.keys(), _options(config, backend))
+
+
+def _loader(config: DetectionConfig) -> Callable[..., Iterator[Batch]]:
+    """What makes the batches of a plan."""
+    if config.loader == "dali":
+        from detcore.data import dali
+
+        return dali.batches
+    return nvjpeg.batches if config.loader == "nvjpeg" else torch_loader.batches
+
+
+def _options(config: DetectionConfig, backend: Backend) -> torch_loader.Options:
+    return torch_loader.Options(config.workers, backend.own or torch.device("cpu"), config.antialias)
+
+
+def eval_batch_size(
+    detector: Detector, config: DetectionConfig, model: nn.Module, index: CocoIndex, world: World, backend: Backend
+) -> int:
+    """Images of an evaluation batch, the same on every rank: those of the config, or as many as a GPU has memory for.
+
+    These are the training batch doubled while it fits, up to 128, to the images that a rank has, and to tensors of 2^31
+    elements. All ranks call it.
+    """
+    limit = min(LARGEST_EVAL_BATCH, -(-len(index) // world.size))
+    return _largest_eval_batch(detector, config, model, index.num_classes, limit, backend)
+
+
+def _largest_eval_batch(
+    detector: Detector, config: DetectionConfig, model: nn.Module, classes: int, limit: int, backend: Backend
+) -> int:
+    if config.eval_batch_size:
+        return config.eval_batch_size
+    if backend.recorder and not backend.records_steps:
+        return config.batch_size  # a recording keeps its memory, and the steps have theirs still to find
+    ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
+
+    @torch.inference_mode()
+    def try_batch(images: int) -> None:
+        # As many as are under way at a time: used, fetched, and those that the host is ahead of the device.
+        batches = [backend.to_device(_black(config, images)) for _ in range(LEAD + 2)]
+        detect(detector, model, batches[0], backend, ids)
+
+    if backend.is_gpu:
+        limit = min(limit, LARGEST_TENSOR // widest(model, config.image_size, backend))
+    fits = backend.largest_batch(try_batch, config.batch_size, limit)
+    return -distributed.agree([-fits], backend.exchange)[0]
+
+
+def _black(config: DetectionConfig, images: int) -> Batch:
+    """An evaluation batch without anything to see."""
+    pixels = torch.zeros(images, *config.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
+    return whole_images(pixels, boxes, labels, torch.arange(images), torch.ones(images, 2, dtype=torch.int64))
+
+
+def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
+    """Detections of a batch as float64 [N * D, 7] on the device: image_id, x, y, w, h, score, category_id.
+
+    Boxes are in pixels of the original image, categories are the file's own ids. Unused rows, and all rows of padding
+    images, have score 0. category_ids: int64 [K] on the device.
+    """
+    boxes, scores, labels = detector.infer(model, batch, backend.autocast)
+    scale = (batch.size.double() / batch.extent).flip(1)
+    corners = boxes.double().unflatten(2, (2, 2)) * scale[:, None, None]
+    corner, extent = corners[:, :, 0], corners[:, :, 1] - corners[:, :, 0]
+    real = (batch.image_id >= 0)[:, None] & (labels >= 0)
+    columns = [
+        batch.image_id[:, None, None].expand(-1, scores.shape[1], 1).double(),
+        corner,
+        extent,
+        scores.masked_fill(~real, 0).double()[..., None],
+        category_ids[labels.clamp(min=0)].double()[..., None],
+    ]
+    return torch.cat(columns, 2).flatten(0, 1)
+
+
+def finder(
+    detector: Detector, model: nn.Module, category_ids: Sequence[int], backend: Backend
+) -> Callable[[Batch], Tensor]:
+    """`detect` with a model as a function of a batch on the device, recorded where the device records."""
+    ids = torch.tensor(list(category_ids), device=backend.device)
+    return backend.compile_inference(lambda batch: detect(detector, model, batch, backend, ids))
+
+
+@torch.inference_mode()
+def detect_all(find: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
+    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. find: a `finder`."""
+    rows = []
+    for step, batch in enumerate(backend.ahead(batches)):
+        beat("evaluation", step)
+        rows.append(find(batch))
+    found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
+    found = found.cpu()
+    return found[found[:, 5] > 0]
+
+
+def counted(detector: Detector, config: DetectionConfig, index: CocoIndex, found: Tensor) -> np.ndarray:
+    """The detections of all ranks, float64 [D, 7], that the metrics are made of."""
+    rows = found.cpu().numpy()
+    if detector.scores_empty(config):
+        return rows
+    return rows[np.isin(rows[:, 0], index.image_ids[index.box_count() > 0])]
+
+
+class Inference:
+    """What the evaluations of a run share: the size of a batch, and the function that finds objects in one.
+
+    `prepare` makes both before RUN_START, without any data; else the first evaluation does.
+    """
+
+    def __init__(self, detector: Detector, config: DetectionConfig, context: Context):
+        self.detector, self.config, self.context = detector, config, context
+        self.images = 0  # of a batch
+        self._finders: dict[nn.Module, tuple[Tensor, Callable[[Batch], Tensor]]] = {}
+
+    def prepare(self, model: nn.Module, classes: int) -> None:
+        """Finds the size and warms inference up, recorded where the device records. Changes nothing of the model."""
+        backend = self.context.backend
+        if self.config.synthetic or not (backend.warms_up or backend.recorder):
+            return
+        model.eval()
+        with torch.inference_mode():
+            limit = LARGEST_EVAL_BATCH
+            self.images = _largest_eval_batch(self.detector, self.config, model, classes, limit, backend)
+            self._finder(model, classes)[1](backend.to_device(_black(self.config, self.images)))
+        model.train()
+
+    def evaluate(self, model: nn.Module, val: CocoIndex, beat: Beat) -> Tensor:
+        """This rank's detections as `detect_all`. All ranks call it."""
+        world, backend = self.context.world, self.context.backend
+        ids, find = self._finder(model, val.num_classes)
+        ids.copy_(torch.tensor(val.category_ids.tolist()))
+        share = -(-len(val) // world.size)
+        too_large = self.images > max(share, self.config.batch_size) and not self.config.eval_batch_size
+        if not self.images or too_large:
+            self.images = eval_batch_size(self.detector, self.config, model, val, world, backend)
+        stream = eval_stream(self.detector, self.config, val, world, backend, self.images)
+        return detect_all(find, stream, backend, beat)
+
+    def _finder(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Tensor]]:
+        """The categories' ids, int64 [classes], which a recording reads where they lie, and the function."""
+        if model not in self._finders:
+            detector, backend = self.detector, self.context.backend
+            with torch.inference_mode(False):
+                ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
+            find = backend.compile_inference(lambda batch: detect(detector, model, batch, backend, ids))
+            self._finders[model] = ids, find
+        return self._finders[model]
+
+
+def open_data(
+    detector: Detector, config: DetectionConfig, context: Context, inference: Inference | None = None
+) -> Data:
+    """Opens the data set for training: indexes, loader, and the evaluator's own process on rank 0.
+
+    inference: prepared before, or made here.
+    """
+    if config.synthetic:
+        return _synthetic(detector, config, context)
+    world = context.world
+    train, val = open_index(config, "train"), open_index(config, "val")
+    if list(train.category_ids) != list(val.category_ids):
+        files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
+        raise UserError(f"{files} list different categories; training and validation need the same ids")
+    plan = train_plan(detector, config, train, context)
+    per_rank = plan.steps
+    steps = -(-per_rank // config.accumulate)  # the last of an epoch takes the micro-batches that are left
+    if config.max_iters_per_epoch:
+        steps = min(steps, config.max_iters_per_epoch)
+    micro_batches = min(per_rank, steps * config.accumulate)
+    evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
+    names = class_names(val)
+    pace = _pace(config, context, train)
+    packs = [index.shards for index in (train, val) if index.shards]
+    ahead = ReadAhead(packs, world.local_rank, world.local_size) if config.read_ahead and packs else None
+
+    def train_batches(epoch: int, step: int) -> Iterator[Batch]:
+        if micro_batches == per_rank:
+            yield from train_stream(config, plan, context.backend, epoch, step, pace)
+        while True:  # an epoch ends before the loader's: go on with the next one from its beginning
+            stream = train_stream(config, plan, context.backend, epoch, step, pace)
+            yield from islice(stream, micro_batches - step)
+            epoch, step = epoch + 1, 0
+
+    inference = inference or Inference(detector, config, context)
+
+    def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
+        mine = inference.evaluate(model, val, beat)
+        everyone = distributed.gather_rows(mine.to(context.backend.exchange))
+        if not evaluator:
+            return None
+        return _Named(evaluator.submit(counted(detector, config, val, everyone), per_class=True), names)
+
+    def close() -> None:
+        for part in (ahead, evaluator):
+            if part:
+                part.close()
+
+    summary = f"training: {train.summary()}\nvalidation: {val.summary()}"
+    return Data(
+        train_samples=len(train),
+        eval_samples=len(val),
+        steps_per_epoch=steps,
+        micro_batches=micro_batches,
+        train_batches=train_batches,
+        evaluate=evaluate,
+        close=close,
+        classes=tuple(names.items()),
+        summary=f"{summary}\n{ahead.words}" if ahead else summary,
+        advise=pace.words,
+    )
+
+
+def _pace(config: DetectionConfig, context: Context, index: CocoIndex) -> Pace:
+    """The clocks of the training loader, and what its advice has to know."""
+    world, by_processes = context.world, config.loader == "torch"
+    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
+    workers = (
+        torch_loader.usable_workers(config.workers) if by_processes else 1
+    )  # the others' threads are measured as one
+    return Pace(workers, world.size, world.local_size, index.shards is not None, config.loader, more)
+
+
+def class_names(index: CocoIndex) -> dict[int, str]:
+    """Name by the file's category id; classes that share a name are told apart by their ids."""
+    ids, names = index.category_ids.tolist(), index.category_names
+    return {i: name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(ids, names, strict=True)}
+
+
+class _Named:
+    """A pending result whose per-class values carry class names instead of the file's ids."""
+
+    def __init__(self, pending, names: dict[int, str]):
+        self.pending, self.names = pending, names
+
+    def poll(self) -> dict | None:
+        result = self.pending.poll()
+        if result is None:
+            return None
+        return {**result, "per_class": {self.names[i]: ap for i, ap in result["per_class"].items()}}
+
+
+def _synthetic(detector: Detector, config: DetectionConfig, context: Context) -> Data:
+    """Random batches of the real shapes: what a step costs without any data behind it."""
+    seed = distributed.derive_seed(context.seed, 2, context.world.rank)
+    shape = (config.image_size, config.batch_size, config.max_boxes)
+    return Data(
+        train_samples=0,
+        eval_samples=0,
+        steps_per_epoch=config.max_iters_per_epoch or 100,
+        train_batches=lambda epoch, step: synthetic.synthetic_batches(class_count(detector, config), *shape, seed),
+        evaluate=lambda model, beat: None,
+        close=lambda: None,
+        summary="synthetic data: random images and boxes, no evaluation"
+        + (f"; --loader {config.loader} is not used, there is nothing to decode" if config.loader != "torch" else ""),
+    )

@@ -1,0 +1,280 @@
+"""What a trained detector is for: `--mode evaluate`, `predict` and the gallery of the report.
+
+A benchmark brings its `Detector` and build_model(config, number of classes) -> model on the CPU.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.io import encode_jpeg
+from torchvision.utils import draw_bounding_boxes
+
+from detcore import UserError, cli
+from detcore.data import files, torch_loader, transforms
+from detcore.data.batch import whole_images
+from detcore.data.coco import CocoIndex
+from detcore.data.recipes import Recipe
+from detcore.detection import detector as detection
+from detcore.detection.config import DetectionConfig
+from detcore.detection.detector import Detector, class_names, open_index
+from detcore.device import backend, native
+from detcore.evaluation.coco import evaluate as coco_metrics
+from detcore.processes import distributed, launcher
+from detcore.training import engine
+from detcore.training.checkpoint import load_checkpoint
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
+BuildModel = Callable[[Any, int], nn.Module]
+
+
+def _no_beat(phase: str, count: int) -> None:
+    """For programs that no watchdog looks at."""
+
+
+def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> int:
+    """The twelve COCO numbers of a checkpoint on the validation images; all processes of the job share the work.
+
+    Writes evaluation.json into the output folder and prints a table, with the AP of every class.
+    """
+    world, _ = launcher.discover(os.environ)
+    device = engine.open_device(config, world)
+    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+    try:
+        index = open_index(config, "val")
+        _same_classes(config.checkpoint, index)
+        model = device.place(build_model(config, index.num_classes)).eval()
+        start = time.perf_counter()
+        images = detection.eval_batch_size(detector, config, model, index, world, device)
+        find = detection.finder(detector, model, index.category_ids.tolist(), device)
+        stream = detection.eval_stream(detector, config, index, world, device, images)
+        found = detection.detect_all(find, stream, device, _no_beat)
+        everyone = distributed.gather_rows(found.to(device.exchange))
+        if everyone is None:
+            return cli.OK
+        seconds = time.perf_counter() - start
+        counted = detection.counted(detector, config, index, everyone)
+        result = coco_metrics(index.ground_truth(), counted, per_class=True)
+    finally:
+        device.close()
+        distributed.shutdown()
+    names = class_names(index)
+    result["per_class"] = {names[i]: ap for i, ap in result["per_class"].items()}
+    print(native.describe(config.program, device.device))
+    print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
+    print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
+    for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
+        print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
+    write_json(config.output_dir / "evaluation.json", {"checkpoint": str(config.checkpoint), **result})
+    return cli.OK
+
+
+def _same_classes(path: Path, index: CocoIndex) -> None:
+    """UserError if the checkpoint knows its classes by other names than the annotation file.
+
+    Ids may differ, as those of one data set do that counts from 0 or from 1.
+    """
+    then = load_checkpoint(path).get("classes") or []
+    now = class_names(index).items()
+    for (old_id, old), (new_id, new) in zip(then, now, strict=False):
+        if old.removesuffix(f" ({old_id})") != new.removesuffix(f" ({new_id})"):
+            raise UserError(
+                f"{path} was trained on other classes than {index.annotation_file} lists: {old!r} where this file has "
+                f"{new!r}; evaluate it on its own data set"
+            )
+
+
+def predict(
+    config: DetectionConfig,
+    detector: Detector,
+    build_model: BuildModel,
+    known: Callable[[dict[str, Any]], list[tuple[int, str]]] = lambda saved: [],
+) -> int:
+    """Detections on images that need no annotations.
+
+    known: (category id, name) of the classes of a checkpoint that does not list them as this program's do; empty if it
+    can't tell, then the validation annotations are read.
+
+    Writes predictions/detections.json (COCO format: images, categories, annotations with a score) and a drawn copy of
+    each image below the output folder. Images that can't be read are left out, listed at the end, and make the exit
+    code BAD_INPUT; if none can be read, UserError, and what an earlier call wrote stays.
+    """
+    if launcher.discover(os.environ)[0].size > 1:
+        raise UserError("--mode predict runs in one process; start it without torchrun or srun")
+    device = engine.open_device(config, launcher.World())
+    saved = load_checkpoint(config.checkpoint)
+    classes = saved.get("classes") or known(saved)
+    if not classes:
+        index = open_index(config, "val")  # a checkpoint of another program does not know its classes
+        classes = list(class_names(index).items())
+    model = device.place(build_model(config, len(classes))).eval()
+    paths = _image_paths(config.images)
+    folder = config.output_dir / "predictions"
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, list] = {
+        "images": [],
+        "categories": [{"id": i, "name": name} for i, name in classes],
+        "annotations": [],
+    }
+    skipped: list[str] = []
+    detected = _detect_files(config, detector, model, paths, device, classes, skipped)
+    for number, (path, image, found) in enumerate(detected, 1):
+        if number == 1:
+            for old in folder.glob("*.jpg"):  # pictures of an earlier call
+                old.unlink()
+        height, width = image.shape[-2:]
+        content["images"].append({"id": number, "file_name": path.name, "width": width, "height": height})
+        for x, y, w, h, score, category in found.tolist():
+            box = {"image_id": number, "category_id": int(category), "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            content["annotations"].append({"id": len(content["annotations"]) + 1, **box, "score": score})
+        drawn = encode_jpeg(draw(image, found, dict(classes)), quality=92)
+        (folder / f"{number:05}_{path.stem[:60]}.jpg").write_bytes(drawn.numpy().tobytes())
+        print(f"{path}: {len(found)} objects")
+    if not content["images"]:
+        raise UserError("\n".join(skipped))
+    write_json(folder / "detections.json", content)
+    total = len(content["annotations"])
+    print(f"{len(content['images'])} images, {total} objects of score {config.score_threshold:g} or more: {folder}")
+    if skipped:
+        print(f"error: {len(skipped)} of {len(paths)} images left out:\n" + "\n".join(skipped), file=sys.stderr)
+        return cli.BAD_INPUT
+    return cli.OK
+
+
+@torch.no_grad()
+def _detect_files(
+    config: DetectionConfig,
+    detector: Detector,
+    model: nn.Module,
+    paths: list[Path],
+    device: backend.Backend,
+    classes: list,
+    skipped: list[str] | None = None,
+    read: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[tuple[Path, Tensor, Tensor]]:
+    """(path, uint8 image [3, h, w], float64 [d, 6] x, y, w, h, score, category_id by falling score) of each file.
+
+    Files that do not decode go to `skipped`; without it they raise UserError. read(n): the bytes of paths[n], where
+    they are not those of the file.
+    """
+    ids = torch.tensor([i for i, _ in classes], device=device.device)
+    for number, path in enumerate(paths):
+        try:
+            data = read(number) if read else files.read_bytes(path, number)
+            image = transforms.decode(data, path=path, image_id=number)
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
+        rows = look(config, detector, model, image, device, ids)
+        yield path, image, rows[rows[:, 4] >= max(config.score_threshold, 1e-9)]
+
+
+@torch.no_grad()  # not every device can make views of tensors of inference mode
+def look(
+    config: DetectionConfig,
+    detector: Detector,
+    model: nn.Module,
+    image: Tensor,
+    device: backend.Backend,
+    category_ids: Tensor,
+) -> Tensor:
+    """What the model finds in a uint8 image [3, h, w]: float64 [d, 6] x, y, w, h, score, category_id on the CPU.
+
+    By falling score, in pixels of the image; unused rows have score 0.
+    """
+    recipe, size = detector.recipe(config), np.array([image.shape[-2:]])
+    view = (recipe.predict_view or recipe.eval_view)(size, _canvas(recipe, size))
+    left, top, right, bottom = view.windows[0].tolist()
+    batch = whole_images(
+        images=torch_loader.render(image, view, 0, config.antialias).permute(2, 0, 1)[None],
+        boxes=torch.zeros(1, 1, 4),
+        labels=torch.full((1, 1), -1),
+        image_id=torch.tensor([0]),
+        size=torch.tensor([[bottom - top, right - left]]),
+    )._replace(extent=torch.from_numpy(view.extents))
+    rows = detection.detect(detector, model, device.to_device(batch), device, category_ids).cpu()[:, 1:]
+    return rows + torch.tensor([left, top, 0, 0, 0, 0], dtype=rows.dtype)
+
+
+def _canvas(recipe: Recipe, size: np.ndarray) -> tuple[int, int]:
+    """The canvas of one image of int64 [1, 2] height and width."""
+    return recipe.canvases[int(recipe.canvas_of(size)[0]) if recipe.canvas_of else 0]
+
+
+def _image_paths(source: Path) -> list[Path]:
+    if source.is_dir():
+        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise UserError(f"--images {source}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file")
+        return paths
+    if not source.is_file():
+        raise UserError(f"--images {source}: no such file or folder")
+    return [source]
+
+
+def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
+    """A copy of a uint8 image [3, h, w] with boxes, class names and scores; found: [d, 6] as `_detect_files` has it."""
+    if not len(found):
+        return image.clone()
+    boxes = torch.cat([found[:, :2], found[:, :2] + found[:, 2:4]], 1)
+    order = list(names)
+    labels = [f"{names[int(row[5])]} {row[4]:.2f}" for row in found]
+    colours = [COLOURS[order.index(int(row[5])) % len(COLOURS)] for row in found]
+    return draw_bounding_boxes(image, boxes, labels, colours, width=max(1, image.shape[-1] // 300))
+
+
+def gallery(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> None:
+    """Writes gallery.json and gallery/*.jpg: validation images, their true boxes and what best.pt finds in them."""
+    index: CocoIndex = open_index(config, "val")
+    classes = list(class_names(index).items())
+    device = engine.open_device(config, launcher.World())
+    found = config.output_dir / "best.pt"
+    best = dataclasses.replace(config, checkpoint=found, resume=False, overwrite=False)
+    model = device.place(build_model(best, len(classes))).eval()
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(config.gallery, len(index))).round().astype(int)).tolist()
+    folder = config.output_dir / "gallery"
+    folder.mkdir(exist_ok=True)
+    entries = []
+    paths = [index.path(i) for i in chosen]
+    detected = _detect_files(
+        best, detector, model, paths, device, classes, read=lambda number: index.read(chosen[number])
+    )
+    for i, (_, image, found) in zip(chosen, detected):
+        name = f"gallery/{len(entries):03}.jpg"
+        (config.output_dir / name).write_bytes(encode_jpeg(image, quality=90).numpy().tobytes())
+        boxes, labels, _ = index.boxes(i)
+        entries.append(
+            {
+                "image": name,
+                "width": image.shape[2],
+                "height": image.shape[1],
+                "truth": [
+                    {"box": box, "label": classes[label][1]}
+                    for box, label in zip(boxes.tolist(), labels.tolist(), strict=True)
+                ],
+                "detections": [
+                    {"box": [x, y, x + w, y + h], "label": dict(classes)[int(category)], "score": score}
+                    for x, y, w, h, score, category in found.tolist()
+                ],
+            }
+        )
+    write_json(config.output_dir / "gallery.json", entries)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,284 @@
+"""torchvision's residual networks, cut for feature pyramids: three feature maps, freezable, weights from a file."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torchvision.models as zoo
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d
+
+from detcore import UserError
+from detcore.device import native
+from detcore.ops.bias_relu import bias_relu, conv_bias_relu, conv_bias_relu_apart, leaves_bias
+from detcore.ops.conv import conv2d
+from detcore.ops.fold import autocast_dtype, fold
+from detcore.ops.pool_bias_relu import pool_bias_relu
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's frozen normalisation, which also keeps what it amounts to: scale * x + shift, both [C].
+
+    The two follow load_state_dict and changes of device or type; they are not part of the state dictionary. After any
+    other write into the statistics call `fold`.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    folded: Tensor | None = None
+    """The weight of this norm's convolution, during a forward pass that makes all of them at once."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__(num_features, eps)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.empty(num_features), persistent=False)
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Computes scale and shift anew, in place, so that a captured graph sees them."""
+        self.scale.copy_(self.weight * (self.running_var + self.eps).rsqrt())
+        self.shift.copy_(self.bias - self.running_mean * self.scale)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.fold()
+
+    def _apply(self, *arguments, **options) -> nn.Module:
+        super()._apply(*arguments, **options)
+        self.fold()
+        return self
+
+
+def _folded(conv: nn.Conv2d, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals conv and then norm."""
+    if norm.folded is not None:
+        return norm.folded, norm.shift
+    return conv.weight * norm.scale.view(-1, 1, 1, 1), norm.shift
+
+
+def _convolutions(block: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions of a block, or of a network's stem, with the norms that follow them."""
+    for i in (1, 2, 3):
+        if hasattr(block, f"conv{i}"):
+            yield block.get_submodule(f"conv{i}"), block.get_submodule(f"bn{i}")
+    if getattr(block, "downsample", None) is not None:
+        yield block.downsample[0], block.downsample[1]
+
+
+@contextmanager
+def _folded_at_once(stages: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    """While it is open, the weights of frozen norms' convolutions are there, made in one pass for each stage."""
+    norms = []
+    try:
+        for blocks in stages:
+            convs, own = zip(*(pair for block in blocks for pair in _convolutions(block)), strict=True)
+            weights, scales = [conv.weight for conv in convs], [norm.scale for norm in own]
+            norms += own
+            for norm, weight in zip(own, fold(weights, scales, autocast_dtype(weights[0])), strict=True):
+                norm.folded = weight
+        yield
+    finally:
+        for norm in norms:
+            norm.folded = None
+
+
+def _conv_norm_relu(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    shortcut: Tensor | None = None,
+    downsample: Sequence[nn.Module] | None = None,
+    finish: Callable = conv_bias_relu,
+) -> Tensor:
+    """relu(norm(conv(x)) (+ shortcut)), the shortcut through its own convolution and norm where they are given.
+
+    A frozen norm is folded into its convolution, which saves two passes over the feature map; bias, shortcut and ReLU
+    are one more (`finish`), for which both convolutions' biases become one.
+    """
+    if not isinstance(norm, FrozenNorm):
+        out = norm(conv2d(x, conv, conv.weight, conv.bias))
+        if shortcut is not None:
+            out += shortcut if downsample is None else downsample[1](downsample[0](shortcut))
+        return F.relu(out, inplace=True)
+    weight, bias = _folded(conv, norm)
+    if downsample is not None:
+        beside, shift = _folded(*downsample)
+        if leaves_bias(shortcut, downsample[0]):
+            bias, shift = bias + shift, None
+        shortcut = conv2d(shortcut, downsample[0], beside, shift)
+    return finish(x, conv, weight, bias, shortcut)
+
+
+# A block's output is a tensor, or one for each use: the next block's convolution, its shortcut, the feature map.
+_Output = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _uses(out: _Output) -> tuple[Tensor, Tensor, Tensor]:
+    return (out, out, out) if isinstance(out, Tensor) else out
+
+
+class _BasicBlock(resnet.BasicBlock):
+    def forward(self, x: _Output) -> _Output:
+        x, shortcut, _ = _uses(x)
+        out = _conv_norm_relu(x, self.conv1, self.bn1)
+        return _conv_norm_relu(out, self.conv2, self.bn2, shortcut, self.downsample, conv_bias_relu_apart)
+
+
+class _Bottleneck(resnet.Bottleneck):
+    def forward(self, x: _Output) -> _Output:
+        x, shortcut, _ = _uses(x)
+        out = _conv_norm_relu(x, self.conv1, self.bn1)
+        out = _conv_norm_relu(out, self.conv2, self.bn2)
+        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut, self.downsample, conv_bias_relu_apart)
+
+
+_NETWORKS = {
+    "resnet18": (_BasicBlock, (2, 2, 2, 2), 1, 64, zoo.ResNet18_Weights),
+    "resnet34": (_BasicBlock, (3, 4, 6, 3), 1, 64, zoo.ResNet34_Weights),
+    "resnet50": (_Bottleneck, (3, 4, 6, 3), 1, 64, zoo.ResNet50_Weights),
+    "resnet101": (_Bottleneck, (3, 4, 23, 3), 1, 64, zoo.ResNet101_Weights),
+    "resnet152": (_Bottleneck, (3, 8, 36, 3), 1, 64, zoo.ResNet152_Weights),
+    "resnext50_32x4d": (_Bottleneck, (3, 4, 6, 3), 32, 4, zoo.ResNeXt50_32X4D_Weights),
+    "resnext101_32x8d": (_Bottleneck, (3, 4, 23, 3), 32, 8, zoo.ResNeXt101_32X8D_Weights),
+}
+BACKBONES = tuple(_NETWORKS)
+NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
+
+
+class ResNet(resnet.ResNet):
+    """A residual network without its classifier.
+
+    forward: float [N, image_channels, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with
+    s = 8, 16, 32.
+
+    name: one of `BACKBONES`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
+    parameters) or "batch" (BatchNorm2d). trainable_layers: how many of layer4, layer3, layer2, layer1 and
+    conv1 learn, counted from the output; at 5 the first normalisation learns too, where it can. With "batch",
+    a frozen layer keeps its weights but its running statistics still follow the data, as in torchvision.
+
+    Raises UserError for an unknown name or norm and a number outside 0..5. Weights are torchvision's random
+    initialisation until `load_backbone` is called.
+    """
+
+    def __init__(self, name: str, norm: str = "frozen", trainable_layers: int = 3):
+        if name not in _NETWORKS:
+            raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join(BACKBONES)}")
+        if norm not in NORMS:
+            raise UserError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        if not 0 <= trainable_layers <= 5:
+            raise UserError(f"trainable_layers is {trainable_layers}; it must lie in 0..5")
+        block, depths, groups, width, _ = _NETWORKS[name]
+        super().__init__(block, list(depths), groups=groups, width_per_group=width, norm_layer=NORMS[norm])
+        del self.avgpool, self.fc
+        self.channels = tuple(c * block.expansion for c in (128, 256, 512))
+        learns = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable_layers]
+        for parameter_name, parameter in self.named_parameters():
+            parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
+
+    @property
+    def image_channels(self) -> int:
+        """How many channels `forward` wants: cuDNN's kernels for tensor cores read 4 at once. The 4th must be 0."""
+        return 4 if native.variant("stem") and isinstance(self.bn1, FrozenNorm) else 3
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if not isinstance(self.bn1, FrozenNorm):
+            return self.maxpool(_conv_norm_relu(x, self.conv1, self.bn1))
+        weight, bias = _folded(self.conv1, self.bn1)
+        # Adding a bias, rounding and ReLU never reverse an order: after the maximum they are the same, for a quarter
+        # of the values.
+        if native.variant("stem"):
+            weight = F.pad(weight, (0, 0, 0, 0, 0, x.shape[1] - weight.shape[1]))
+            convolved = conv2d(x, self.conv1, weight, None)
+            if not convolved.requires_grad:
+                return pool_bias_relu(convolved, bias)
+            return bias_relu(self.maxpool(convolved), bias)
+        if leaves_bias(x, self.conv1):
+            return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
+        return self.maxpool(conv_bias_relu(x, self.conv1, weight, bias))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at_once = native.variant("multi_cast") and isinstance(self.bn1, FrozenNorm)
+        with _folded_at_once(((self, *self.layer1), self.layer2, self.layer3, self.layer4) if at_once else ()):
+            c3 = self.layer2(self.layer1(self._stem(x)))
+            c4 = self.layer3(c3)
+            return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
+
+
+def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:
+    """Name of torchvision's ImageNet weights of a backbone, such as resnext50_32x4d-7cdf4587.pth.
+
+    version: IMAGENET1K_V1, IMAGENET1K_V2 or DEFAULT, torchvision's choice. Raises UserError for one that the backbone
+    doesn't have.
+    """
+    versions = _NETWORKS[name][4].__members__
+    if version not in versions:
+        raise UserError(f"{name} has no weights {version!r}; choose one of {', '.join(versions)}")
+    return versions[version].url.rsplit("/", 1)[1]
+
+
+def load_backbone(
+    model: nn.Module,
+    name: str,
+    weights: str | Path | None = None,
+    version: str = "IMAGENET1K_V1",
+    without: Sequence[str] = ("fc.",),
+) -> Path:
+    """Fill the network with ImageNet weights from a file in torchvision's format and return the file's path.
+
+    weights: the file; without it, `weights_file_name` of the version under hub/checkpoints of torch's cache
+    (TORCH_HOME). without: beginnings of the names of the layers that the network was cut of; the file's are left out.
+    Nothing is downloaded. Where the file name ends in a hash, as torchvision's do, the file must begin with it
+    (sha256). Raises UserError when the file is missing, damaged or of another network.
+    """
+    file_name = weights_file_name(name, version)
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    if not path.is_file():
+        raise UserError(
+            f"no weights for {name}: looked at {path}; fetch them with `public-scripts/download_backbone.sh -d DIR "
+            f"{file_name}` and set TORCH_HOME=DIR, or begin with random weights by --no-pretrained"
+        )
+    expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
+    if expected:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(expected[1]):
+            raise UserError(f"{path} is damaged: its sha256 begins with {found[:8]}, its name promises {expected[1]}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here, and each means the same to the user
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} cannot be read as PyTorch weights ({reason}); fetch it again") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of weights")
+    load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith(tuple(without))}, str(path))
+    return path
+
+
+def load_exactly(model: nn.Module, state: Mapping, source: str) -> None:
+    """Load a state dictionary whose names and shapes must be the model's own; UserError lists what differs.
+
+    The counters num_batches_tracked are optional on both sides: frozen norms have none. `source` names the
+    file in the message.
+    """
+    own = model.state_dict()
+
+    def counts(key: object) -> bool:
+        return not str(key).endswith("num_batches_tracked")
+
+    problems = [f"missing {key}" for key in own if counts(key) and key not in state]
+    problems += [f"unexpected {key}" for key in state if counts(key) and key not in own]
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            problems.append(f"{key} is {type(value).__name__}, not a tensor")
+        elif key in own and own[key].shape != value.shape:
+            problems.append(f"{key} is {list(value.shape)}, needs {list(own[key].shape)}")
+    if problems:
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise UserError(f"{source} does not fit this model: {'; '.join(problems[:12])}{more}")
+    model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own}})
