@@ -47,6 +47,7 @@ import contextlib
 import csv
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -316,7 +317,6 @@ def _write(job: Job, metas: dict[str, dict], dataset: str, output: Path) -> str:
 
 def _json(job: Job, keys: list[str], dataset: str) -> Iterator[bytes]:
     """The file, in pieces. All numbers follow from the order of the keys."""
-    encode = msgspec.json.Encoder().encode
     info = {
         "description": f"Waymo Open Dataset, {dataset}: camera images and 2D boxes",
         "contributor": "Waymo LLC",
@@ -325,24 +325,35 @@ def _json(job: Job, keys: list[str], dataset: str) -> Iterator[bytes]:
         "License Agreement for Non-Commercial Use, available at waymo.com/open",
     }
     categories = [{"id": id_, "name": name, "supercategory": "object"} for id_, name in CATEGORIES.items()]
-    yield encode({"info": info, "licenses": [LICENSE], "categories": categories})[:-1] + b',"images":['
-    comma, first = b"", 1
-    for key in keys:
-        images = entries(job.piece(key), "images")
-        if images:
-            yield comma + encode([{"id": first + i, **image} for i, image in enumerate(images)])[1:-1]
-            comma, first = b",\n", first + len(images)
+    head = {"info": info, "licenses": [LICENSE], "categories": categories}
+    yield msgspec.json.encode(head)[:-1] + b',"images":['
+    yield from _joined(_images(job, keys))
     yield b'],"annotations":['
-    comma, first, number = b"", 1, 1
-    for key in keys:
-        images, boxes = (entries(job.piece(key), name) for name in ("images", "boxes"))
-        ids = [image.get("id", first + i) for i, image in enumerate(images)]
-        first += len(ids)
-        flat = [{"image_id": id_, **box} for id_, of_image in zip(ids, boxes) for box in of_image]
-        if flat:
-            yield comma + encode([{"id": number + i, **box} for i, box in enumerate(flat)])[1:-1]
-            comma, number = b",\n", number + len(flat)
+    yield from _joined(_annotations(job, keys))
     yield b"]}\n"
+
+
+def _images(job: Job, keys: list[str]) -> Iterator[dict[str, Any]]:
+    numbers = itertools.count(1)
+    for key in keys:
+        for image in entries(job.piece(key), "images"):
+            yield {"id": next(numbers), **image}  # --legacy has put its own there
+
+
+def _annotations(job: Job, keys: list[str]) -> Iterator[dict[str, Any]]:
+    images, numbers = _images(job, keys), itertools.count(1)
+    for key in keys:
+        for boxes in entries(job.piece(key), "boxes"):
+            image_id = next(images)["id"]
+            for box in boxes:
+                yield {"id": next(numbers), "image_id": image_id, **box}
+
+
+def _joined(objects: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    encode, comma = msgspec.json.Encoder().encode, b""
+    for item in objects:
+        yield comma + encode(item)
+        comma = b","
 
 
 def _report(tally: Tally, faults: Tally, counts: dict[str, Any], output: Path, log: Path, begin: float) -> int:

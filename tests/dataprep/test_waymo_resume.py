@@ -191,7 +191,7 @@ def test_a_damaged_piece(tmp_path, source):
     piece.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert run(source, tmp_path / "out") == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert waymo_segment.entries(piece, "images")[0]["segment"] == CONTEXTS[0]
+    assert next(waymo_segment.entries(piece, "images"))["segment"] == CONTEXTS[0]
     piece.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     sorted(source.iterdir())[0].unlink()
     with pytest.raises(UserError, match="is damaged: remove it, and bring its file back"):
