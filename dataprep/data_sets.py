@@ -38,6 +38,8 @@ PUBLISHED = {
     ("openimages", "val"): Published(41_620),
     ("coco", "train"): Published(118_287, None, 860_001),
     ("coco", "val"): Published(5_000, None, 36_781),
+    ("waymo", "train"): Published(790_405),
+    ("waymo", "val"): Published(199_935),
     ("coco2014", "train"): Published(82_783, None, 604_907),
     ("coco2014", "val"): Published(40_504, None, 291_875),
 }

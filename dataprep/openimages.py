@@ -43,8 +43,6 @@ What happens when things are wrong (each is counted, with examples, in the summa
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -52,7 +50,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +61,7 @@ if __name__ == "__main__":
 
 from dataprep import openimages_tables as tables
 from dataprep.data_sets import MLPERF_CLASSES
-from dataprep.openimages_pieces import Tally, Workers, disk_errors
+from dataprep.openimages_pieces import Tally, Workers, disk_errors, locked
 from dataprep.openimages_stages import (
     Job,
     Outcome,
@@ -162,7 +160,7 @@ def convert(
     work = output.with_name(f".{output.name}.work")
     job = Job.of(source, tables.choose_classes(source.descriptions, wanted), work, args.category_base)
     begin = time.perf_counter()
-    with _locked(work, output):
+    with locked(work, output):
         before = _same_inputs_or_fresh(job)
         # A few megabytes are read sooner than processes start.
         with Workers(workers if job.end > SMALL else 1, job) as pool:
@@ -186,22 +184,6 @@ def convert(
             os.replace(part, output)
         shutil.rmtree(work)
     return _report(job, found, {"file": str(output), "size": size, "sha256": digest}, published, begin)
-
-
-@contextlib.contextmanager
-def _locked(work: Path, output: Path) -> Iterator[None]:
-    """Holds the work folder, made if need be, for this run alone."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{work} can't be made: {error.strerror}; it holds the finished parts until the end") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{output} is being written by another run of this program; wait for it") from error
-        yield
 
 
 def _same_inputs_or_fresh(job: Job) -> dict[str, Any]:

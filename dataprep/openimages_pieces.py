@@ -6,6 +6,7 @@ whether the bytes reached the disk before a power cut, which saves a sync for ea
 
 import contextlib
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -62,6 +63,22 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{path.parent}: the disk is full ({error.strerror}). What was finished is kept: free space, then give the "
             "same command again and it continues there"
         ) from error
+
+
+@contextlib.contextmanager
+def locked(work: Path, output: Path) -> Iterator[None]:
+    """Holds the work folder, made if need be, for this run alone."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{work} can't be made: {error.strerror}; it holds the finished parts until the end") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{output} is being written by another run of this program; wait for it") from error
+        yield
 
 
 def write(path: Path, meta: dict[str, Any], **arrays: np.ndarray) -> None:

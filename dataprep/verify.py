@@ -7,8 +7,8 @@
     public-scripts/verify_dataset.py --annotations FILE --images FOLDER [--full]      any COCO-format pair, shards too
 
 run.sub compares each node's mounts with that manifest: VERIFY_MOUNTS=quick (numbers of files) or full (bytes too).
-DIR is recognised by its annotation files: openimages-mlperf, openimages, coco (2017), coco2014, custom. The published
-counts of the first four are known; --partial leaves them out, for a part of a data set.
+DIR is recognised by its annotation files: openimages-mlperf, openimages, coco (2017), coco2014, waymo, custom. The
+published counts of all but the last are known; --partial leaves them out, for a part of a data set.
 
 Exit codes: 0 fine (notes at most), 1 problems were found, 2 it could not be looked at (one line says why).
 """

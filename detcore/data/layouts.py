@@ -32,6 +32,10 @@ LAYOUTS = {
         "train2017", "annotations/instances_train2017.json",
         "val2017", "annotations/instances_val2017.json", 80, False, "drop",
     ),
+    "waymo": Layout(
+        "training/images", "training/annotations/annotations.json",
+        "validation/images", "validation/annotations/annotations.json", 3, True, "drop",
+    ),
     "custom": Layout(
         "train", "annotations/instances_train.json", "val", "annotations/instances_val.json", None, False, "drop",
     ),

@@ -33,6 +33,7 @@ import numpy as np
 
 from detcore import UserError
 from detcore.evaluation.coco import GroundTruth, Scorer, check_ground_truth
+from detcore.evaluation.waymo import check_categories
 
 REQUEST = struct.Struct("<qq?")  # number of the submission, rows, per_class; a file travels with each
 SECONDS_TO_LEAVE = 5.0
@@ -47,8 +48,10 @@ class BackgroundEvaluator:
     thread-safe: one thread submits, polls and closes.
     """
 
-    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto") -> None:
+    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False) -> None:
         check_ground_truth(ground_truth)  # here and not after the first epoch
+        if waymo:
+            check_categories(ground_truth.category_ids)
         self._results: dict[int, dict] = {}
         self._received = bytearray()
         self._submitted = 0
@@ -59,11 +62,12 @@ class BackgroundEvaluator:
         with theirs, _nameless_file() as file:
             np.savez(file, **ground_truth._asdict())
             file.flush()
+            words = (backend, int(waymo), os.getpid(), theirs.fileno(), file.fileno())
             # A new process inherits the mask, so that there is no moment at its start when the signals get through.
             heard = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, backend, *map(str, (os.getpid(), theirs.fileno(), file.fileno()))],
+                    [sys.executable, "-m", __name__, *map(str, words)],
                     pass_fds=(theirs.fileno(), file.fileno()),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -220,7 +224,7 @@ def _write(descriptor: int, values: np.ndarray) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _serve(backend: str, parent: int, ours: socket.socket, truth_file: int) -> None:
+def _serve(backend: str, waymo: bool, parent: int, ours: socket.socket, truth_file: int) -> None:
     """The other process. A thread takes the submissions in, so that it also sees the end while one is scored."""
     submissions: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(ours, parent, submissions), daemon=True).start()
@@ -229,7 +233,7 @@ def _serve(backend: str, parent: int, ours: socket.socket, truth_file: int) -> N
         with os.fdopen(truth_file, "rb") as file:
             file.seek(0)
             with np.load(file, allow_pickle=False) as columns:
-                scorer = Scorer(GroundTruth(**columns), backend=backend)
+                scorer = Scorer(GroundTruth(**columns), backend=backend, waymo=waymo)
     except Exception as error:
         failure = _describe(error)
     while True:
@@ -272,11 +276,11 @@ def _listen(ours: socket.socket, parent: int, submissions: queue.SimpleQueue) ->
     os._exit(0)
 
 
-def _main(backend: str, parent: str, ours: str, truth_file: str) -> None:
+def _main(backend: str, waymo: str, parent: str, ours: str, truth_file: str) -> None:
     os.nice(10)
     with contextlib.suppress(OSError):  # not on every system
         Path("/proc/self/oom_score_adj").write_text("1000")
-    _serve(backend, int(parent), socket.socket(fileno=int(ours)), int(truth_file))
+    _serve(backend, waymo == "1", int(parent), socket.socket(fileno=int(ours)), int(truth_file))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from detcore import UserError
+from detcore.evaluation.waymo import check_categories, summarize
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 BACKENDS = ("auto", "hotcoco", "pycocotools")
@@ -52,7 +53,12 @@ class GroundTruth(NamedTuple):
 
 
 def evaluate(
-    ground_truth: GroundTruth, detections: np.ndarray, *, per_class: bool = False, backend: str = "auto"
+    ground_truth: GroundTruth,
+    detections: np.ndarray,
+    *,
+    per_class: bool = False,
+    backend: str = "auto",
+    waymo: bool = False,
 ) -> dict[str, Any]:
     """Score detections once. To score several sets against one ground truth, keep a `Scorer`.
 
@@ -62,10 +68,10 @@ def evaluate(
 
     Returns the keys of `METRICS` as floats, -1.0 where there is no ground truth to compare with, and with
     `per_class` also "per_class": {category_id: AP} and "per_class_by_iou": {category_id: AP at each of THRESHOLDS}, of
-    which a benchmark makes metrics of its own. Raises UserError for numbers or ids that cannot be scored,
-    ValueError for an array of another shape.
+    which a benchmark makes metrics of its own; with `waymo` also those of `detcore.evaluation.waymo`.
+    Raises UserError for numbers or ids that cannot be scored, ValueError for an array of another shape.
     """
-    return Scorer(ground_truth, backend=backend)(detections, per_class=per_class)
+    return Scorer(ground_truth, backend=backend, waymo=waymo)(detections, per_class=per_class)
 
 
 class Scorer:
@@ -75,8 +81,13 @@ class Scorer:
     the categories, which COCOeval treats one by one, are scored in groups of about so many detections each.
     """
 
-    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto", rows_at_once: int = 1_000_000) -> None:
+    def __init__(
+        self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, rows_at_once: int = 1_000_000
+    ) -> None:
         check_ground_truth(ground_truth)
+        if waymo:
+            check_categories(ground_truth.category_ids)
+        self._waymo = waymo
         self.backend = _choose(backend)
         self._rows_at_once = rows_at_once
         self._truth = ground_truth
@@ -105,6 +116,8 @@ class Scorer:
             every = [(i, precision[:, :, k, 0, -1]) for k, i in enumerate(self._category_ids.tolist())]
             result["per_class"] = {i: _mean(values) for i, values in every}
             result["per_class_by_iou"] = {i: [_mean(at_one) for at_one in values] for i, values in every}
+        if self._waymo:
+            result |= summarize(precision, self._category_ids, THRESHOLDS)
         return result
 
     def _part(self, members: np.ndarray) -> GroundTruth:
@@ -140,6 +153,18 @@ class Scorer:
                 "detections were made for."
             )
         return position
+
+
+def detected_only(ground_truth: GroundTruth, detections: np.ndarray, score: float = 0.001) -> GroundTruth:
+    """The ground truth of the images that have a detection of at least this score; the rest is left out.
+
+    What NVIDIA's EfficientDet scores: an image where the model finds nothing costs it nothing, so that results are too
+    good and cannot be compared with others. For comparisons with its published numbers only.
+    """
+    kept_ids = np.unique(detections[detections[:, 5] >= score, 0])
+    kept = np.isin(ground_truth.ann_image_id, kept_ids)
+    image_ids = ground_truth.image_ids[np.isin(ground_truth.image_ids, kept_ids)]
+    return GroundTruth(image_ids, ground_truth.category_ids, *(column[kept] for column in ground_truth[2:]))
 
 
 def check_ground_truth(ground_truth: GroundTruth) -> None:

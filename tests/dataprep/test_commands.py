@@ -26,6 +26,7 @@ COMMANDS = {
     "openimages_with_fiftyone.py": "openimages_fiftyone",
     "pack_dataset.py": "pack",
     "verify_dataset.py": "verify",
+    "waymo_to_coco.py": "waymo",
 }
 NEED_TORCH = {"verify_images"}
 TORCH = re.compile(r"\| +torch\b", re.MULTILINE)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dataprep import openimages, openimages_stages, openimages_tables
+from dataprep import openimages, openimages_pieces, openimages_stages, openimages_tables
 from detcore import UserError
 from tests.dataprep.openimages_cases import (
     expected,
@@ -47,7 +47,7 @@ def test_another_result_is_not_overwritten(source, capsys):
 
 def test_two_runs_at_once(source):
     work = output(source).with_name(f".{output(source).name}.work")
-    with openimages._locked(work, output(source)), pytest.raises(UserError, match="another run"):
+    with openimages_pieces.locked(work, output(source)), pytest.raises(UserError, match="another run"):
         run(source)
 
 

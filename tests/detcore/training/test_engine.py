@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from detcore import UserError, cli
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
 from detcore.device.select import select_backend
 from detcore.training import checkpoint, engine
 from detcore.training.config import RunConfig
@@ -131,7 +131,7 @@ def test_a_step_is_recorded_once_for_each_canvas():
     """Also where a step's micro-batches lie on different canvases; what no example has is refused."""
     recorder = TapeRecorder()
     task = make_task(examples=lambda: [batch(0, size=1), batch(0, size=2)])
-    device = backend.Backend(torch.device("cpu"), "fp32", recorder)
+    device = CpuBackend(torch.device("cpu"), "fp32", recorder)
     state = State(task.model, task.optimizer, device.scaler(), None)
     step = engine.make_train_step(task, state, task.model, RunConfig(accumulate=2), device)
     assert recorder.recordings == 2 and weight_of(task) == 1
