@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataprep.jpeg_header import read_header
+from detcore.data.jpeg_header import read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVERTER = ROOT / "public-scripts" / "openimages_to_coco.py"

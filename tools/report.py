@@ -322,7 +322,8 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     seconds, between = run.time_to_train()
     best, done = run.best, run.evals[-1]["epoch"] if run.evals else 0
     goal = "no target" if run.target is None else f"target {run.target:g}"
-    where = f"after epoch {best['epoch']}; {goal}" if best else f"no evaluation yet; {goal}"
+    nothing = "nothing to score" if done else "no evaluation yet"
+    where = f"after epoch {best['epoch']}; {goal}" if best else f"{nothing}; {goal}"
     rate = "-" if run.rate is None else f"{run.rate:,.1f}"
     return [
         ("Time to train", duration(seconds), between),

@@ -50,7 +50,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        return max(self.evals, key=lambda e: e["metrics"]["AP"], default=None)
+        scored = (e for e in self.evals if e["metrics"]["AP"] >= 0)  # -1: the validation set has nothing to score
+        return max(scored, key=lambda e: e["metrics"]["AP"], default=None)
 
     @property
     def rate(self) -> float | None:
