@@ -124,7 +124,11 @@ class DetectionConfig(RunConfig):
         """Annotation file and image folder (of files or of shards) of "train" or "val"."""
         annotations = getattr(self, f"{name}_annotations_file")
         images = getattr(self, f"{name}_data_path")
-        annotations = annotations or self.root() / getattr(self.layout, f"{name}_annotations")
+        root, own = self.root(), annotations
+        annotations = own or root / getattr(self.layout, f"{name}_annotations")
+        roboflow = root / getattr(LAYOUTS["roboflow"], f"{name}_annotations")
+        if not own and self.dataset == "custom" and not annotations.exists() and roboflow.exists():
+            raise UserError(f"{root} looks like an export of Roboflow, with {roboflow}: give --dataset roboflow")
         if not images and self.shards:
             images = self.shards / name
         return annotations, images or self.root() / getattr(self.layout, f"{name}_images")
