@@ -136,7 +136,7 @@ def test_evaluation_takes_the_model_and_the_data_over_from_the_checkpoint(tmp_pa
         f"{split}_{kind}": f"/d/{split}" for split in ("train", "val") for kind in ("data_path", "annotations_file")
     }
     stored = {"backbone": "resnet34", "predictor_norm": True, "antialias": False, "dataset": "custom", **paths}
-    stored |= {"dataset_path": "/d", "shards": "/s"}
+    stored |= {"dataset_path": "/d", "shards": "/s", "exif": "ignore", "num_classes": 7}
     assert set(stored) == set(ADOPTED) and all(to_dict(Config())[name] != value for name, value in stored.items())
     torch.save({"model": {}, "config": stored | {"lr": 1.0}}, tmp_path / "epoch_0.pt")
     words = ["--mode", "evaluation", "--checkpoint", str(tmp_path / "epoch_0.pt"), "--print-config"]
