@@ -28,12 +28,13 @@ def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, *, fu
     Two groups: weight_decay for weights (more than one dimension), none for biases and normalisation.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    many, few = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay, BASE_LR: lr},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, BASE_LR: lr},
+        {"params": params, "weight_decay": decay, "lr": _rate(lr, trained, fused), BASE_LR: lr}  # a tensor for each
+        for params, decay in ((many, weight_decay), (few, 0.0))
+        if params
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=_rate(lr, trained, fused), momentum=momentum, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
 
 
 def _rate(lr: float, parameters: list[nn.Parameter], fused: bool) -> float | Tensor:

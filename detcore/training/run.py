@@ -47,7 +47,7 @@ class Run:
         self.log, self.progress, self.watchdog, self.stop = log, progress, watchdog, stop
         self.code: int | None = None
         self.last_step = task.total_steps or config.epochs * data.steps_per_epoch
-        self.epochs = self._epochs_at(self.last_step)
+        self.epochs = -(-self.last_step // data.steps_per_epoch)
         if task.total_steps:
             log.event(keys.EPOCH_COUNT, self.epochs)
         self.images_per_step = config.batch_size * config.accumulate * context.world.size
@@ -71,17 +71,14 @@ class Run:
         if self.writing and (error := self.writing[-1].exception()):  # the run ends for another reason
             print(f"error: {error}", file=sys.stderr, flush=True)
 
-    def _epochs_at(self, step: int) -> int:
-        return -(-step // self.data.steps_per_epoch)
-
     def end_of(self, epoch: int) -> int:
         """The step that an epoch (from 0) ends with."""
         return min((epoch + 1) * self.data.steps_per_epoch, self.last_step)
 
     def epochs_completed(self) -> int:
         """Epochs that lie behind, the last one also where total_steps cuts it short."""
-        at_end = self.state.step == self.last_step
-        return self.epochs if at_end else self.state.step // self.data.steps_per_epoch
+        done = self.state.step >= self.last_step
+        return self.epochs if done else self.state.step // self.data.steps_per_epoch
 
     def at_interval(self, epoch: int) -> bool:
         """Whether a logging interval ends with the step that was done last."""
@@ -173,7 +170,7 @@ class Run:
     def evaluate_again(self) -> None:
         """Makes up for the evaluation of a run that is resumed and had ended between an epoch and its result."""
         state, completed = self.state, self.epochs_completed()
-        at_end = state.step % self.data.steps_per_epoch == 0 or state.step == self.last_step
+        at_end = state.step % self.data.steps_per_epoch == 0 or state.step >= self.last_step
         if not state.step or not at_end or completed in [epoch for epoch, _ in state.evaluations]:
             return
         if self.task.eval_epochs(completed, self.epochs):
