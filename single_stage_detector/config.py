@@ -73,16 +73,16 @@ class Config(DetectionConfig):
             "fpn_channels": 256, "head_convs": 4, "image_size": (800, 800), "anchor_sizes": (32, 64, 128, 256, 512),
             "dataset": "openimages-mlperf", "synthetic": False, "data_augmentation": "hflip", "ema_decay": 0.0,
             "clip_norm": 0.0, "target_map": TARGET_MAP, "max_iters_per_epoch": 0, "seed": None, "checkpoint": None,
-            "num_classes": 0, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
-            "val_annotations_file": None,
+            "num_classes": 0, "exif": "auto", "train_data_path": None, "train_annotations_file": None,
+            "val_data_path": None, "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
 
 
 ADOPTED = (
     "backbone", "trainable_backbone_layers", "norm", "fpn_channels", "head_convs", "image_size", "anchor_sizes",
-    "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file", "val_data_path",
-    "val_annotations_file", "shards",
+    "antialias", "exif", "num_classes", "dataset", "dataset_path", "train_data_path", "train_annotations_file",
+    "val_data_path", "val_annotations_file", "shards",
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 

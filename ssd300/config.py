@@ -39,15 +39,12 @@ class Config(DetectionConfig):
     save: Path | None = option(
         None, "folder that gets epoch_0.pt, epoch_1.pt, ... after each epoch; without a value ./models", group="Run"
     )
-    weights_only: bool = option(
-        False, "train from the weights of --checkpoint alone, from the first epoch on; where it knows another number "
-        "of classes, without those of the layers that predict them", group="Run",
-    )  # fmt: skip
     json_summary: Path | None = option(None, "file that gets dllogger's JSON lines", group="Run")
     legacy: bool = option(
         False, "do as the original where it departs from its own description: hue jitter of half a degree, decay one "
-        "epoch earlier, prediction on centre crops of other scaling, images without objects train nothing and are left "
-        "out of the validation (4,952 images of COCO 2017)", group="Run",
+        "epoch earlier, a rate that stays 1/W below its base after W steps of warm-up, prediction on centre crops of "
+        "other scaling, images without objects train nothing and are left out of the validation (4,952 images of COCO "
+        "2017)", group="Run",
     )  # fmt: skip
 
     mlperf_division: str = redefine(
@@ -113,7 +110,7 @@ class Config(DetectionConfig):
     )
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = DetectionConfig.FREE_ON_RESUME | {
-        "mode", "save", "weights_only", "json_summary", "evaluation", "torchvision_weights_version",
+        "mode", "save", "json_summary", "evaluation", "torchvision_weights_version",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -121,8 +118,6 @@ class Config(DetectionConfig):
         super().__post_init__()
         if list(self.multistep) != sorted(set(self.multistep)):
             raise UserError(f"--multistep {' '.join(map(str, self.multistep))}: give rising epochs")
-        if self.weights_only and (self.mode not in TRAINING_MODES or not self.checkpoint):
-            raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
         if self.mode in TRAINING_MODES and self.batch_size < 2 and not self.sync_bn:
             raise UserError(
                 "--bs 1: the last map is one cell, of which batch normalisation has no statistics with a single image; "
@@ -175,8 +170,8 @@ def refuse_missing_weights(config: Config, sources: Mapping[str, str]) -> None:
 
 
 ADOPTED = (
-    "backbone", "predictor_norm", "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file",
-    "val_data_path", "val_annotations_file", "shards",
+    "backbone", "predictor_norm", "antialias", "exif", "num_classes", "dataset", "dataset_path", "train_data_path",
+    "train_annotations_file", "val_data_path", "val_annotations_file", "shards",
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 

@@ -94,7 +94,7 @@ def build_task(config: Config, context: Context, records: Records | None = None)
         model=model,
         optimizer=_optimizer(config, model, rate, context.backend.fused_optimizers),
         lr=lambda step, per_epoch, base: warmup_then_decay(
-            step, per_epoch, base, config.warmup or 0, config.decay_epochs, DECAY
+            step, per_epoch, base, config.warmup or 0, config.decay_epochs, DECAY, stays_below=config.legacy
         ),
         loss=loss,
         open_data=lambda: open_data(DETECTOR, config, context, evaluation),

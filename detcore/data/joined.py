@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from detcore import UserError
+from detcore.data.classes import differing_files, some, told_apart
 from detcore.data.coco import CocoIndex
 
 
@@ -21,7 +22,7 @@ class JoinedIndex:
         self.parts = tuple(parts)
         first = self.parts[0]
         for other in self.parts[1:]:
-            _refuse_other_categories(first, other)
+            refuse_other_categories(first, other)
         self.category_ids, self.category_names = first.category_ids, first.category_names
         self.image_ids = np.concatenate([part.image_ids for part in self.parts])
         self.heights = np.concatenate([part.heights for part in self.parts])
@@ -67,17 +68,22 @@ class JoinedIndex:
         for part in self.parts:
             part.check_images()
 
-    def summary(self) -> str:
-        """What each file holds and how it was treated."""
-        return "\n".join(part.summary() for part in self.parts)
+    def summary(self, crowd: str = "keep") -> str:
+        """What each file holds and how it was treated. crowd: as `CocoIndex.summary` has it."""
+        return "\n".join(part.summary(crowd) for part in self.parts)
 
 
-def _refuse_other_categories(first: CocoIndex, other: CocoIndex) -> None:
-    one, two = (dict(zip(i.category_ids.tolist(), i.category_names, strict=True)) for i in (first, other))
-    if one == two:
-        return
-    differ = min(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
-    raise UserError(
-        f"{other.annotation_file}: category {differ} is {two.get(differ)!r}, but {one.get(differ)!r} in "
-        f"{first.annotation_file}; data sets that train together need the same categories"
+def refuse_other_categories(
+    first: CocoIndex, other: CocoIndex, together: str = "data sets that train together"
+) -> None:
+    """Raises UserError unless two files list the same ids with the same names. together: what needs that."""
+    differ = differing_files(
+        list(zip(first.category_ids.tolist(), first.category_names, strict=True)),
+        list(zip(other.category_ids.tolist(), other.category_names, strict=True)),
+        *told_apart(first.annotation_file, other.annotation_file),
     )
+    if differ:
+        raise UserError(
+            f"{first.annotation_file} and {other.annotation_file} list different categories: {some(differ)}; "
+            f"{together} need the same ids with the same names, so list all of them in both"
+        )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from detcore import UserError
 from detcore.config import DEFAULT, at_least, between, from_dict, option, to_dict
+from detcore.data import exif
 from detcore.data.layouts import LAYOUTS, Layout
 from detcore.training.config import RunConfig
 
@@ -27,6 +28,10 @@ class DetectionConfig(RunConfig):
         True, "start from ImageNet weights, found in TORCH_HOME or at --weights; never downloaded", group="Model"
     )
     weights: Path | None = option(None, "the file of the ImageNet weights", flags=("--backbone-path",), group="Model")
+    weights_only: bool = option(
+        False, "train from the weights of --checkpoint alone, from the first epoch on; where it knows another number "
+        "of classes, without those of the layers that predict them", group="Run",
+    )  # fmt: skip
 
     dataset: str = option("coco", "layout of the data set", choices=tuple(LAYOUTS), group="Data")
     dataset_path: Path = option(Path("data"), "its root", env="DATASET_DIR", flags=("--data-path",), group="Data")
@@ -39,8 +44,13 @@ class DetectionConfig(RunConfig):
     val_data_path: Path | None = option(None, "validation images; none: as the layout has it", group="Data")
     val_annotations_file: Path | None = option(None, "validation JSON; none: as the layout has it", group="Data")
     num_classes: int = option(
-        0, "number of classes; 0: as the data set has. Another number than the data set's is an error",
-        check=between(0, 100000), group="Data",
+        0, "number of classes; 0: as the data set has. With more than it has, class k is the category with id k, as in "
+        "models of torchvision and the MLPerf reference that know COCO as 91 classes", check=between(0, 100000),
+        group="Data",
+    )  # fmt: skip
+    exif: str = option(
+        "auto", "whether EXIF turns an image whose listed size does not tell (half turns, mirror images, squares): "
+        "apply, ignore, or auto, which turns in --mode predict alone", choices=exif.MODES, group="Data",
     )  # fmt: skip
     max_boxes: int = option(
         100, "boxes of an image at most, to which all are padded", check=between(1, 100000), group="Data"
@@ -84,7 +94,7 @@ class DetectionConfig(RunConfig):
     FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
         "target_map", "dataset_path", "also_train_on", "train_data_path", "train_annotations_file", "val_data_path",
         "val_annotations_file", "shards", "read_ahead", "workers", "cache_dir", "gallery", "images", "score_threshold",
-        "weights", "pretrained", "benchmark_warmup", "benchmark_iterations",
+        "weights", "weights_only", "pretrained", "benchmark_warmup", "benchmark_iterations",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -93,6 +103,8 @@ class DetectionConfig(RunConfig):
             raise UserError("--read-ahead: only shards are read ahead; say where they are with --shards FOLDER")
         if self.mode == "predict" and not self.images:
             raise UserError("--mode predict: say what to look at with --images FILE_OR_FOLDER")
+        if self.weights_only and (self.mode in ("predict", "evaluate") or not self.checkpoint):
+            raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
         if self.mode in ("predict", "evaluate") and not self.checkpoint:
             raise UserError(f"--mode {self.mode}: say which weights to use with --checkpoint FILE, e.g. .../best.pt")
 
@@ -112,7 +124,11 @@ class DetectionConfig(RunConfig):
         """Annotation file and image folder (of files or of shards) of "train" or "val"."""
         annotations = getattr(self, f"{name}_annotations_file")
         images = getattr(self, f"{name}_data_path")
-        annotations = annotations or self.root() / getattr(self.layout, f"{name}_annotations")
+        root, own = self.root(), annotations
+        annotations = own or root / getattr(self.layout, f"{name}_annotations")
+        roboflow = root / getattr(LAYOUTS["roboflow"], f"{name}_annotations")
+        if not own and self.dataset == "custom" and not annotations.exists() and roboflow.exists():
+            raise UserError(f"{root} looks like an export of Roboflow, with {roboflow}: give --dataset roboflow")
         if not images and self.shards:
             images = self.shards / name
         return annotations, images or self.root() / getattr(self.layout, f"{name}_images")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from detcore import UserError
-from detcore.data import nvjpeg, synthetic, torch_loader
+from detcore.data import classes, nvjpeg, signs, synthetic, torch_loader
 from detcore.data.batch import Batch, whole_images
 from detcore.data.coco import CocoIndex
-from detcore.data.joined import JoinedIndex
+from detcore.data.joined import JoinedIndex, refuse_other_categories
 from detcore.data.pace import Pace
 from detcore.data.plan import EvalPlan, TrainPlan
 from detcore.data.recipes import Recipe
@@ -71,21 +71,24 @@ def _open_set(config: DetectionConfig, annotations: Path, images: Path) -> CocoI
             f"{annotations}: {index.num_classes} categories, but --dataset {config.dataset} has {layout.classes}; "
             "--dataset custom takes any number"
         )
-    return index.with_classes(config.class_ids) if config.class_ids else index
+    if config.class_ids:
+        return index.with_classes(config.class_ids)
+    return index.with_classes(range(config.num_classes)) if config.num_classes > index.num_classes else index
 
 
 def class_count(detector: Detector, config: DetectionConfig) -> int:
     """Number of classes of the model: its own, the layout's, or counted in the training JSON of a custom data set.
 
-    Raises UserError if --num-classes says another number.
+    Raises UserError if --num-classes says a smaller number.
     """
     known = len(config.class_ids or ()) or config.layout.classes
     if config.synthetic:
         return config.num_classes or known or detector.classes
     count = known or open_index(config, "train").num_classes
-    if config.num_classes not in (0, count):
+    fixed = config.class_ids is not None
+    if config.num_classes and (config.num_classes < count or (fixed and config.num_classes > count)):
         raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
-    return count
+    return max(count, config.num_classes)
 
 
 def examples(detector: Detector, config: DetectionConfig, classes: int, seed: int) -> list[Batch]:
@@ -130,7 +133,7 @@ def _loader(config: DetectionConfig) -> Callable[..., Iterator[Batch]]:
 
 
 def _options(config: DetectionConfig, backend: Backend) -> torch_loader.Options:
-    return torch_loader.Options(config.workers, backend.loader_device, config.antialias)
+    return torch_loader.Options(config.workers, backend.loader_device, config.antialias, turn=config.exif)
 
 
 def eval_batch_size(
@@ -284,9 +287,8 @@ def open_data(
         return _synthetic(detector, config, context)
     world = context.world
     train, val = open_index(config, "train"), open_index(config, "val")
-    if list(train.category_ids) != list(val.category_ids):
-        files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
-        raise UserError(f"{files} list different categories; training and validation need the same ids")
+    refuse_other_categories(_parts(train)[0], val, "training and validation")
+    signs.check_training([(str(part.annotation_file), part.signs) for part in _parts(train)], config.layout.crowd)
     plan = train_plan(detector, config, train, context)
     per_rank = plan.steps
     steps = -(-per_rank // config.accumulate)  # the last of an epoch takes the micro-batches that are left
@@ -322,7 +324,9 @@ def open_data(
             if part:
                 part.close()
 
-    summary = f"training: {train.summary()}\nvalidation: {val.summary()}"
+    summary = f"training: {train.summary(config.layout.crowd)}\nvalidation: {val.summary()}"
+    if not val.signs["scored"]:
+        summary += f"\nWarning: {val.annotation_file} has nothing to score, no box that counts: no mAP can be computed."
     return Data(
         train_samples=len(train),
         eval_samples=len(val),
@@ -354,8 +358,7 @@ def _pace(config: DetectionConfig, context: Context, index: CocoIndex | JoinedIn
 
 def class_names(index: CocoIndex) -> dict[int, str]:
     """Name by the file's category id; classes that share a name are told apart by their ids."""
-    ids, names = index.category_ids.tolist(), index.category_names
-    return {i: name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(ids, names, strict=True)}
+    return classes.class_names(index.category_ids.tolist(), index.category_names)
 
 
 def metrics_of(

@@ -25,15 +25,20 @@ def warmup_then_constant(step: int, base: float, warmup_steps: float, factor: fl
 
 
 def warmup_then_decay(
-    step: int, per_epoch: int, base: float, warmup_steps: int, decay_epochs: Sequence[int], factor: float
-) -> float:
+    step: int, per_epoch: int, base: float, warmup_steps: int, decay_epochs: Sequence[int], factor: float,
+    stays_below: bool = False,
+) -> float:  # fmt: skip
     """Learning rate at a global step (from 0): base, times factor from each of decay_epochs (from 0) on.
 
-    During the first warmup_steps steps it rises linearly from 0 instead: step / warmup_steps of that.
+    During the first warmup_steps steps it rises linearly from 0 instead: step / warmup_steps of that. stays_below:
+    later it keeps the last value of the warm-up, (warmup_steps - 1) / warmup_steps of base, as where a program sets the
+    rate during the warm-up alone and only multiplies it afterwards.
     """
     epoch = step // per_epoch
     rate = base * factor ** sum(epoch >= decay for decay in decay_epochs)
-    return rate * step / warmup_steps if step < warmup_steps else rate
+    if warmup_steps and (step < warmup_steps or stays_below):
+        return rate * min(step, warmup_steps - stays_below) / warmup_steps
+    return rate
 
 
 WARMUPS = ("constant", "linear", "mlperf_linear")

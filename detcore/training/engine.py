@@ -99,7 +99,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             watchdog.beat("opening the data", 0)
             data = task.open_data()
             stack.callback(data.close)
-            check_same_data(saved, data.steps_per_epoch, config)
+            check_same_data(saved, data.steps_per_epoch, data.classes, config)
             if folder and not saved:  # only now that the new run has its data
                 forget_earlier_run(config)
             log.event(keys.TRAIN_SAMPLES, data.train_samples)
@@ -145,5 +145,5 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         outcome = Outcome(code, state.step, best, epoch, seconds)
         length = f"{task.total_steps} steps" if task.total_steps else f"{config.epochs} epochs"
         ended = (code, state.step, state.best(), task.targets, seconds, config.output_dir, length, stop.agreed)
-        progress.say(closing_words(*ended))
+        progress.say(closing_words(*ended, evaluated=bool(state.evaluations)))
         return outcome

@@ -129,15 +129,18 @@ class Progress:
         )
 
     def report_evaluation(
-        self, step: int, epoch: int, metrics: dict[str, Any], targets: Mapping[str, float | None], best: float
+        self, step: int, epoch: int, metrics: dict[str, Any], targets: Mapping[str, float | None], best: float | None
     ) -> None:
-        """The record and the line of an evaluation's result, after so many epochs. targets, best: as in `Task`."""
+        """The record and the line of an evaluation's result, after so many epochs.
+
+        targets: as in `Task`. best: of the primary metric; None where there was nothing to score yet.
+        """
         self.write("eval", step=step, epoch=epoch, time_s=self.elapsed(), metrics=metrics)
         goals = {name: "no target" if goal is None else f"target {goal:g}" for name, goal in targets.items()}
         values = ", ".join(f"{name} {metrics[name]:.4f} ({goal})" for name, goal in goals.items())
         which = f" {next(iter(targets))}" if len(targets) > 1 else ""
-        passed = duration(self.elapsed())
-        self.say(f"evaluation after epoch {epoch}: {values}, best{which} {best:.4f}, after {passed}")
+        reached = "nothing to score" if best is None else f"best{which} {best:.4f}"
+        self.say(f"evaluation after epoch {epoch}: {values}, {reached}, after {duration(self.elapsed())}")
 
     def advise(self, rate: float, wait: float, words: Callable[[float, float], str]) -> None:
         """Says what holds the loader back where more than WAIT of an interval went by waiting, every ADVICE_EVERY.
@@ -255,16 +258,16 @@ def explain_not_finite(
 
 def closing_words(
     code: int, step: int, best_result: tuple[int, float] | None, targets: Mapping[str, float | None], seconds: float,
-    folder: Path, length: str, number: int,
+    folder: Path, length: str, number: int, evaluated: bool = False,
 ) -> str:  # fmt: skip
     """The last line of a run that ended with an exit code after a global step.
 
     best_result: epochs completed and primary metric. targets: see `Task`. length: what ends the run without them, such
-    as "26 epochs". number: of the signal that ended it.
+    as "26 epochs". number: of the signal that ended it. evaluated: whether there was an evaluation at all.
     """
     where = f"after {duration(seconds)}; the log, the checkpoints and progress.jsonl lie in {folder}"
     metric, goals = next(iter(targets)), {name: value for name, value in targets.items() if value is not None}
-    best = "no evaluation yet"
+    best = "nothing to score in the validation set" if evaluated else "no evaluation yet"
     if best_result:
         best = f"best {metric} {best_result[1]:.4f} after epoch {best_result[0]}"
     words = [f"{name} {value:g}" if len(targets) > 1 else f"{value:g}" for name, value in goals.items()]

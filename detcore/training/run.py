@@ -211,7 +211,8 @@ class Run:
             os.replace(evaluated, self.config.output_dir / "best.pt")
         else:
             evaluated.unlink()
-        self.progress.report_evaluation(self.state.step, epoch, metrics, self.task.targets, self.state.best()[1])
+        best = self.state.best()
+        self.progress.report_evaluation(self.state.step, epoch, metrics, self.task.targets, best and best[1])
         if warning := self.task.judge(epoch, metrics):
             self.progress.say(warning)
         return self.task.reached(metrics)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 
 from detcore import UserError
 from detcore.config import to_dict
+from detcore.data.classes import differing_classes, some
 from detcore.device.base import Backend
 from detcore.nn import optim
 from detcore.processes import distributed
@@ -45,8 +46,8 @@ class State:
         optim.remember_base_lr(self.optimizer)  # before a step or a checkpoint changes it
 
     def best(self) -> tuple[int, float] | None:
-        """Epochs completed and value of the best evaluation."""
-        return max(self.evaluations, key=lambda e: e[1], default=None)
+        """Epochs completed and value of the best evaluation; one that had nothing to score (-1) is none."""
+        return max((e for e in self.evaluations if e[1] >= 0), key=lambda e: e[1], default=None)
 
     def contents(self) -> dict[str, Any]:
         """The state as a checkpoint holds it."""
@@ -167,9 +168,19 @@ def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> 
     return saved
 
 
-def check_same_data(saved: dict[str, Any] | None, steps_per_epoch: int, config: RunConfig) -> None:
-    """Raises UserError if the run of a checkpoint had another number of steps an epoch than the data gives now."""
-    if saved and saved["steps_per_epoch"] != steps_per_epoch:
+def check_same_data(
+    saved: dict[str, Any] | None, steps_per_epoch: int, classes: Sequence[tuple[int, str]], config: RunConfig
+) -> None:
+    """Raises UserError if the run of a checkpoint had other classes, or another number of steps an epoch, than the data
+    gives now."""
+    if not saved:
+        return
+    if differ := differing_classes(saved.get("classes") or [], classes):
+        raise UserError(
+            f"--resume: the run in {config.output_dir} was trained on other classes than the annotation files list: "
+            f"{some(differ)}. Give the same files to go on, or start a new run in another --output-dir."
+        )
+    if saved["steps_per_epoch"] != steps_per_epoch:
         raise UserError(
             f"--resume: the run in {config.output_dir} had {saved['steps_per_epoch']} steps an epoch, this "
             f"data set gives {steps_per_epoch}: it is another one. Give the same to go on."

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dataprep.jpeg_header import read_header
+from detcore.data.jpeg_header import read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERTER = ROOT / "public-scripts" / "openimages_to_coco.py"

@@ -66,7 +66,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        return max(self.evals, key=lambda e: e["metrics"][self.metric], default=None)
+        scored = (e for e in self.evals if e["metrics"][self.metric] >= 0)  # -1: nothing to score
+        return max(scored, key=lambda e: e["metrics"][self.metric], default=None)
 
     @property
     def rate(self) -> float | None:

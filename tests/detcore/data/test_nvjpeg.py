@@ -8,9 +8,12 @@ from PIL import Image
 
 from dataprep import shard_writer
 from detcore import UserError
-from detcore.data import nvjpeg
+from detcore.data import nvjpeg, torch_loader
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
+from detcore.data.plan import EvalPlan
+from detcore.data.recipes import stretch
+from detcore.data.torch_loader import Options
 from tests.detcore.data.streams import eval_batches, train_batches
 
 CPU, SIZE = torch.device("cpu"), (48, 64)
@@ -103,6 +106,24 @@ def test_other_formats_go_the_common_way(coco, decoded):
     ours = list(eval_batches(index, by=nvjpeg, workers=1, device=CPU, **arguments))
     assert_same(ours, list(eval_batches(index, workers=0, **arguments)))
     assert decoded == [1, 3]
+
+
+@pytest.mark.parametrize("turn", ["auto", "apply", "ignore"])
+def test_exif_turns_the_same_images(coco, decoded, turn):
+    """Listed upright, listed as stored, a half turn and a square."""
+    coco.categories(1)
+    for number, (size, orientation, listed) in enumerate(
+        [((40, 30), 6, (30, 40)), ((40, 30), 6, (40, 30)), ((40, 30), 3, (40, 30)), ((32, 32), 8, (32, 32))]
+    ):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        coco.add_image(number, *size, exif=exif)
+        coco.content["images"][-1] |= dict(zip(("width", "height"), listed, strict=True))
+    coco.write()
+    plan = EvalPlan(CocoIndex.open(coco.file, coco.images), stretch((24, 24)), 4)
+    ours, theirs = (list(by.batches(plan, plan.keys(), Options(turn=turn))) for by in (nvjpeg, torch_loader))
+    assert_same(ours, theirs)
+    assert decoded == [1, 1 if turn == "apply" else 3], "only what is not turned goes to the list decoder"
 
 
 @pytest.mark.parametrize("mistake", ["truncated", "text", "empty", "gone", "size", "rotated"])

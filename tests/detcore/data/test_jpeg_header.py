@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataprep import jpeg_header
-from dataprep.jpeg_header import BadHeader, read_header
+from detcore.data import jpeg_header
+from detcore.data.jpeg_header import BadHeader, read_header
 from tools import make_openimages
 
 

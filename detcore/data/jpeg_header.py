@@ -76,16 +76,16 @@ def _walk(handle: int, size: int) -> Header:
         elif marker == 0xE1 and not orientation and data[at + 4 : at + 10] == b"Exif\0\0":
             end = at + 2 + length
             exif = data[at + 10 : end] if end <= len(data) else os.pread(handle, length - 8, begin + at + 10)
-            orientation = _orientation(exif)
+            orientation = of_tiff(exif)
         at += 2 + length
     if frame is None or not frame[1] or not frame[2]:
         raise BadHeader(NO_SIZE)
     return Header(frame[2], frame[1], orientation, frame[3], size)
 
 
-def _orientation(exif: bytes) -> int:
-    """Tag 0x0112 of the first directory, 0 if there is none that makes sense."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+def of_tiff(exif: bytes) -> int:
+    """Orientation in an EXIF block (TIFF 6.0, section 2): tag 0x0112 of the first directory; 0 without a sound one."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(exif[:4]))
     if order is None or len(exif) < 10:
         return 0
     (at,) = struct.unpack_from(order + "I", exif, 4)
