@@ -62,6 +62,23 @@ trap "" USR1
 read -r
 remove'
 
+# refuse WORDS: ends the job before its first trial. A preemption is no fault of the job's: it starts again.
+refuse() {
+    notice_preemption
+    status=2
+    [[ -z $preempted ]] || requeue "before the first trial" "$preempted"
+    say "error: ${stop:+stopped by ${preempted:-SIG$stop}, so }$*; no trial was started" >&2
+    exit 2
+}
+
+# requeue WHEN WHY: ends this start of the job and asks for another; returns where the site has none.
+requeue() {
+    scontrol requeue "$job" || { say "this site does not requeue" && return; }
+    say "requeued $1; the job goes on when it starts again${2:+: $2}"
+    for _ in {1..300}; do [[ $stop == TERM ]] || sleep 1 || true; done # until Slurm ends this start
+    exit "$status"
+}
+
 # enter_containers COMMAND...: one container on each node; COMMAND (the table) waits in that of the first.
 enter_containers() {
     local code=0 patience work=${WORK_DIR:-/workspace/ssd}
@@ -70,7 +87,7 @@ enter_containers() {
         refuse "containers need enroot on every node"
     # Once the job is cancelled no step can be started, so that this one and the table's wait from now on.
     patience=$(sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' <<<"$slurm")
-    patience=$((${patience:-30} > 10 ? ${patience:-30} - 5 : 5))
+    patience=$((${patience:-30} > 7 ? ${patience:-30} * 2 / 3 : 5)) # removing an image of 20 GB takes seconds
     coproc REMOVER { "${hosts[@]}" bash -c "$remover" "pyxis_$name" "$patience" &>/dev/null; }
     on_hosts --container-image="$CONT" "${container[@]}" --container-workdir=/ \
         sh -c '[ -f "$0/run_and_time.sh" ] || exit 9' "$work" || code=$?

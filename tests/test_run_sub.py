@@ -308,6 +308,17 @@ def test_a_signal_reaches_the_trial_and_no_other_starts(machine, number):
     assert not (machine.logs / "S_2").exists() and "summary" in machine.calls()[-1]
 
 
+def test_without_slurm_nothing_is_requeued(machine):
+    scontrol = machine.notes.parent / "bin/scontrol"
+    scontrol.write_text('#!/bin/bash\necho "$*" >>"$NOTES/scontrol"\n')
+    scontrol.chmod(0o755)
+    stops = 'trap "" USR1; kill -USR1 "$(ps -o ppid= -p "$PPID" | tr -d " ")"; read -rt 2 <> <(:)'
+    code, said = machine.run(NEXP="2", CODES="0 0", REQUEUE="1", DURING=stops)
+    assert code == 1 and "no further trial: stopped by SIGUSR1" in said and not (machine.notes / "scontrol").exists(), (
+        said
+    )
+
+
 def test_the_readme_lists_every_variable_that_the_launchers_read():
     scripts = [
         "run.sub",

@@ -240,12 +240,13 @@ def test_variables_of_the_image_and_of_the_pytorch_hook_win(container_cluster, i
         (["--container-image=/etc/hosts"], "Invalid image format"),
         (["--container-image={image}", "--container-mounts=/none:/x"], "No such file or directory: /none"),
         (["--container-image={image}", "--container-mounts=data:/x"], "mount source must be"),
-        (["--container-image={image}", "--container-workdir=/none"], "couldn't chdir to /none"),
+        (["--container-image={image}", "--container-mounts={host}", "--container-workdir=/none"], "chdir to /none"),
+        (["--container-image={image}"], "no login shell in the container"),
         (["--container-name=never"], 'a container with name "never" does not exist'),
     ],
 )
 def test_what_is_missing_fails_and_the_command_does_not_run(container_cluster, image, words, message):
-    words = [word.format(image=image) for word in words]
+    words = [word.format(image=image, host=host_mounts()) for word in words]
     answer = srun(container_cluster, *words, "bash", "-c", "echo ran", check=False)
     assert answer.returncode and message in answer.stderr and "ran" not in answer.stdout
     assert container_cluster.run("srun", "-N2", "enroot", "list").stdout.count("pyxis_") <= 2  # recorded's
