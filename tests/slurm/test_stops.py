@@ -1,0 +1,126 @@
+"""run.sub on a real Slurm of two nodes: scancel, time limits, preemptions and what requeueing makes of them."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import NEVER, ONE_RANK, SHARED, SUCCESS, start, weights
+
+pytestmark = pytest.mark.slurm
+LONG = {"EXTRA_PARAMS": NEVER, "NUMEPOCHS": 500}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """KillWait is what a rank has to write its checkpoint when the job is cancelled; Slurm's default is 30 s.
+
+    Jobs of the partition `urgent` preempt those of `main`, which have GraceTime to end by themselves.
+    """
+    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+    with Cluster(tmp_path_factory.mktemp("slurm"), cpus=8, kill_wait=20, settings=settings) as running:
+        running.run("scontrol", "update", "PartitionName=main", "GraceTime=90")
+        running.run("scontrol", "create", "PartitionName=urgent", "Nodes=n1,n2", "PriorityTier=9")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def over_time(cluster, data, tmp_path_factory):
+    """Two jobs that run until a time limit, beside the other tests: the job's own, and WALLTIME_RUNANDTIME."""
+    short = f"{ONE_RANK} WALLTIME_RUNANDTIME=1"
+    more = LONG | {"NEXP": 2}
+    jobs = [
+        start(cluster, data, tmp_path_factory.mktemp("limit") / "user", *SHARED, *words, **more | environ)
+        for words, environ in [
+            (("-t", "2", "--signal=B:USR1@60"), {"config": ONE_RANK}),
+            ((), {"config": short, "REQUEUE": 1}),
+        ]
+    ]
+    yield jobs
+    for job in jobs:
+        job.end()
+
+
+def ask_for_stacks(job) -> None:
+    """As docs/cluster.md says. Under proctrack/cgroup the signal reaches run_and_time.sh alone, as on most clusters."""
+    listed = job.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job.id}", "--format=%i %j").stdout
+    steps = dict(line.split() for line in listed.splitlines())
+    training = next(step for step, name in steps.items() if name == "trial_1")
+    job.cluster.run("scancel", "--signal=QUIT", training)
+    job.until(lambda: all("most recent call first" in job.rank(rank) for rank in range(4)), "stacks of every rank", 30)
+    job.until_step(job.steps() + 3)  # it goes on
+
+
+def test_stacks_of_a_running_job_and_scancel(submit, over_time):
+    job = submit(*SHARED, **LONG, NEXP=2, REQUEUE=1)
+    job.until_step()
+    ask_for_stacks(job)
+    job.cluster.run("scancel", job.id)
+    job.wait(60)
+    assert job.cluster.job(job.id)["JobState"] == "CANCELLED"
+    assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
+    assert "Stopped by SIGTERM" in job.rank(0)
+    assert "SIGTERM" in job.said() and "requeued" not in job.said()
+    assert not (job.logs / f"{job.stem}_2").exists()
+
+
+def test_time_limit(over_time):
+    job, _ = over_time
+    assert job.wait(180) == 4, job.said()
+    assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
+    assert "Stopped by SIGUSR1" in job.rank(0)
+    assert not (job.logs / f"{job.stem}_2").exists()
+
+
+def test_a_trial_over_its_time_does_not_stop_the_next(over_time):
+    _, job = over_time
+    job.until_step(k=2)
+    assert (job.trial() / "exit_code").read_text() == "124\n"
+    assert "took longer than WALLTIME_RUNANDTIME=1 minutes" in job.said() and "requeued" not in job.said()
+    assert job.status() == "aborted"
+    job.cluster.run("scancel", job.id)
+
+
+def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
+    environ = {"EXTRA_PARAMS": SUCCESS.replace("-map 0", "-map none"), "NUMEPOCHS": 8, "SEED": 3}
+    whole = submit(*SHARED, **environ)
+    job = submit(*SHARED, REQUEUE=1, **environ)
+    job.until_step(steps=9)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    cluster.requeue_now(job.id, 90)
+    assert whole.wait() == 0, whole.said()
+    job.until(lambda: job.said().count("--resume") == 1, "resumed trial")
+    job.until_step(job.steps() + 1)
+    assert "Stopped by SIGUSR1" in job.rank(0) and job.said().count("requeued after trial 1 (code 4)") == 1
+
+    # Its ranks get TERM, and run.sub nothing; it asks for another start before GraceTime is over.
+    began = time.monotonic()
+    urgent = cluster.submit("-p", "urgent", "-N2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=sleep 600")
+    cluster.wait(urgent, 80, {"RUNNING"})
+    assert time.monotonic() - began < 80 and cluster.job(job.id)["JobState"] == "PENDING"
+    assert "Stopped by SIGTERM" in job.rank(0) and "PREEMPTION" not in job.said(), job.said()
+    assert job.said().count("requeued after trial 1 (code 4)") == 2
+    cluster.run("scancel", urgent)
+    cluster.requeue_now(job.id, 90)
+    assert job.wait() == 0, job.said()
+    assert cluster.job(job.id)["Restarts"] == "2" and job.said().count("--resume") == 2
+    assert "1 of 1 trials ended with success" in job.said()
+    steps = [json.loads(line)["step"] for line in (job.trial() / "progress.jsonl").open() if '"step"' in line]
+    assert max(steps) == 8 * 4
+    ours, theirs = weights(job.trial()), weights(whole.trial())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_job_that_is_preempted_before_its_first_trial_starts_again(submit, cluster):
+    job = submit(*SHARED, config=ONE_RANK, NUMEPOCHS=1)
+    cluster.task(job.id, 1)  # of the preflight
+    urgent = cluster.submit("-p", "urgent", "-N2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=sleep 600")
+    cluster.wait(urgent, 80, {"RUNNING"})
+    said = job.said()
+    assert "requeued before the first trial; the job goes on when it starts again: Slurm's preemption" in said, said
+    assert not any(job.logs.glob("*_1"))
+    cluster.run("scancel", urgent)
+    cluster.requeue_now(job.id, 90)
+    assert job.wait() == 0, job.said()
