@@ -25,7 +25,8 @@ TINY = (
     "--head-convs 1 --image-size 64 64 --anchor-sizes 16,32,64,128,256 --max-boxes 32 --workers 1 --device cpu "
     "--ema-decay 0.9 --target-map"
 )
-SUCCESS, NEVER = f"{TINY} 0", f"{TINY} 1"
+SUCCESS, NEVER = f"{TINY} 0", f"{TINY} 1".replace("--workers 1", "--workers 0")  # a process less to start a rank
+LONG = {"EXTRA_PARAMS": NEVER, "NUMEPOCHS": 500}
 WHOLE = re.compile(r':::MLLOG \{"namespace": .*"metadata": \{.*\}\}')
 
 

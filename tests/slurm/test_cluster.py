@@ -282,7 +282,8 @@ def test_a_step_attaches_to_a_running_container_unless_told_not_to(container_clu
         (tmp_path / folder).mkdir()
     script, step = tmp_path / "job.sub", "srun -N1 -n1 --overlap --container-name=one"
     a, b = (f"--container-mounts={host_mounts()},{tmp_path / folder}:/{folder}" for folder in ("a", "b"))
-    lines = [f"{step} --container-image={image} {a} sleep 600 &", "sleep 3", f"{step} {b} ls -d /a /b"]
+    lines = [f"{step} --container-image={image} {a} bash -c 'touch /a/in; sleep 600' &"]
+    lines += [f"until [[ -e {tmp_path}/a/in ]]; do sleep 0.1; done", f"{step} {b} ls -d /a /b"]
     lines += [f"{step}:no_exec {b} ls -d /a /b", "scancel $SLURM_JOB_ID"]
     script.write_text("\n".join(["#!/bin/bash", *lines, ""]))
     job = container_cluster.submit(f"--output={tmp_path}/out", script)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.slurm.cluster import USER, Cluster, environment
 from tests.slurm.containers import host_mounts, make_image, records
-from tests.slurm.jobs import NEVER, ROOT, start
+from tests.slurm.jobs import LONG, ONE_RANK, ROOT, SHARED, start
 
 pytestmark = pytest.mark.slurm
 FLAGS = dict.fromkeys(("no-container-mount-home", "container-remap-root", "container-writable"), True)
@@ -26,7 +26,7 @@ DATA, WEIGHTS = "/datasets/open-images-v6", "/torch-home"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """KillWait is what a rank has to write its checkpoint when the job is cancelled."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", kill_wait=20) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", cpus=8, kill_wait=20) as running:
         yield running
 
 
@@ -169,7 +169,7 @@ def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_r
 ):
     last = int(cluster.run("srun", "bash", "-c", 'echo "$SLURM_JOB_ID"').stdout)
     stale = make_container(cluster, image, f"my_odd_job__1_____a_-{last + 2}", "n2")
-    job = submit('--job-name=my odd,job: 1/$()"a"', EXTRA_PARAMS=NEVER, NUMEPOCHS=500, **inside)
+    job = submit('--job-name=my odd,job: 1/$()"a"', **LONG, **inside)
     job.until_step()
     assert job.id == last + 2
     assert containers(cluster) == {"n1": [foreign, stale], "n2": [foreign, stale]}
@@ -192,12 +192,24 @@ def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_r
     assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}
 
 
-def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, foreign):
-    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, FROM_IMAGE="no", **inside)
-    job.until_step()
-    cluster.run("scancel", job.id)
-    job.wait(60)
-    assert cluster.job(job.id)["JobState"] == "CANCELLED"
+@pytest.fixture(scope="module")
+def cancelled(cluster, data, foreign, inside, tmp_path_factory):
+    """Two jobs side by side that have been cancelled; the ranks of the second can't end before they are killed."""
+    more = LONG | inside | {"NEXP": 2, "FROM_IMAGE": "no", "config": ONE_RANK}
+    jobs = [start(cluster, data, tmp_path_factory.mktemp("cancelled") / "user", *SHARED, **more) for _ in range(2)]
+    for job in jobs:
+        job.until_step()
+    for rank in range(2):
+        os.kill(jobs[1].program(rank), signal.SIGSTOP)
+    cluster.run("scancel", *(job.id for job in jobs))
+    for job in jobs:
+        job.wait(90)
+        assert cluster.job(job.id)["JobState"] == "CANCELLED"
+    return jobs
+
+
+def test_scancel_leaves_a_checkpoint_and_no_container(cancelled, cluster, foreign):
+    job = cancelled[0]
     assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
     assert "Stopped by SIGTERM" in job.rank(0)
     assert (
@@ -207,14 +219,9 @@ def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, f
     assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
 
 
-def test_containers_are_removed_also_where_ranks_do_not_end_before_they_are_killed(submit, cluster, inside, foreign):
-    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, **inside)
-    job.until_step()
-    for rank in range(4):
-        os.kill(job.program(rank), signal.SIGSTOP)
-    cluster.run("scancel", job.id)
-    job.wait(90)
-    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
+def test_containers_are_removed_also_where_ranks_do_not_end_before_they_are_killed(cancelled, cluster, foreign):
+    assert "Stopped by SIGTERM" not in cancelled[1].rank(0)
+    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, cancelled[1].said()
 
 
 def test_an_image_whose_login_shell_finds_no_python(submit, inside, tmp_path):

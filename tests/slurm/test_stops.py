@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import NEVER, ONE_RANK, SHARED, SUCCESS, start, weights
+from tests.slurm.jobs import LONG, ONE_RANK, SHARED, SUCCESS, start, weights
 
 pytestmark = pytest.mark.slurm
-LONG = {"EXTRA_PARAMS": NEVER, "NUMEPOCHS": 500}
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +27,14 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def over_time(cluster, data, tmp_path_factory):
-    """Two jobs that run until a time limit, beside the other tests: the job's own, and WALLTIME_RUNANDTIME."""
-    short = f"{ONE_RANK} WALLTIME_RUNANDTIME=1"
-    more = LONG | {"NEXP": 2}
+    """Two jobs that run into a time limit, beside another test: the job's own, and WALLTIME_RUNANDTIME."""
+    limits = [
+        (("-t", "3", "--signal=B:USR1@90"), {"config": ONE_RANK}),
+        ((), {"config": f"{ONE_RANK} WALLTIME_RUNANDTIME=1", "REQUEUE": 1}),
+    ]
     jobs = [
-        start(cluster, data, tmp_path_factory.mktemp("limit") / "user", *SHARED, *words, **more | environ)
-        for words, environ in [
-            (("-t", "2", "--signal=B:USR1@60"), {"config": ONE_RANK}),
-            ((), {"config": short, "REQUEUE": 1}),
-        ]
+        start(cluster, data, tmp_path_factory.mktemp("limit") / "user", *SHARED, *words, **LONG, NEXP=2, **environ)
+        for words, environ in limits
     ]
     yield jobs
     for job in jobs:
@@ -85,8 +83,8 @@ def test_a_trial_over_its_time_does_not_stop_the_next(over_time):
 
 def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
     environ = {"EXTRA_PARAMS": SUCCESS.replace("-map 0", "-map none"), "NUMEPOCHS": 8, "SEED": 3}
-    whole = submit(*SHARED, **environ)
-    job = submit(*SHARED, REQUEUE=1, **environ)
+    whole = submit(*SHARED, config=ONE_RANK, **environ)
+    job = submit(*SHARED, config=ONE_RANK, REQUEUE=1, **environ)
     job.until_step(steps=9)
     cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     cluster.requeue_now(job.id, 90)
@@ -108,7 +106,7 @@ def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
     assert cluster.job(job.id)["Restarts"] == "2" and job.said().count("--resume") == 2
     assert "1 of 1 trials ended with success" in job.said()
     steps = [json.loads(line)["step"] for line in (job.trial() / "progress.jsonl").open() if '"step"' in line]
-    assert max(steps) == 8 * 4
+    assert max(steps) == 8 * 8
     ours, theirs = weights(job.trial()), weights(whole.trial())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
