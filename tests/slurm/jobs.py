@@ -65,11 +65,11 @@ class Submission:
         """Training steps of trial k so far."""
         return (self.trial(k) / "progress.jsonl").read_text().count('"kind": "step"')
 
-    def wait(self, timeout=240) -> int:
+    def wait(self, timeout=420) -> int:
         """The job's exit code."""
         return int(self.cluster.wait(self.id, timeout)["ExitCode"].split(":")[0])
 
-    def until(self, condition, what: str, timeout=180):
+    def until(self, condition, what: str, timeout=420):
         deadline = time.monotonic() + timeout
         while True:
             state = self.cluster.job(self.id)["JobState"]
@@ -88,7 +88,7 @@ class Submission:
 
         self.until(trained, f"training step {steps}")
 
-    def until_end(self, timeout=60):
+    def until_end(self, timeout=180):
         """Until run.sub has said its last line; Slurm itself waits for lost nodes before the job has ended."""
         self.until(lambda: re.search(r"^\d of \d trials ended", self.said(), re.MULTILINE), "last line", timeout)
 

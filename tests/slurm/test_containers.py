@@ -57,7 +57,7 @@ def whole(cluster, data, foreign, inside, exported, tmp_path_factory):
     """A job of two trials that has ended, for several tests."""
     job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
                 **inside, **exported)  # fmt: skip
-    job.until_end(180)
+    job.until_end(420)
     began = time.monotonic()
     assert job.wait() == 0, job.said()
     assert time.monotonic() - began < 12, "no step is left that Slurm must kill after KillWait"
@@ -185,7 +185,7 @@ def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_r
         assert (values["MASTER_ADDR"], values["MASTER_PORT"]) == ("n1", str(61000 + job.id % 4536))
         assert values["DATASET_DIR"] == DATA and values["OUTPUT_DIR"] == f"/results/{job.stem}_1"
     os.kill(job.program(3), signal.SIGKILL)
-    assert job.wait(90) == 137
+    assert job.wait() == 137
     said = job.said()
     assert re.search(r"trial.*rank 3.*n2.*(SIGKILL|signal 9)", said), said
     assert job.status() == "aborted" and "0 of 1 trials" in said
@@ -203,7 +203,7 @@ def cancelled(cluster, data, foreign, inside, tmp_path_factory):
         os.kill(jobs[1].program(rank), signal.SIGSTOP)
     cluster.run("scancel", *(job.id for job in jobs))
     for job in jobs:
-        job.wait(90)
+        job.wait()
         assert cluster.job(job.id)["JobState"] == "CANCELLED"
     return jobs
 
@@ -226,7 +226,7 @@ def test_containers_are_removed_also_where_ranks_do_not_end_before_they_are_kill
 
 def test_an_image_whose_login_shell_finds_no_python(submit, inside, tmp_path):
     job = submit(**inside | {"CONT": make_image(tmp_path / "debian.sqsh", python=False)})
-    assert job.wait(60) == 2 and "/etc/profile.d" in job.said() and "activate" not in job.said(), job.said()
+    assert job.wait() == 2 and "/etc/profile.d" in job.said() and "activate" not in job.said(), job.said()
 
 
 def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
@@ -234,7 +234,7 @@ def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
         submit = submit_to(cluster)
         job = submit(**inside)
         assert (
-            job.wait(60) == 2
+            job.wait() == 2
             and "my logs holds a blank, which Pyxis can mount from 0.24 on; here it is 0.20" in job.said()
         )
         plain = tmp_path / "logs"
@@ -245,11 +245,11 @@ def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
         (data / "train").mkdir(parents=True)
         plain = {"LOGDIR": plain, "BACKBONE_DIR": weights, "DATADIR": data, "WORK_DIR": "/elsewhere"}
         job = submit(**inside | plain)
-        assert job.wait(60) == 2, job.said()
+        assert job.wait() == 2, job.said()
         assert "holds no /elsewhere/run_and_time.sh" in job.said()
         cluster.run("srun", "-w", "n2", "mount", "--bind", "/dev/null", "/usr/local/bin/enroot")
         job = submit(**inside | plain)
-        assert job.wait(60) == 2 and "enroot is not on PATH on n2" in job.said(), job.said()
+        assert job.wait() == 2 and "enroot is not on PATH on n2" in job.said(), job.said()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_what_a_node_lacks_is_named_before_any_trial(submit, cluster, image, ins
     path = only_on(cluster, node, source, tmp_path / f"only {node}") if node else tmp_path / "no where"
     value = f"{inside['EXTRA_MOUNTS']},{path}:/more" if variable == "EXTRA_MOUNTS" else path
     job = submit(**inside | {variable: value})
-    assert job.wait(60) == 2, job.said()
+    assert job.wait() == 2, job.said()
     said = job.said()
     assert str(path) in said and ("n2" if node == "n1" else "on n1") in said
     assert said.rstrip().endswith("no trial was started" if node == "n1" else "nothing was started")

@@ -233,7 +233,7 @@ def test_lost_nodes(submit, cluster):
     # The daemon of a node alone: what runs there runs on, but no step can be started.
     cluster.kill_slurmd("n2")
     os.kill(ending.program(3), signal.SIGKILL)
-    ending.until_end(120)
+    ending.until_end()
     said = ending.said()
     assert re.search(r"trial ended .*rank 3.*n2.*(SIGKILL|signal 9)", said), said
     assert said.count("no answer from n2: a node is lost") == 2 and "no further trial: no answer from n2" in said, said

@@ -85,7 +85,7 @@ def test_two_jobs_share_the_nodes_one_of_ssd300_and_one_that_may_not_drop_caches
 def test_mistakes_are_said_before_anything_starts(submit, tmp_path):
     def refused(*words, **environ) -> str:
         job = submit(*words, **environ)
-        assert job.wait(60) == 2, job.said()
+        assert job.wait() == 2, job.said()
         assert not any(job.logs.glob("*_1"))
         return job.said()
 

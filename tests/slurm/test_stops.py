@@ -55,7 +55,7 @@ def test_stacks_of_a_running_job_and_scancel(submit, over_time):
     job.until_step()
     ask_for_stacks(job)
     job.cluster.run("scancel", job.id)
-    job.wait(60)
+    job.wait()
     assert job.cluster.job(job.id)["JobState"] == "CANCELLED"
     assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
     assert "Stopped by SIGTERM" in job.rank(0)
@@ -65,7 +65,7 @@ def test_stacks_of_a_running_job_and_scancel(submit, over_time):
 
 def test_time_limit(over_time):
     job, _ = over_time
-    assert job.wait(180) == 4, job.said()
+    assert job.wait() == 4, job.said()
     assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
     assert "Stopped by SIGUSR1" in job.rank(0)
     assert not (job.logs / f"{job.stem}_2").exists()
@@ -117,7 +117,7 @@ def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
 
 def test_a_job_that_is_preempted_before_its_first_trial_starts_again(submit, cluster):
     job = submit(*SHARED, config=ONE_RANK, NUMEPOCHS=1)
-    cluster.task(job.id, 1)  # of the preflight
+    cluster.task(job.id, 1, 180)  # of the preflight
     urgent = preempt(cluster)
     said = job.said()
     assert "requeued before the first trial; the job goes on when it starts again: Slurm's preemption" in said, said
