@@ -16,7 +16,7 @@ import pytest
 
 from tests.slurm.cluster import USER, Cluster, environment
 from tests.slurm.containers import host_mounts, make_image, records
-from tests.slurm.jobs import LONG, ONE_RANK, ROOT, SHARED, start
+from tests.slurm.jobs import LONG, ONE_RANK, ROOT, SHARED
 
 pytestmark = pytest.mark.slurm
 FLAGS = dict.fromkeys(("no-container-mount-home", "container-remap-root", "container-writable"), True)
@@ -53,10 +53,9 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, data, foreign, inside, exported, tmp_path_factory):
+def whole(submit_for_module, foreign, inside, exported):
     """A job of two trials that has ended, for several tests."""
-    job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
-                **inside, **exported)  # fmt: skip
+    job = submit_for_module(NEXP=2, SEED=5, DROPCACHE_CMD="true drop", **inside, **exported)
     job.until_end(420)
     began = time.monotonic()
     assert job.wait() == 0, job.said()
@@ -193,10 +192,10 @@ def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_r
 
 
 @pytest.fixture(scope="module")
-def cancelled(cluster, data, foreign, inside, tmp_path_factory):
+def cancelled(cluster, submit_for_module, foreign, inside):
     """Two jobs side by side that have been cancelled; the ranks of the second can't end before they are killed."""
     more = LONG | inside | {"NEXP": 2, "FROM_IMAGE": "no", "config": ONE_RANK}
-    jobs = [start(cluster, data, tmp_path_factory.mktemp("cancelled") / "user", *SHARED, **more) for _ in range(2)]
+    jobs = [submit_for_module(*SHARED, **more) for _ in range(2)]
     for job in jobs:
         job.until_step()
     for rank in range(2):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import LONG, NEVER, ONE_RANK, SHARED, start
+from tests.slurm.jobs import LONG, NEVER, ONE_RANK, SHARED
 
 pytestmark = pytest.mark.slurm
 
@@ -29,20 +29,6 @@ def small_disk(tmp_path_factory):
 def cluster(tmp_path_factory, small_disk):
     with Cluster(tmp_path_factory.mktemp("slurm"), cpus=8) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def submit_for_module(cluster, data, tmp_path_factory):
-    """As submit, for jobs that several tests look at."""
-    jobs = []
-
-    def submit(**environ):
-        jobs.append(start(cluster, data, tmp_path_factory.mktemp("jobs") / "user", *SHARED, **LONG | environ))
-        return jobs[-1]
-
-    yield submit
-    for job in jobs:
-        job.end()
 
 
 def seconds_until(jobs: dict, ended) -> dict[str, float]:
@@ -71,9 +57,9 @@ def hurt(submit_for_module, data, tmp_path_factory):
         os.mkfifo(image)  # a read that never returns, as on a dead file server
     more = {"EXTRA_PARAMS": NEVER.replace("--workers 0", "--workers 1"), "HANG_MONITOR_TIMEOUT": 15}
     jobs = {
-        "killed": submit_for_module(NEXP=2),
-        "stopped": submit_for_module(config=ONE_RANK),
-        "hanging": submit_for_module(config=ONE_RANK, DATADIR=own, **more),
+        "killed": submit_for_module(*SHARED, **LONG, NEXP=2),
+        "stopped": submit_for_module(*SHARED, **LONG, config=ONE_RANK),
+        "hanging": submit_for_module(*SHARED, **LONG | more, config=ONE_RANK, DATADIR=own),
     }
     for name in ("killed", "stopped"):
         jobs[name].until_step()
@@ -126,10 +112,11 @@ def without(submit_for_module, data, small_disk, tmp_path_factory):
     """Three jobs of two trials, that lose LOGDIR, DATADIR and room on the disk; their folders; that DATADIR."""
     own = tmp_path_factory.mktemp("own") / "data of one job"
     shutil.copytree(data, own)
+    small = LONG | {"config": ONE_RANK, "NEXP": 2}
     jobs = {
-        "LOGDIR": submit_for_module(config=ONE_RANK, NEXP=2),
-        "DATADIR": submit_for_module(config=ONE_RANK, NEXP=2, DATADIR=own),
-        "disk": submit_for_module(config=ONE_RANK, NEXP=2, LOGDIR=small_disk),
+        "LOGDIR": submit_for_module(*SHARED, **small),
+        "DATADIR": submit_for_module(*SHARED, **small, DATADIR=own),
+        "disk": submit_for_module(*SHARED, **small, LOGDIR=small_disk),
     }
     for job in jobs.values():
         job.until_step(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import LONG, ONE_RANK, SHARED, SUCCESS, start, weights
+from tests.slurm.jobs import LONG, ONE_RANK, SHARED, SUCCESS, weights
 
 pytestmark = pytest.mark.slurm
 
@@ -25,19 +25,11 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def over_time(cluster, data, tmp_path_factory):
+def over_time(submit_for_module):
     """Two jobs that run into a time limit, beside another test: the job's own, and WALLTIME_RUNANDTIME."""
-    limits = [
-        (("-t", "3", "--signal=B:USR1@90"), {"config": ONE_RANK}),
-        ((), {"config": f"{ONE_RANK} WALLTIME_RUNANDTIME=1", "REQUEUE": 1}),
-    ]
-    jobs = [
-        start(cluster, data, tmp_path_factory.mktemp("limit") / "user", *SHARED, *words, **LONG, NEXP=2, **environ)
-        for words, environ in limits
-    ]
-    yield jobs
-    for job in jobs:
-        job.end()
+    own = submit_for_module(*SHARED, "-t", "3", "--signal=B:USR1@90", **LONG, NEXP=2, config=ONE_RANK)
+    short = f"{ONE_RANK} WALLTIME_RUNANDTIME=1"
+    return own, submit_for_module(*SHARED, **LONG, NEXP=2, REQUEUE=1, config=short)
 
 
 def ask_for_stacks(job) -> None:
