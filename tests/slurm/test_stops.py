@@ -9,6 +9,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import LONG, ONE_RANK, SHARED, SUCCESS, weights
 
 pytestmark = pytest.mark.slurm
+WIDE = (*SHARED[:-1], "--ntasks-per-node=5")
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def test_a_trial_over_its_time_does_not_stop_the_next(over_time):
 
 
 def preempt(cluster) -> int:
-    """Starts an urgent job that leaves no room for those of the partition main; returns when it has got their nodes."""
-    words = ["-p", "urgent", "-N2", "--ntasks-per-node=6", "--mem=1000", "--output=/dev/null", "--wrap=sleep 600"]
+    """Starts an urgent job that needs the place of one with WIDE (five CPUs of eight), returns when it has got that."""
+    words = ["-p", "urgent", "-N2", "--ntasks-per-node=4", "--mem=1000", "--output=/dev/null", "--wrap=sleep 600"]
     urgent = cluster.submit(*words)
     cluster.wait(urgent, 110, {"RUNNING"})
     return urgent
@@ -83,7 +84,7 @@ def preempt(cluster) -> int:
 def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
     environ = {"EXTRA_PARAMS": SUCCESS.replace("-map 0", "-map none"), "NUMEPOCHS": 8, "SEED": 3}
     whole = submit("-p", "urgent", *SHARED, config=ONE_RANK, **environ)  # nothing preempts it
-    job = submit(*SHARED, config=ONE_RANK, REQUEUE=1, **environ)
+    job = submit(*WIDE, config=ONE_RANK, REQUEUE=1, **environ)
     job.until_step(steps=9)
     cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     cluster.requeue_now(job.id, 90)
@@ -108,7 +109,7 @@ def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
 
 
 def test_a_job_that_is_preempted_before_its_first_trial_starts_again(submit, cluster):
-    job = submit(*SHARED, config=ONE_RANK, NUMEPOCHS=1)
+    job = submit(*WIDE, config=ONE_RANK, NUMEPOCHS=1)
     cluster.task(job.id, 1, 180)  # of the preflight
     urgent = preempt(cluster)
     said = job.said()
