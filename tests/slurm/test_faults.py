@@ -58,7 +58,7 @@ def hurt(submit_for_module, data, tmp_path_factory):
     more = {"EXTRA_PARAMS": NEVER.replace("--workers 0", "--workers 1"), "HANG_MONITOR_TIMEOUT": 15}
     jobs = {
         "killed": submit_for_module(*SHARED, **LONG, NEXP=2),
-        "stopped": submit_for_module(*SHARED, **LONG, config=ONE_RANK),
+        "stopped": submit_for_module(*SHARED, **LONG),
         "hanging": submit_for_module(*SHARED, **LONG | more, config=ONE_RANK, DATADIR=own),
     }
     for name in ("killed", "stopped"):
@@ -88,7 +88,7 @@ def test_a_stopped_rank_ends_the_trial_and_shows_its_stacks(hurt):
     assert job.wait() != 0
     assert seconds < 65
     said = job.said()
-    assert re.search(r"trial ended .*rank 1 .*n2.*no sign of life", said), said
+    assert re.search(r"trial ended .*rank 1 .*n1.*no sign of life", said), said
     assert "SIGKILL" not in said and "run.sub killed the ranks that had not ended" in said
     assert len(re.findall(r"^  File .*, line \d+ in ", job.rank(1), re.MULTILINE)) > 10, "stacks of the stopped rank"
     assert job.status() == "aborted"
