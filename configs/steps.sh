@@ -125,13 +125,14 @@ check_folders() {
     local code=0 look ask
     down='' gone=''
     # trials.py names a disk with less than 50 MiB as the reason of a failure; a quota shows only where something is written.
-    look='[[ -d $0 ]] || { echo "LOGDIR: $0 was removed"; exit; }
+    # Ranks that still write may have made the folder anew, but not what run.sub had put beside it.
+    look='for path in "$0" "$2"; do [[ -e $path ]] || { echo "LOGDIR: $path was removed"; exit; }; done
         free=$(df --output=avail -BM "$0" | tr -dc "0-9\n" | tail -n 1)
         ((${free:-50} >= 50)) || { echo "the disk of LOGDIR=$1 is full"; exit; }
         said=$(LC_ALL=C dd if=/dev/zero of="$0/.written" bs=1M count=1 conv=fsync status=none 2>&1) ||
             echo "LOGDIR=$1: nothing can be written: ${said##*: }"
         rm -f "$0/.written"'
-    down=$(timeout -k 5 20 bash -c "$look" "$folder" "$LOGDIR" 2>/dev/null) || code=$?
+    down=$(timeout -k 5 20 bash -c "$look" "$folder" "$LOGDIR" "$LOGDIR/${stamp}_system.json" 2>/dev/null) || code=$?
     ((code != 124 && code != 137)) || down="LOGDIR=$LOGDIR does not answer: does its file server hang?"
     [[ -z $down ]] || return 0
     look='for path; do [[ -e $path ]] || { echo "$path is gone on ${SLURMD_NODENAME:-$HOSTNAME}"; code=9; }; done; exit ${code:-0}'

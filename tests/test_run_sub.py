@@ -243,6 +243,7 @@ def test_no_trial_after_a_failed_preflight(machine, what):
     "during, reason",
     [
         ('rm -r "$LOGDIR"', "LOGDIR: .*/S_1 was removed"),
+        ('rm "$LOGDIR/S_system.json"', "LOGDIR: .*/S_system.json was removed"),
         ('rm -r "$DATADIR"', ".*/my data/set is gone on .*"),
         (
             "echo 'echo Avail; echo 3M' >$NOTES/../bin/df; chmod +x $NOTES/../bin/df",
