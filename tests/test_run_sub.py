@@ -231,6 +231,7 @@ def test_no_trial_after_a_failed_preflight(machine, what):
     "during, reason",
     [
         ('rm -r "$LOGDIR"', "LOGDIR: .*/S_1 was removed"),
+        ('rm "$LOGDIR/S_system.json"', "LOGDIR: .*/S_system.json was removed"),
         ('rm -r "$DATADIR"', ".*/my data/set is gone on .*"),
         (
             "echo 'echo Avail; echo 3M' >$NOTES/../bin/df; chmod +x $NOTES/../bin/df",
@@ -294,6 +295,17 @@ def test_a_signal_reaches_the_trial_and_no_other_starts(machine, number):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 4 and "every rank writes a checkpoint" in said and "no further trial" in said
     assert not (machine.logs / "S_2").exists() and "summary" in machine.calls()[-1]
+
+
+def test_without_slurm_nothing_is_requeued(machine):
+    scontrol = machine.notes.parent / "bin/scontrol"
+    scontrol.write_text('#!/bin/bash\necho "$*" >>"$NOTES/scontrol"\n')
+    scontrol.chmod(0o755)
+    stops = 'trap "" USR1; kill -USR1 "$(ps -o ppid= -p "$PPID" | tr -d " ")"; read -rt 2 <> <(:)'
+    code, said = machine.run(NEXP="2", CODES="0 0", REQUEUE="1", DURING=stops)
+    assert code == 1 and "no further trial: stopped by SIGUSR1" in said and not (machine.notes / "scontrol").exists(), (
+        said
+    )
 
 
 def test_the_readme_lists_every_variable_that_the_launchers_read():
