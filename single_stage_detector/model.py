@@ -215,8 +215,9 @@ _CLASSES = "head.classification_head.cls_logits."
 
 def known_classes(state: Mapping) -> int | None:
     """Number of classes of a state dictionary of RetinaNet, by whatever prefix; None if it is none."""
-    bias = next((value for name, value in state.items() if str(name).endswith(f"{_CLASSES}bias")), None)
-    return len(bias) // (len(OCTAVE_STEPS) * len(RATIOS)) if isinstance(bias, Tensor) and bias.ndim else None
+    parts = [value for name, value in state.items() if str(name).endswith((f"{_CLASSES}weight", f"{_CLASSES}bias"))]
+    rows = {len(value) if isinstance(value, Tensor) and value.ndim else 0 for value in parts}
+    return rows.pop() // (len(OCTAVE_STEPS) * len(RATIOS)) if len(rows) == 1 else None
 
 
 def load_reference_state(
