@@ -27,7 +27,7 @@ from detcore.data.recipes import Recipe
 from detcore.detection import detector as detection
 from detcore.detection.config import DetectionConfig
 from detcore.detection.detector import Detector, class_names, open_index
-from detcore.detection.detector.drawing import draw
+from detcore.detection.drawing import draw
 from detcore.device import native
 from detcore.device.base import Backend
 from detcore.evaluation.coco import evaluate as coco_metrics
