@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mlperf_logging.mllog import constants as keys
 
@@ -15,6 +16,7 @@ from detcore.nn.resnet import load_backbone
 from detcore.nn.schedule import warmup_then_constant
 from detcore.training.checkpoint import load_checkpoint
 from detcore.training.task import Context, Task
+from single_stage_detector import convergence
 from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config, translate_flags
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
@@ -79,7 +81,17 @@ def build_task(config: Config, context: Context) -> Task:
         notes=notes(config),
         examples=lambda: examples(DETECTOR, config, model.num_classes, context.seed),
         warmup_option="--warmup-epochs",
+        judge=lambda epoch, metrics: far_from_public_runs(config, context.world.size, epoch, metrics["AP"]),
     )
+
+
+def far_from_public_runs(config: Config, processes: int, epoch: int, value: float) -> str | None:
+    """A sentence where the mAP of the MLPerf benchmark is far from that of public runs after as many epochs."""
+    if replace(config, seed=None).departures():
+        return None
+    batch = config.batch_size * config.accumulate * processes
+    far = convergence.far_off(batch, config.lr, config.warmup_epochs, epoch, value)
+    return f"warning: {far}" if far else None
 
 
 def notes(config: Config) -> tuple[str, ...]:

@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from single_stage_detector import convergence
+from single_stage_detector.config import Config
+from single_stage_detector.train import far_from_public_runs
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "spec" / "golden.json"
 
@@ -53,3 +57,14 @@ def test_runs_of_the_batch_size_alone():
 def test_nothing_to_compare_with():
     assert convergence.public(8, 1e-3, 0, 1) is None and convergence.public(256, 8.5e-5, 0, 9) is None
     assert convergence.far_off(8, 1e-3, 0, 1, 0.0) == "" and convergence.far_off(256, 8.5e-5, 0, 0, 0.0) == ""
+
+
+def test_the_program_warns_of_a_benchmark_run_that_is_far_off():
+    """Only of the MLPerf benchmark itself; a fixed seed does not matter."""
+    setting = next(row for row in convergence.settings() if row["map"][0][0] == 1)
+    rate, warmup, (_, _, mean, *_) = setting["learning_rate"], setting["warmup_epochs"], setting["map"][0]
+    config = Config(batch_size=setting["global_batch_size"] // 4, lr=rate, warmup_epochs=warmup, seed=3)
+    assert far_from_public_runs(config, 4, 1, mean) is None
+    assert re.match(r"warning: mAP 0\.010 after epoch 1, .* far below", far_from_public_runs(config, 4, 1, 0.01))
+    own = replace(config, dataset="custom")
+    assert far_from_public_runs(own, 4, 1, 0.01) is None
