@@ -25,8 +25,8 @@ DATA, WEIGHTS = "/datasets/open-images-v6", "/torch-home"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """KillWait is what a rank has to write its checkpoint when the job is cancelled."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", cpus=8, kill_wait=20) as running:
+    """KillWait (here Slurm's default) is what a rank has to write its checkpoint when the job is cancelled."""
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", cpus=8, kill_wait=30) as running:
         yield running
 
 
@@ -198,9 +198,15 @@ def cancelled(cluster, submit_for_module, foreign, inside):
     jobs = [submit_for_module(*SHARED, **more) for _ in range(2)]
     for job in jobs:
         job.until_step()
-    for rank in range(2):
-        os.kill(jobs[1].program(rank), signal.SIGSTOP)
+    slow = [jobs[1].program(rank) for rank in range(2)]
     cluster.run("scancel", *(job.id for job in jobs))
+    while slow:  # again and again, because scancel lets stopped processes go on
+        for pid in list(slow):
+            try:
+                os.kill(pid, signal.SIGSTOP)
+            except ProcessLookupError:
+                slow.remove(pid)
+        time.sleep(0.002)
     for job in jobs:
         job.wait()
         assert cluster.job(job.id)["JobState"] == "CANCELLED"
