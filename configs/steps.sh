@@ -37,7 +37,7 @@ with_host_paths() { "$@"; }
 if [[ -n $CONT ]]; then
     with_host_paths() { "$@" 2>&1 | (trap '' TERM USR1 && exec sed -uE "${named[@]}"); }
     named=()
-    for pair in "/results:$LOGDIR" "/datasets/open-images-v6:$data" "/torch-home:$weights"; do
+    for pair in "/results:$LOGDIR" "$container_data:$data" "/torch-home:$weights"; do
         # shellcheck disable=SC2001  # what & means in a replacement of bash depends on its version
         path=$(sed 's/[&#\\]/\\&/g' <<<"${pair#*:}")
         [[ -z $path ]] || named+=(-e "s#(^|[^[:alnum:]_./-])${pair%%:*}\\>#\\1$path#g")

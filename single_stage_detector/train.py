@@ -10,9 +10,10 @@ from detcore.cli import run_main
 from detcore.config import describe, format_config, load
 from detcore.data import synthetic
 from detcore.data.batch import Batch
+from detcore.detection import inference
 from detcore.detection.benchmark import benchmark
 from detcore.detection.config import adopt
-from detcore.detection.detector import Inference, class_count, inference, open_data
+from detcore.detection.detector import Inference, class_count, open_data
 from detcore.detection.program import spread
 from detcore.nn import optim
 from detcore.nn.resnet import load_backbone

@@ -89,6 +89,7 @@ def launcher_variables() -> set[str]:
         ROOT / "run_and_time.sh",
         ROOT / "configs/steps.sh",
         *(ROOT / "configs").glob("config_[cm]o*.sh"),
+        *ROOT.glob("*/launch.sh"),
     ]
     text = "\n".join(re.sub(r"(^|\s)#.*", "", path.read_text()) for path in scripts if path.exists())
     found = set(re.findall(r"\$\{!?#?([A-Z][A-Z0-9_]{5,})\b", text))

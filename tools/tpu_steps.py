@@ -128,7 +128,7 @@ def best_scores(given: argparse.Namespace, task, device) -> list[float]:
     """The ten best detections of two batches by the lines of an evaluation, then of an image by those of a prediction;
     20 of an image instead of 200."""
     from detcore.detection import detector as detection
-    from detcore.detection.detector import inference
+    from detcore.detection import inference
     from ssd300.config import Config
     from ssd300.data import DETECTOR
     from ssd300.postprocess import postprocess
