@@ -72,7 +72,7 @@ def losses_of_targets(
     smoothing: float = 0.0,
     skip_zero_targets: bool = False,
 ) -> dict[str, Tensor]:
-    """`losses` of what `assign` gave: classes int64 [N, A], IGNORED where an anchor does not count, and deltas [N, A, 4].
+    """`losses` of what `assign` gave, classes int64 [N, A], IGNORED where an anchor does not count, and deltas.
 
     normaliser: scalar, float32 at least; its dtype is that of the arithmetic.
     """
