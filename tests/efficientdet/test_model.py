@@ -124,7 +124,7 @@ def test_shapes_and_gradients(fusion):
 
 
 @torch.no_grad()
-def test_a_model_of_six_levels_at_an_odd_size():
+def test_a_size_that_no_stride_divides():
     model = EfficientDet("tf_efficientdet_lite0", 1, (160, 96)).eval()
     logits, _ = model(images(1, (160, 96)))
     assert sum(x.shape[1] for x in logits) == len(model.anchors)
@@ -154,9 +154,9 @@ def test_pixels_are_normalised():
 
 
 def test_autocast_to_bfloat16():
-    """Outputs near those of float32, and every gradient set, also where P7 has one cell."""
+    """Gradients near those of float32, also where P7 has one cell; with statistics that do not amplify rounding."""
     torch.manual_seed(0)
-    model = EfficientDet("efficientdet_d0", 3, (128, 128), drop_path=0).to(memory_format=torch.channels_last)
+    model = EfficientDet("efficientdet_d0", 3, (128, 128)).eval().to(memory_format=torch.channels_last)
     given, gradients = images(4, (128, 128)), []
     for mixed in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -166,7 +166,7 @@ def test_autocast_to_bfloat16():
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     exact, rounded = (torch.cat([g.flatten() for g in grads]) for grads in gradients)
     assert rounded.isfinite().all()
-    assert torch.nn.functional.cosine_similarity(exact, rounded, 0) > 0.98
+    assert torch.nn.functional.cosine_similarity(exact, rounded, 0) > 0.9999
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_drop_path_skips_blocks_of_training_images():
     [
         ({"name": "mixdet_m"}, "MixNet or MobileNet backbone"),
         ({"name": "mobiledetv3_large"}, "MixNet or MobileNet backbone"),
-        ({"name": "efficientdet_do"}, "did you mean efficientdet_d0"),
+        ({"name": "efficentdet_d0"}, "did you mean efficientdet_d0"),
         ({"name": "retinanet"}, "choose one of efficientdet_d0"),
         ({"num_classes": 0}, "at least one class"),
         ({"image_size": (0, 128)}, "must be positive"),
