@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detcore.boxes import areas, decode
+from detcore.boxes import decode
 from detcore.ops.largest import largest
 from detcore.ops.nms import nms
+from detcore.ops.soft_nms import soft_nms
 
 TOPK, NMS_IOU, DETECTIONS = 5000, 0.5, 100
 SOFT_SIGMA, SOFT_FLOOR = 0.5, 0.001
@@ -43,32 +44,6 @@ def candidates(logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Ten
     return scores, anchors.gather(1, pair // classes), pair % classes
 
 
-def soft_nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, detections: int, sigma: float = SOFT_SIGMA, floor: float = SOFT_FLOOR
-) -> tuple[Tensor, Tensor]:
-    """Gaussian soft non-maximum suppression (Bodla et al. 2017): positions int64 and scores, each [N, detections].
-
-    boxes: [N, P, 4], x1, y1, x2, y2. scores: [N, P]. labels: int64 [N, P]. The best box is kept, the scores of the
-    others of its label are multiplied by exp(-IoU^2 / sigma), and so on; a score not above `floor` is none. Best first;
-    unused places have position -1 and score 0.
-    """
-    live = scores.masked_fill(~(scores > floor), 0)
-    low, high, area = boxes[..., :2], boxes[..., 2:], areas(boxes)
-    found = []
-    for _ in range(detections):
-        score, at = live.max(1, keepdim=True)
-        own = boxes.gather(1, at[..., None].expand(-1, -1, 4))
-        sides = (torch.minimum(high, own[..., 2:]) - torch.maximum(low, own[..., :2])).clamp_(min=0)
-        inter = sides[..., 0] * sides[..., 1]
-        iou = (inter / (area + area.gather(1, at) - inter)).masked_fill(inter <= 0, 0)
-        decay = torch.exp(iou.square().neg_().div_(sigma)).masked_fill_(labels != labels.gather(1, at), 1)
-        live = (live * decay).scatter(1, at, 0)
-        live = live.masked_fill(~(live > floor), 0)
-        found.append((at.masked_fill(score <= 0, -1), score))
-    positions, values = (torch.cat(column, 1) for column in zip(*found, strict=True))
-    return positions, values
-
-
 @torch.no_grad()
 def postprocess(
     logits: Sequence[Tensor],
@@ -95,7 +70,7 @@ def postprocess(
     limit = extent.flip(1).repeat(1, 2)[:, None].to(anchors.dtype)
     boxes = torch.minimum(decode(found, anchors[anchor]).clamp(min=0), limit)
     if soft:
-        kept, scores = soft_nms(boxes, scores, labels, detections)
+        kept, scores = soft_nms(boxes, scores, labels, detections, SOFT_SIGMA, SOFT_FLOOR)
     else:
         kept = nms(boxes, scores, labels, nms_thresh, detections)
         scores = scores.gather(1, kept.clamp(min=0))

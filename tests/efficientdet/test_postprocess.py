@@ -8,8 +8,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 from detcore.boxes import decode
+from detcore.ops.soft_nms import soft_nms
 from efficientdet.anchors import anchors, grids
-from efficientdet.postprocess import candidates, postprocess, soft_nms
+from efficientdet.postprocess import SOFT_FLOOR, SOFT_SIGMA, candidates, postprocess
 
 SIZE, CLASSES = (128, 128), 3
 GRID = anchors(SIZE)
@@ -67,7 +68,7 @@ def test_soft_suppression():
     logits, deltas = some_outputs(1, 5)
     extent = torch.tensor([SIZE])
     boxes, scores, labels = (x[None] for x in wanted(logits, deltas, extent, 150, 0))
-    positions, values = soft_nms(boxes, scores, labels, 100)
+    positions, values = soft_nms(boxes, scores, labels, 100, SOFT_SIGMA, SOFT_FLOOR)
     expected = softly(boxes[0], scores[0], labels[0])[:100]
     assert positions[0].tolist() == [k for k, _ in expected]
     assert values[0].tolist() == pytest.approx([score for _, score in expected], rel=1e-4)
@@ -79,7 +80,7 @@ def test_soft_suppression():
 def test_soft_suppression_leaves_places_unused():
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30]]])
     scores, labels = torch.tensor([[0.9, 0.005, 0.0009]]), torch.zeros(1, 3, dtype=torch.int64)
-    positions, values = soft_nms(boxes, scores, labels, 4)
+    positions, values = soft_nms(boxes, scores, labels, 4, SOFT_SIGMA, SOFT_FLOOR)
     assert positions.tolist() == [[0, -1, -1, -1]] and values[0, 1:].tolist() == [0, 0, 0]
 
 
