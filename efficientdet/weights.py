@@ -45,7 +45,7 @@ def load_original_state(
     own = {key: value for key, value in state.items() if not key.startswith(inside)}
     own |= {inside + key: value for key, value in own_state(model.backbone, backbone).items()}
     for key in (_CLASS_LAYER + "weight", _CLASS_LAYER + "bias"):
-        if isinstance(own.get(key), Tensor):
+        if isinstance(own.get(key), Tensor) and own[key].dim():
             own[key] = _without_padding(own[key], model.num_classes)
     kept = {k: v for k, v in model.state_dict().items() if any(part in k for part in remove)}
     load_exactly(model, own | kept, source)

@@ -73,7 +73,7 @@ def own_state(backbone: EfficientNet, state: Mapping) -> dict[str, Tensor]:
         if re.search(r"\.se\.conv_\w+\.weight$", name) and isinstance(value, Tensor) and value.dim() == 2:
             own[name] = value[:, :, None, None]  # a linear layer
         weight = name.replace("running_var", "weight")
-        if name.endswith("running_var") and eps != backbone.eps and weight in own:
+        if name.endswith("running_var") and eps != backbone.eps and isinstance(own.get(weight), Tensor):
             own[weight] = own[weight] * torch.sqrt((value + backbone.eps) / (value + eps))
     return own
 
