@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detcore import UserError
 from detcore.nn.efficientnet_weights import own_state
-from detcore.resnet import load_exactly
+from detcore.nn.resnet import load_exactly
 from efficientdet.anchors import PER_CELL
 from efficientdet.model import EfficientDet
 

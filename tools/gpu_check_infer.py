@@ -57,7 +57,7 @@ def pause(context: Context, precision: str, mode: str, images: int) -> Row:
     state = State(model, step.task.optimizer, device.scaler(), None)
     shape = ((context.sizes.image, context.sizes.image), context.sizes.batch, 1, 1)
     batch = next(synthetic_batches(context.sizes.classes, *shape))
-    find = detection.finder(DETECTOR, model, range(context.sizes.classes), device)
+    find = detection.compiled_detect(DETECTOR, model, range(context.sizes.classes), device)
     file, times = context.work / "tmp" / "pause.pt", []
     file.parent.mkdir(parents=True, exist_ok=True)
 

@@ -67,8 +67,8 @@ def build(given: argparse.Namespace, device) -> tuple:
         return losses(network(batch.images), model.priors, batch.boxes, batch.labels)
 
     optimizer = optim.sgd(model, given.lr, 0.9, 5e-4, fused=False)
-    unused = {"open_data": None, "metric": "AP", "target": None, "eval_epochs": None, "hyperparameters": {}}
-    task = Task(model=model, optimizer=optimizer, lr=lambda step, per_epoch: given.lr, loss=loss, **unused)
+    unused = {"open_data": None, "targets": {"AP": None}, "eval_epochs": None, "hyperparameters": {}}
+    task = Task(model=model, optimizer=optimizer, lr=lambda step, per_epoch, base: given.lr, loss=loss, **unused)
     return task, State(model, optimizer, device.scaler(), None), RunConfig(accumulate=given.accumulate)
 
 
@@ -141,7 +141,7 @@ def best_scores(given: argparse.Namespace, task, device) -> list[float]:
         return postprocess(outputs, model.priors, detections=20)
 
     detector = DETECTOR._replace(infer=infer)
-    find = detection.finder(detector, task.model, range(1, 6), device)
+    find = detection.compiled_detect(detector, task.model, range(1, 6), device)
     rows = detection.detect_all(find, itertools.islice(batches_of(given), 2), device, lambda phase, count: None)
     image, ids = next(batches_of(given)).images[0], torch.arange(1, 6).to(device.device)
     seen = inference.look(Config(), detector, task.model, image, device, ids)

@@ -21,10 +21,11 @@ stands in it. The image folder may hold shards instead of files (`detcore.data.s
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ class CocoIndex:
         self.missing = np.empty(0, np.int64)
         self.shards = shards.open_folder(self.image_dir) if key["shards"] else None
         self._cache_file, self._key, self._columns = cache_file, key, columns
+        self._class_of = np.arange(len(self.category_ids))  # the class index of each category of the file
+        self._given_ids: tuple[int, ...] | None = None  # of the classes, where `with_classes` gave them
 
     @classmethod
     def open(
@@ -100,11 +103,35 @@ class CocoIndex:
             index._check_classes(expected_classes)
         return index
 
+    def with_classes(self, ids: Sequence[int]) -> "CocoIndex":
+        """The same index with given classes: a category's class index is the position of its id in `ids`.
+
+        ids: rising, and among them all of the file's, such as 1 to 90 for COCO, whose 80 categories then keep their
+        raw ids and leave ten classes without boxes, named by their number. Raises UserError for a category of the file
+        that is not among them.
+        """
+        given = np.array(ids, np.int64)
+        if (np.diff(given) <= 0).any():
+            raise ValueError(f"class ids {list(ids)} do not rise")
+        own, names = self.category_ids, self.category_names
+        unknown = own[~np.isin(own, given)]
+        if len(unknown):
+            raise UserError(
+                f"{self.annotation_file}: category {unknown[0]} is none of the {len(given)} classes of this model, "
+                f"{given[0]} to {given[-1]}; train on a data set with these ids, or on a custom one with its own"
+            )
+        mapped = copy.copy(self)
+        mapped._class_of = np.searchsorted(given, own)[self._class_of]
+        known = dict(zip(own.tolist(), names, strict=True))
+        mapped.category_ids, mapped.category_names = given, [known.get(i, str(i)) for i in given.tolist()]
+        mapped._given_ids = tuple(given.tolist())
+        return mapped
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __reduce__(self) -> tuple:
-        return _reopen, (self._cache_file, self._key)
+        return _reopen, (self._cache_file, self._key, self._given_ids)
 
     @property
     def num_classes(self) -> int:
@@ -140,7 +167,7 @@ class CocoIndex:
         rows = self._columns["order"][starts[i] : starts[i + 1]]
         boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[i], self.widths[i])
         rows = rows[keep]
-        return boxes[keep], self._columns["ann_class"][rows].astype(np.int64), self._columns["iscrowd"][rows] != 0
+        return boxes[keep], self._class_of[self._columns["ann_class"][rows]], self._columns["iscrowd"][rows] != 0
 
     def annotations(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The annotations of images first..last-1 as the file has them, image after image.
@@ -149,7 +176,7 @@ class CocoIndex:
         """
         column = self._columns
         rows = column["order"][column["starts"][first] : column["starts"][last]]
-        return column["ann_image"][rows], column["ann_class"][rows], column["bbox"][rows]
+        return column["ann_image"][rows], self._class_of[column["ann_class"][rows]], column["bbox"][rows]
 
     def ground_truth(self):
         """All annotations as they stand in the file: a `detcore.evaluation.coco.GroundTruth`, in the file's order."""
@@ -160,7 +187,7 @@ class CocoIndex:
             image_ids=self.image_ids,
             category_ids=self.category_ids,
             ann_image_id=self.image_ids[column["ann_image"]],
-            ann_category_id=self.category_ids[column["ann_class"]],
+            ann_category_id=self.category_ids[self._class_of[column["ann_class"]]],
             bbox=column["bbox"],
             area=column["area"],
             iscrowd=column["iscrowd"],
@@ -228,11 +255,11 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "detcore"
 
 
-def _reopen(cache_file: Path, key: dict) -> CocoIndex:
+def _reopen(cache_file: Path, key: dict, class_ids: Sequence[int] | None) -> CocoIndex:
     index = _load(cache_file, key)
     if index is None:
         raise UserError(f"{cache_file}: the cache of the annotation file changed while it was in use; start again.")
-    return index
+    return index.with_classes(class_ids) if class_ids else index
 
 
 def _build(places: list[Path], name: str, key: dict) -> CocoIndex:

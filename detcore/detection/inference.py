@@ -55,9 +55,9 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         images = detection.eval_batch_size(detector, config, model, index, world, device)
-        find = detection.finder(detector, model, index.category_ids.tolist(), device)
+        infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
         stream = detection.eval_stream(detector, config, index, world, device, images)
-        found = detection.detect_all(find, stream, device, _no_beat)
+        found = detection.detect_all(infer, stream, device, _no_beat)
         everyone = distributed.gather_rows(found.to(device.exchange))
         if everyone is None:
             return cli.OK
@@ -67,8 +67,7 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
     finally:
         device.close()
         distributed.shutdown()
-    names = class_names(index)
-    result["per_class"] = {names[i]: ap for i, ap in result["per_class"].items()}
+    result = detection.metrics_of(detector, config, result, class_names(index))
     print(native.describe(config.program, device.device))
     print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))

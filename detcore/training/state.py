@@ -31,7 +31,7 @@ _CONTENTS = {
 class State:
     """The changing things of a run; with config and random generators they are what a checkpoint holds.
 
-    evaluations: (epochs completed, metric) of each result so far.
+    evaluations: (epochs completed, primary metric) of each result so far.
     """
 
     model: nn.Module
@@ -40,6 +40,9 @@ class State:
     ema: optim.Ema | None
     step: int = 0
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        optim.remember_base_lr(self.optimizer)  # before a step or a checkpoint changes it
 
     def best(self) -> tuple[int, float] | None:
         """Epochs completed and value of the best evaluation."""
@@ -64,7 +67,7 @@ class State:
         So a step can be warmed up and recorded. State that the optimizer has created meanwhile (its first step does)
         becomes zeros, which is how Adam, and SGD without dampening, begin.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers(), *(self.ema.average.values() if self.ema else ())]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(self.ema.tensors() if self.ema else ())]
         tensors = [tensor.detach() for tensor in tensors]
         before = [tensor.clone() for tensor in tensors]
         slots = {p: {name: value.clone() for name, value in s.items()} for p, s in self.optimizer.state.items()}
@@ -92,6 +95,7 @@ class State:
                 self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.load_state_dict(saved["ema"])
+                self.ema.resume(saved["step"])
             self.step = saved["step"]
             self.evaluations = [(int(epoch), float(value)) for epoch, value in saved["evaluations"]]
             known = backend.set_rng_state(saved["generators"][world.rank])
@@ -161,6 +165,15 @@ def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> 
             "train on, copy the folder and give more --epochs."
         )
     return saved
+
+
+def check_same_data(saved: dict[str, Any] | None, steps_per_epoch: int, config: RunConfig) -> None:
+    """Raises UserError if the run of a checkpoint had another number of steps an epoch than the data gives now."""
+    if saved and saved["steps_per_epoch"] != steps_per_epoch:
+        raise UserError(
+            f"--resume: the run in {config.output_dir} had {saved['steps_per_epoch']} steps an epoch, this "
+            f"data set gives {steps_per_epoch}: it is another one. Give the same to go on."
+        )
 
 
 def differing_settings(saved: dict[str, Any], config: RunConfig, world: World) -> list[str]:

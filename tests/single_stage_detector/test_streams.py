@@ -114,7 +114,7 @@ def test_detections_are_the_same_one_ahead(config, model):
     index = detection.open_index(config, "val")
     found = [
         detection.detect_all(
-            detection.finder(data.DETECTOR, model, index.category_ids.tolist(), device),
+            detection.compiled_detect(data.DETECTOR, model, index.category_ids.tolist(), device),
             eval_stream(config, index, ALONE, device, 4),
             device,
             lambda *told: None,

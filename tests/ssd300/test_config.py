@@ -8,11 +8,11 @@ import torch
 from detcore import UserError
 from detcore.config import load, to_dict
 from ssd300 import train
-from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, own_words
+from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, translate_flags
 
 
 def read(line: str, **environ: str):
-    return load(Config, own_words(line.split()), environ, IGNORED_FLAGS)
+    return load(Config, translate_flags(line.split()), environ, IGNORED_FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_flags_without_a_meaning_here_are_taken_and_said(line):
 
 def test_evaluation_after_the_listed_epochs_and_the_last():
     config = read("--epochs 30").config
-    assert [n for n in range(1, 31) if config.evaluates(n)] == [22, 30]
+    assert [n for n in range(1, 31) if config.evaluates(n, 30)] == [22, 30]
     assert not read("--fake-data").config.evaluates(65)
 
 
 def test_bare_lists_are_empty():
     config = read("--epochs 3 --evaluation --multistep").config
-    assert [n for n in range(1, 4) if config.evaluates(n)] == [3] and config.decay_epochs == ()
+    assert [n for n in range(1, 4) if config.evaluates(n, 3)] == [3] and config.decay_epochs == ()
     with pytest.raises(UserError, match="--evaluation: '-3'"):
         read("--evaluation -3")
 

@@ -9,9 +9,10 @@ import torch
 from detcore import UserError
 from detcore.device import backend
 from detcore.evaluation.coco import METRICS
+from detcore.training.records import JsonSummary
 from ssd300 import train
 from ssd300.config import Config
-from ssd300.records import Records, Summary
+from ssd300.records import Records
 
 
 def lines(path: Path) -> list[dict]:
@@ -20,7 +21,7 @@ def lines(path: Path) -> list[dict]:
 
 def summary(config: Config, best: float | None = None) -> list[dict]:
     """Data of the lines of a run that ends after its only evaluation."""
-    records = Records(config, Summary(config.json_summary))
+    records = Records(config, JsonSummary(config.json_summary))
     records("start", {"config": {"seed": 77}})
     records("end", {"time_s": 1.0, "best": best})
     return [line["data"] for line in lines(config.json_summary)]
@@ -51,23 +52,23 @@ def test_the_best_is_that_of_the_whole_run(tmp_path, best):
 
 def test_an_earlier_summary_stays_until_the_first_line(tmp_path):
     path = tmp_path / "new/s.json"
-    Summary(path).log((), {"run": 1})
-    Summary(path)
+    JsonSummary(path).log((), {"run": 1})
+    JsonSummary(path)
     assert [line["data"] for line in lines(path)] == [{"run": 1}]
-    both = Summary(path)
+    both = JsonSummary(path)
     both.log((), {"run": 2})
     both.log((), {"run": 3})
-    Summary(path, append=True).log((), {"run": 4})
+    JsonSummary(path, append=True).log((), {"run": 4})
     assert [line["data"]["run"] for line in lines(path)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
 def test_the_summary_may_be_a_device(path):
     if path == "/dev/null":
-        Summary(Path(path)).log((), {"run": 1})
+        JsonSummary(Path(path)).log((), {"run": 1})
         return
     with pytest.raises(UserError, match=r"--json-summary /dev/full can't be written: No space left"):
-        Summary(Path(path)).log((), {"run": 1})
+        JsonSummary(Path(path)).log((), {"run": 1})
 
 
 @pytest.mark.parametrize(

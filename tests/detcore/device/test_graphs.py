@@ -81,14 +81,13 @@ def make_task(optimizer=adam) -> Task:
     return Task(
         model=model,
         optimizer=optimizer(model),
-        lr=lambda step, per_epoch: 1e-2 / (1 + step),
+        lr=lambda step, per_epoch, base: 1e-2 / (1 + step),
         loss=loss,
         open_data=open_data,
-        metric="AP",
-        target=None,
-        eval_epochs=lambda completed: False,
+        targets={"AP": None},
+        eval_epochs=lambda completed, epochs: False,
         hyperparameters={},
-        example=lambda: batches(99, 1)[0],
+        examples=lambda: batches(99, 1),
     )
 
 
@@ -115,7 +114,7 @@ def train(recorder, optimizer, config, *, scale=False, steps=STEPS, resume=None,
     first = resume["step"] if resume else 0
     terms = []
     for i in range(first, first + steps):
-        optim.set_lr(task.optimizer, task.lr(i, 1))
+        optim.set_lr(task.optimizer, task.lr(i, 1, 1e-2))
         given = batches(i, passes[i] if passes else config.accumulate)
         if i == spoil:
             given[0].boxes.fill_(float("inf"))
@@ -470,7 +469,7 @@ def train(recorder):
     parallel.train()
     step = engine.make_train_step(task, state, parallel, config, device)
     for i in range(4):
-        optim.set_lr(task.optimizer, task.lr(i, 1))
+        optim.set_lr(task.optimizer, task.lr(i, 1, 1e-2))
         step(batches(10 * i + r, 2))
     return state.contents(), device.rng_state()
 assert same(train(Again()), train(None)) and Again.made == 2

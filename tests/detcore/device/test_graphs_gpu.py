@@ -66,8 +66,8 @@ class Run:
         def loss(network, batch):
             return losses(network(batch.images), anchors, batch.boxes, batch.labels)
 
-        rest = dict.fromkeys(("lr", "open_data", "metric", "target", "eval_epochs", "hyperparameters"))
-        task = Task(self.model, self.state.optimizer, loss=loss, example=lambda: batch_of(images, 10**6), **rest)
+        rest = dict.fromkeys(("lr", "open_data", "targets", "eval_epochs", "hyperparameters"))
+        task = Task(self.model, self.state.optimizer, loss=loss, examples=lambda: [batch_of(images, 10**6)], **rest)
         self.model.train()
         self.step = engine.make_train_step(task, self.state, self.model, self.config, self.device)
 

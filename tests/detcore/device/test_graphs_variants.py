@@ -69,8 +69,8 @@ def train(device: str, backbone: str, exact: bool, recorded: bool, *variants: st
         def batch(number: int):
             return next(synthetic_batches(CLASSES, SIZE, 1, 10, number))
 
-        rest = dict.fromkeys(("lr", "open_data", "metric", "target", "eval_epochs", "hyperparameters"))
-        task = Task(model, optimizer, loss=loss, example=lambda: batch(10**6), **rest)
+        rest = dict.fromkeys(("lr", "open_data", "targets", "eval_epochs", "hyperparameters"))
+        task = Task(model, optimizer, loss=loss, examples=lambda: [batch(10**6)], **rest)
         model.train()
         step = engine.make_train_step(task, state, model, config, chosen)
         terms = [step([chosen.to_device(batch(number))]) for number in range(STEPS[device])]
