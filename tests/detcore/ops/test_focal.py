@@ -61,7 +61,7 @@ def check(implementation, dtype, logits, matched, labels, weight, first, factor=
     assert found.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-6, atol=1e-12)
     rounding = ROUNDING[dtype] * (2 if factor == 3 else 1)  # multiplied by other than a power of 2: rounded again
-    smallest = 2**-24 if dtype == torch.float16 else 1e-9
+    smallest = 2**-24 if dtype == torch.float16 else 1e-8  # a smoothed gradient passes through 0
     torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=rounding, atol=smallest)
 
 
