@@ -81,6 +81,7 @@ class EfficientDet(nn.Module):
         bias = known.redundant_bias if redundant_bias is None else redundant_bias
         act: Activation = getattr(F, known.activation)
         drop = known.drop_path if drop_path is None else drop_path
+        self.soft_nms = False  # what is done with overlapping boxes; see `efficientdet.postprocess`
         self.backbone = EfficientNet(known.backbone, known.same_backbone, drop, known.backbone_eps)
         self.fpn = BiFPN(
             self.backbone.channels, known.channels, known.cells, known.levels, fusion or known.fusion, act,
