@@ -19,6 +19,7 @@ from detcore.data.ahead import one_ahead
 from detcore.data.batch import Batch
 from detcore.device import graphs
 from detcore.device.graph_recorder import GraphRecorder
+from detcore.device.sync_norm import synchronised
 from detcore.processes import distributed
 
 DEVICES = ("auto", "cpu", "cuda", "tpu")
@@ -121,9 +122,11 @@ class Backend:
         return parallel
 
     def sync_batch_norm(self, model: nn.Module) -> nn.Module:
-        """Batch statistics over all processes instead of each one's own. Raises UserError where torch has none."""
+        """Batch statistics over all processes instead of each one's own. Raises UserError on a TPU."""
+        if self.device.type == "cpu":
+            return synchronised(model)
         if not self.is_gpu:
-            raise UserError("--sync-bn wants GPUs: torch synchronises batch statistics only there; leave it out")
+            raise UserError("--sync-bn wants GPUs or processors: there is none for TPUs; leave it out")
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def to_device(self, batch: Batch) -> Batch:
