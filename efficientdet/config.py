@@ -44,7 +44,7 @@ class Config(DetectionConfig):
         (), "training: what of --initial-checkpoint is left out, by parts of names, as class_net box_net", group="Run"
     )
     use_ema: bool = option(
-        False, "take the average of an original's checkpoint (of this program's it is always taken)", group="Run"
+        False, "take an original checkpoint's average, if it has one (this program's is always taken)", group="Run"
     )
     save_checkpoint_interval: int = option(
         10, "epochs from one lasting checkpoint_<epochs>.pt to the next; 0: none", check=at_least(0), group="Run"

@@ -53,7 +53,7 @@ def build_model(config: Config, num_classes: int) -> EfficientDet:
         saved = load_checkpoint(config.checkpoint)
         own = saved.get("ema")
         removed = config.remove_weights if config.mode == "train" else ()
-        average = config.use_ema and not own
+        average = config.use_ema and "state_dict_ema" in saved
         load_original_state(model, own or saved, str(config.checkpoint), ema=average, remove=removed)
     elif config.pretrained and not config.resume and not config.synthetic:
         load_weights(model.backbone, config.weights)
