@@ -45,12 +45,25 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def targets(self) -> dict[str, float | None]:
+        """Metrics and what they had to reach, the primary one first; older records know of AP alone."""
+        return self.start.get("targets") or {"AP": self.start["config"].get("target_map")}
+
+    @property
+    def goals(self) -> dict[str, float]:
+        return {name: value for name, value in self.targets.items() if value is not None}
+
+    @property
+    def metric(self) -> str:
+        return next(iter(self.targets))
+
+    @property
     def target(self) -> float | None:
-        return self.start["config"].get("target_map")
+        return self.targets[self.metric]
 
     @property
     def best(self) -> dict[str, Any] | None:
-        return max(self.evals, key=lambda e: e["metrics"]["AP"], default=None)
+        return max(self.evals, key=lambda e: e["metrics"][self.metric], default=None)
 
     @property
     def rate(self) -> float | None:
@@ -73,19 +86,21 @@ class Run:
     def verdict(self) -> tuple[str, str]:
         """(good, bad or plain; one sentence) on how the run ended."""
         step = self.steps[-1]["step"] if self.steps else 0
-        reached = self.target is not None and self.best and self.best["metrics"]["AP"] >= self.target
+        goals = self.goals
+        reached = goals and any(all(e["metrics"][n] >= v for n, v in goals.items()) for e in self.evals)
+        named = f"{'Targets' if len(goals) > 1 else 'Target'} {', '.join(f'{n} {v:g}' for n, v in goals.items())}"
         epochs = self.start["config"].get("epochs")
         if reached and self.status != "success":
-            return "plain", f"Target AP {self.target:g} reached, but the run did not come to its proper end"
+            return "plain", f"{named} reached, but the run did not come to its proper end"
         if reached:
-            return "good", f"Target AP {self.target:g} reached"
+            return "good", f"{named} reached"
         if self.status is None:
             return "bad", f"No end recorded: the run was killed or still goes on; last seen at step {step:,}"
         if self.status == "success":
             return "plain", f"Finished {epochs} epochs; no target was set"
-        if self.target is not None and self.evals and self.evals[-1]["epoch"] == epochs:
-            return "bad", f"Target AP {self.target:g} not reached in {epochs} epochs"
-        goal = "" if self.target is None else f"; target AP {self.target:g} not reached"
+        if goals and self.evals and self.evals[-1]["epoch"] == epochs:
+            return "bad", f"{named} not reached in {epochs} epochs"
+        goal = f"; {named[0].lower()}{named[1:]} not reached" if goals else ""
         return "bad", f"Aborted after step {step:,}{goal}"
 
 

@@ -77,7 +77,7 @@ def test_flags_without_a_meaning_here_are_taken_and_said(line):
 def test_evaluation_after_the_listed_epochs_and_the_last():
     config = read("--epochs 30").config
     assert [n for n in range(1, 31) if config.evaluates(n, 30)] == [22, 30]
-    assert not read("--fake-data").config.evaluates(65)
+    assert not read("--fake-data").config.evaluates(65, 65)
 
 
 def test_bare_lists_are_empty():
