@@ -51,7 +51,7 @@ def value_and_gradient(loss, logits, *arguments, factor=1.0):
     return value.detach(), logits.grad
 
 
-def check(implementation, dtype, logits, matched, labels, weight, first, factor=1.0) -> None:
+def check(implementation, dtype, logits, matched, labels, weight, first, factor=1.0, smallest=1e-9) -> None:
     """The implementation's value and gradient, which must be those of float64 from the same rounded logits."""
     logits, device = logits.to(dtype), implementation.device
     arguments = (matched.to(device), labels.to(device), weight.float().to(device), first)
@@ -61,7 +61,7 @@ def check(implementation, dtype, logits, matched, labels, weight, first, factor=
     assert found.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-6, atol=1e-12)
     rounding = ROUNDING[dtype] * (2 if factor == 3 else 1)  # multiplied by other than a power of 2: rounded again
-    smallest = 2**-24 if dtype == torch.float16 else 1e-8  # a smoothed gradient passes through 0
+    smallest = max(smallest, 2**-24 if dtype == torch.float16 else 0)
     torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=rounding, atol=smallest)
 
 
@@ -407,8 +407,9 @@ def test_reference_of_other_recipes(recipe):
 def test_other_recipes(implementation, shape, dtype, recipe, monkeypatch):
     for name in ("focal_loss", "focal_reference"):
         monkeypatch.setitem(globals(), name, partial(getattr(ops_focal, name), **recipe))
-    check(implementation, dtype, *case(sum(shape), *shape))
-    check(implementation, dtype, *case(sum(shape), *shape, spread=30))
+    # Near where a smoothed target is met, float32 subtracts what is nearly equal.
+    check(implementation, dtype, *case(sum(shape), *shape), smallest=2e-8)
+    check(implementation, dtype, *case(sum(shape), *shape, spread=30), smallest=2e-8)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
