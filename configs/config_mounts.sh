@@ -43,7 +43,8 @@ for word in "${words[@]}"; do
     case $word in
     --test-only) mode=evaluate ;;
     --no-cuda) device=cpu ;;
-    --no-pretrained | --checkpoint | --weights | --backbone-path) pretrained=0 ;;
+    --no-pretrained | --checkpoint | --initial-checkpoint) pretrained=0 ;;
+    --weights | --backbone-path | --pretrained-backbone-path) pretrained=0 ;;
     esac
     flag=$word
 done

@@ -43,6 +43,13 @@ class Loaded(NamedTuple):
     notices: list[str]
 
 
+class Spelling(NamedTuple):
+    """What follows one flag: so many values (None: a list of any length), and the variable that sets the same field."""
+
+    values: int | None
+    env: str | None
+
+
 class _Option(NamedTuple):
     """One field as `option` describes it, with its annotation resolved."""
 
@@ -122,6 +129,15 @@ def load(cls, argv: Sequence[str], environ: Mapping[str, str], ignored: Mapping 
             sources[opt.name] = f"environment {opt.env}"
     notices = _read_argv(options, list(argv), ignored, values, sources)
     return Loaded(cls(**values), sources, notices)
+
+
+def spellings(cls) -> dict[str, Spelling]:
+    """Every flag that `load` knows of `cls`, for programs that translate the flags of others."""
+    return {
+        flag: Spelling(0 if opt.kind is bool else None if opt.count == 0 else opt.count or 1, opt.env)
+        for opt in _options(cls)
+        for flag in _spellings(opt)
+    }
 
 
 def describe(cls, prog: str, intro: str) -> str:

@@ -107,7 +107,7 @@ def test_header_says_what_to_expect_and_that_it_was_not_measured(path):
 @by_system
 def test_the_cores_suffice(path):
     exported = exports(path)
-    config = settings(exported, *(["--checkpoint", "x.pt"] if "--mode evaluation" in exported["EXTRA_PARAMS"] else []))
+    config = settings(exported, *(["--checkpoint", "x.pt"] if "--mode eval" in exported["EXTRA_PARAMS"] else []))
     cores = int(exported["DGXNSOCKET"]) * int(exported["DGXSOCKETCORES"])
     assert (config.workers + 1) * int(exported["DGXNGPU"]) <= cores
 

@@ -21,9 +21,7 @@ class DetectionConfig(RunConfig):
     target_map: float | None = option(
         None, "stop with success at this mAP; none: train all epochs", check=between(0, 1), group="Training"
     )
-    sync_bn: bool = option(
-        False, "batch normalisation that learns, on GPUs: statistics over all processes", group="Model"
-    )
+    sync_bn: bool = option(False, "batch normalisation that learns: statistics over all processes", group="Model")
     pretrained: bool = option(
         True, "start from ImageNet weights, found in TORCH_HOME or at --weights; never downloaded", group="Model"
     )

@@ -42,10 +42,14 @@ def _no_beat(phase: str, count: int) -> None:
     """For programs that no watchdog looks at."""
 
 
-def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> int:
+def evaluate(
+    config: DetectionConfig, detector: Detector, build_model: BuildModel, results: Path | None = None,
+    score: bool = True,
+) -> int:  # fmt: skip
     """The twelve COCO numbers of a checkpoint on the validation images; all processes of the job share the work.
 
-    Writes evaluation.json into the output folder and prints a table, with the AP of every class.
+    Writes evaluation.json into the output folder and prints a table, with the AP of every class. results: file that
+    gets all detections as COCO results. score: False spares the numbers.
     """
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
@@ -63,11 +67,16 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
-        counted = detection.counted(detector, config, index, everyone)
-        result = coco_metrics(index.ground_truth(), counted, per_class=True)
+        counted = detection.counted(detector, config, index, everyone) if score else None
+        result = coco_metrics(index.ground_truth(), counted, per_class=True) if score else None
     finally:
         device.close()
         distributed.shutdown()
+    if results:
+        write_json(results, coco_results(everyone))
+    if not score:
+        print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
+        return cli.OK
     result = detection.metrics_of(detector, config, result, class_names(index))
     print(native.describe(config.program, device.device))
     print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
@@ -76,6 +85,14 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
     write_json(config.output_dir / "evaluation.json", {"checkpoint": str(config.checkpoint), **result})
     return cli.OK
+
+
+def coco_results(rows: Tensor) -> list[dict[str, Any]]:
+    """Detections float64 [D, 7], as `detect` has them, in COCO's format of results."""
+    return [
+        {"image_id": int(image), "category_id": int(category), "bbox": [x, y, w, h], "score": score}
+        for image, x, y, w, h, score, category in rows.tolist()
+    ]
 
 
 def _same_classes(path: Path, index: CocoIndex) -> None:

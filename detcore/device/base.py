@@ -125,7 +125,7 @@ class Backend(ABC):
 
     def sync_batch_norm(self, model: nn.Module) -> nn.Module:
         """Batch statistics over all processes instead of one process. Raises UserError where torch has none."""
-        raise UserError("--sync-bn wants GPUs: torch synchronises batch statistics only there; leave it out")
+        raise UserError("--sync-bn wants GPUs or processors: there is none for TPUs; leave it out")
 
     @abstractmethod
     def to_device(self, batch: Batch) -> Batch:

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detcore.data.batch import Batch
 from detcore.device.base import Backend
+from detcore.device.sync_norm import synchronised
 from detcore.device.threads import Threads
 
 
@@ -28,6 +29,9 @@ class CpuBackend(Backend):
     def prefetch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The stream itself: the loader's workers fetch ahead, and there is nothing to copy."""
         return batches
+
+    def sync_batch_norm(self, model: nn.Module) -> nn.Module:
+        return synchronised(model)
 
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Nothing: DistributedDataParallel averages them."""

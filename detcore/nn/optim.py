@@ -22,19 +22,26 @@ def adam(model: nn.Module, lr: float, weight_decay: float = 0.0, *, fused: bool)
     return torch.optim.Adam(groups, lr=rate, weight_decay=weight_decay, fused=fused, capturable=fused)
 
 
-def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, *, fused: bool) -> torch.optim.SGD:
-    """torch's SGD with momentum over the parameters that train; fused as in `adam`.
+def sgd(
+    model: nn.Module, lr: float, momentum: float, weight_decay: float, *, fused: bool, nesterov: bool = False
+) -> torch.optim.SGD:
+    """torch's SGD with momentum over `decayed_groups`; fused as in `adam`."""
+    groups = decayed_groups(model, lr, weight_decay, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
-    Two groups: weight_decay for weights (more than one dimension), none for biases and normalisation.
+
+def decayed_groups(model: nn.Module, lr: float, weight_decay: float, *, fused: bool) -> list[dict[str, Any]]:
+    """The parameters that train in two groups, each with its learning rate; fused as in `adam`.
+
+    weight_decay for weights (more than one dimension), none for biases and normalisation. An empty group is left out.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     many, few = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [
+    return [
         {"params": params, "weight_decay": decay, "lr": _rate(lr, trained, fused), BASE_LR: lr}  # a tensor for each
         for params, decay in ((many, weight_decay), (few, 0.0))
         if params
     ]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
 
 
 def _rate(lr: float, parameters: list[nn.Parameter], fused: bool) -> float | Tensor:

@@ -243,6 +243,17 @@ def load_backbone(
             f"no weights for {name}: looked at {path}; fetch them with `public-scripts/download_backbone.sh -d DIR "
             f"{file_name}` and set TORCH_HOME=DIR, or begin with random weights by --no-pretrained"
         )
+    state = read_weights(path)
+    load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith(tuple(without))}, str(path))
+    return path
+
+
+def read_weights(path: Path) -> Mapping:
+    """The dictionary in a file of PyTorch weights.
+
+    Where the file name ends in a hash, as torchvision's do, the file must begin with it (sha256). Raises UserError when
+    the file is damaged or holds something else.
+    """
     expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
     if expected:
         with path.open("rb") as file:
@@ -256,8 +267,7 @@ def load_backbone(
         raise UserError(f"{path} cannot be read as PyTorch weights ({reason}); fetch it again") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of weights")
-    load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith(tuple(without))}, str(path))
-    return path
+    return state
 
 
 def load_exactly(model: nn.Module, state: Mapping, source: str) -> None:

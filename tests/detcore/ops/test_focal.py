@@ -15,6 +15,7 @@ from detcore.ops.match import IGNORED, UNMATCHED
 from single_stage_detector.loss import FOCAL
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "retinanet.json").read_text())
+EFFICIENTDET = json.loads((Path(__file__).parents[2] / "golden" / "efficientdet.json").read_text())["focal"]
 KEPT_IN_FLOAT16 = ops_focal.kept_in_float16(**FOCAL)
 focal_loss, focal_reference = (partial(f, **FOCAL) for f in (ops_focal.focal_loss, ops_focal.focal_reference))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -78,6 +79,18 @@ def test_golden_points_of_the_op(implementation):
         matched = torch.tensor([[0 if point["target"] else UNMATCHED]], device=implementation.device)
         value = focal_loss(logits, matched, torch.zeros_like(matched), logits.new_ones(1))
         assert float(value) == pytest.approx(point["loss"], rel=2e-6)
+
+
+@pytest.mark.parametrize("point", EFFICIENTDET["points"])
+def test_golden_points_of_efficientdet(implementation, point):
+    """Values and gradients as the original's own kernel has them, with and without smoothing."""
+    logits = torch.tensor([[[point["logit"]]]], device=implementation.device)
+    matched = torch.tensor([[0 if point["target"] else UNMATCHED]], device=implementation.device)
+    recipe = {"alpha": EFFICIENTDET["alpha"], "gamma": EFFICIENTDET["gamma"], "smoothing": point["smoothing"]}
+    loss = partial(ops_focal.focal_loss, **recipe)
+    value, gradient = value_and_gradient(loss, logits, matched, torch.zeros_like(matched), logits.new_ones(1))
+    assert float(value) == pytest.approx(point["loss"], rel=2e-6)
+    assert float(gradient) == pytest.approx(point["dloss_dlogit"], abs=6e-7)
 
 
 @pytest.mark.parametrize("work", [1, 64, 2**18])
