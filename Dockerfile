@@ -19,10 +19,10 @@ RUN torch=$(python3 -c 'from importlib.metadata import version; print(version("t
     *) echo "Dockerfile: BASE=$BASE has torch ${torch:-or torchvision missing}; wanted: 2.11 to 2.15, with torchvision" >&2; exit 1 ;; \
     esac
 
-# The base decides which version of numactl there is.
+# The base decides which versions there are. The font is for the names of classes on pictures.
 # hadolint ignore=DL3008
 RUN apt-get update && \
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends numactl && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends numactl fonts-unifont && \
     rm -rf /var/lib/apt/lists/*
 
 # NGC's base limits pip to the versions of its own packages by PIP_CONSTRAINT. HOME and USER are for any uid, also one

@@ -10,14 +10,16 @@ PYTEST_ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
 BUILT := build/.kernels
-SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run $(wildcard configs/*.sh public-scripts/*.sh tools/*.sh)
+SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run \
+    $(wildcard configs/*.sh configs/systems/*.sh */launch.sh */recipes/*.sh public-scripts/*.sh tools/*.sh)
 CPP_FILES := $(wildcard */csrc/* tests/emulation/*.h tests/emulation/*.cu)
+BENCHES := $(patsubst tools/bench/%.py,tools.bench.%,$(filter-out %/__init__.py,$(wildcard tools/bench/*.py)))
 PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
 
-.PHONY: help setup ops demo demo-ssd300 test test-slow test-slurm test-docker test-tpu lint bench gpu gpu-carry clean
+.PHONY: help setup ops demo test test-slow test-slurm test-docker test-tpu lint bench gpu gpu-carry clean
 
 help: ## this list
-	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z0-9%-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo "  PYTHON=python3.12   the interpreter of .venv (now: $(PYTHON)); 3.11 or newer"
 	@echo "  PIP_INDEX_URL=URL   the package index, as pip reads it"
@@ -54,8 +56,8 @@ ops: $(READY) ## the kernels, for GPUs too where nvcc is; TORCH_CUDA_ARCH_LIST="
 demo: $(READY) $(BUILT) ## train a small RetinaNet on generated scenes, check its log, draw the report: results/demo
 	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh
 
-demo-ssd300: $(READY) $(BUILT) ## the same with a small SSD300: results/demo-ssd300
-	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh ssd300
+demo-%: $(READY) $(BUILT) ## the same with a small model of another benchmark: make demo-ssd300, results/demo-ssd300
+	@PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" tools/demo.sh $*
 
 test: $(READY) ## every CPU test but the slow ones
 	@$(PYTEST) -m "not slow and not gpu and not slurm and not docker and not dali and not tpu"
@@ -73,10 +75,10 @@ test-tpu: $(READY) ## the TPU path on the CPU, two ways, in environments of thei
 	@$(PYTEST) -n 0 -s -m tpu
 
 gpu: $(READY) ## on a GPU: build, gpu tests and every measurement, eight minutes: results/gpu
-	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" tools/gpu_check.py --out results/gpu
+	@OMP_NUM_THREADS=4 PATH="$(BIN):$$PATH" "$(BIN)/python" -m tools.gpu_check --out results/gpu
 
-gpu-carry: $(READY) ## what a GPU machine without network lacks, for gpu_check.py --carried: build/carry
-	@"$(BIN)/python" tools/gpu_carry.py
+gpu-carry: $(READY) ## what a GPU machine without network lacks, for gpu_check --carried: build/carry
+	@"$(BIN)/python" -m tools.gpu_carry
 
 lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint
 	@"$(BIN)/ruff" check .
@@ -86,9 +88,9 @@ lint: $(READY) ## ruff, clang-format, shellcheck, shfmt, hadolint
 	@"$(BIN)/shfmt" -i 4 -d $(SHELL_FILES)
 	@"$(BIN)/hadolint" Dockerfile
 
-bench: $(READY) ## every tools/bench_*.py: ours beside its baseline
-	@for bench in tools/bench_*.py; do echo "== $$bench"; "$(BIN)/python" "$$bench"; done
+bench: $(READY) ## every tools/bench/*.py: ours beside its baseline
+	@for bench in $(BENCHES); do echo "== $$bench"; "$(BIN)/python" -m "$$bench"; done
 
 clean: ## remove what demo and tests made; .venv stays
-	rm -rf build results/demo results/demo-ssd300 results/run .pytest_cache .ruff_cache .hypothesis
+	rm -rf build results/demo results/demo-* results/run .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -13,8 +13,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # What the container gets to know of this environment: variables that run.sub and the program read. Their paths of this
 # host are replaced by those in the container, and nothing else of the environment is told.
-passed='BENCHMARK|BATCHSIZE|EVALBATCHSIZE|NUMEPOCHS|LR|WARMUP_EPOCHS|WARMUP_STEPS|LOG_INTERVAL|OPS|GRAPHS|VARIANTS'
-passed+='|CUDNN_BENCHMARK_LIMIT'
+passed='BENCHMARK|BATCHSIZE|EVALBATCHSIZE|NUMEPOCHS|LR|LOG_INTERVAL|OPS|GRAPHS|VARIANTS|CUDNN_BENCHMARK_LIMIT'
 passed+='|EXTRA_PARAMS|SEED|USE_SYNTHETIC_DATA'
 passed+='|DGX[A-Z]+|MAXQ_CLK|MINEDP_CLK|SET_MAXQ_CLK|SET_MINEDP_CLK|WALLTIME|WALLTIME_RUNANDTIME|BIND|MASTER_PORT'
 passed+='|MLPERF_[A-Z_]+|NEXP|DATESTAMP|RESUME|CLEAR_CACHES|DROPCACHE_CMD|CHECK_COMPLIANCE|VERIFY_MOUNTS|INIT_EXPECTED_MOUNTS'
@@ -56,11 +55,11 @@ for mount in "${mounts[@]}"; do
     options+=(--volume "$mount")
 done
 options+=(--env CONT= --env LOGDIR=/results)
-[[ -z $data ]] || options+=(--env DATADIR=/datasets/open-images-v6)
+[[ -z $data ]] || options+=(--env "DATADIR=$container_data")
 [[ -z $weights ]] || options+=(--env BACKBONE_DIR=/torch-home)
 # Without values, which the engine reads from its own environment.
 for name in $(compgen -e); do
-    [[ ! $name =~ ^($passed)$ ]] || options+=(--env "$name")
+    [[ ! $name =~ ^($passed|$own_variables)$ ]] || options+=(--env "$name")
 done
 read -r -d '' -a more <<<"${DOCKER_ARGS:-}" || true
 

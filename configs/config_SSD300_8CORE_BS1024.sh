@@ -5,24 +5,7 @@
 # Expected: no time was published for a run that trains; 1,600 images/s for the fork's fake data.
 # Not measured here, where there is no TPU: docs/tpu.md says what was.
 
-export BENCHMARK=ssd300
-
-export DATASET_DIR=${DATASET_DIR:-${DATA_DIR:-${COCO_DIR:-/datasets/coco2017}}}
-export BATCHSIZE=${BATCHSIZE:-128}
-export EVALBATCHSIZE=${EVALBATCHSIZE:-128}
-export NUMEPOCHS=${NUMEPOCHS:-65}
-export LR=${LR:-0.0026} # of 32 images; scaled by those of a step
-export WARMUP_STEPS=${WARMUP_STEPS:-300}
-export LOG_INTERVAL=${LOG_INTERVAL:-16}
-export SEED=${SEED:-42}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--device tpu --precision bf16 --workers 8 --save {output}/checkpoints \
---json-summary {output}/summary.json --num-cores 8"}
-
-export DGXNNODES=1
-export DGXNGPU=1 # the program itself starts the processes of the cores
-export DGXSOCKETCORES=48
-export DGXNSOCKET=2
-export DGXHT=2
-export WALLTIME_RUNANDTIME=300
-
+source "$(dirname "${BASH_SOURCE[0]}")/systems/tpu.sh"
+export DGXNNODES=1 WARMUP_STEPS=${WARMUP_STEPS:-300} LOG_INTERVAL=${LOG_INTERVAL:-16} WALLTIME_RUNANDTIME=300
+source "$(dirname "${BASH_SOURCE[0]}")/../ssd300/recipes/tpu.sh" bf16 8 --num-cores 8
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -2,19 +2,7 @@
 # Recipe: published by NVIDIA, examples/SSD300_A100_FP32_8GPU.sh, under the name that its tables have.
 # Expected: mAP .25, 1:20 hours (published by NVIDIA); not measured here.
 
-export BENCHMARK=ssd300
-
-export BATCHSIZE=${BATCHSIZE:-128}
-export NUMEPOCHS=${NUMEPOCHS:-65}
-export LR=${LR:-0.0027}
-export WARMUP_STEPS=${WARMUP_STEPS:-1200}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--precision tf32 --workers 12"}
-
-export DGXNNODES=1
-export DGXNGPU=8
-export DGXSOCKETCORES=64
-export DGXNSOCKET=2
-export DGXHT=2
-export WALLTIME_RUNANDTIME=180
-
+source "$(dirname "${BASH_SOURCE[0]}")/systems/DGXA100.sh"
+export DGXNNODES=1 BATCHSIZE=${BATCHSIZE:-128} WALLTIME_RUNANDTIME=180
+source "$(dirname "${BASH_SOURCE[0]}")/../ssd300/recipes/nvidia_1024.sh" --precision tf32 --workers 12
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

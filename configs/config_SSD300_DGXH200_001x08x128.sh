@@ -2,19 +2,7 @@
 # Recipe: published by NVIDIA for 8 A100, examples/SSD300_A100_FP16_8GPU.sh, with bf16.
 # Expected: mAP .25 to .27, nobody published a time; not measured here.
 
-export BENCHMARK=ssd300
-
-export BATCHSIZE=${BATCHSIZE:-128}
-export NUMEPOCHS=${NUMEPOCHS:-65}
-export LR=${LR:-0.0027}
-export WARMUP_STEPS=${WARMUP_STEPS:-1200}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--precision bf16 --workers 12"}
-
-export DGXNNODES=1
-export DGXNGPU=8
-export DGXSOCKETCORES=56
-export DGXNSOCKET=2
-export DGXHT=2
-export WALLTIME_RUNANDTIME=60
-
+source "$(dirname "${BASH_SOURCE[0]}")/systems/DGXH200.sh"
+export DGXNNODES=1 BATCHSIZE=${BATCHSIZE:-128} WALLTIME_RUNANDTIME=60
+source "$(dirname "${BASH_SOURCE[0]}")/../ssd300/recipes/nvidia_1024.sh" --precision bf16 --workers 12
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -2,19 +2,7 @@
 # Recipe: published by NVIDIA, examples/SSD300_FP32_1GPU.sh.
 # Expected: mAP .25, 20:20 hours (published by NVIDIA); not measured here.
 
-export BENCHMARK=ssd300
-
-export BATCHSIZE=${BATCHSIZE:-32}
-export NUMEPOCHS=${NUMEPOCHS:-65}
-export LR=${LR:-0.0026}
-export WARMUP_STEPS=${WARMUP_STEPS:-300}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--precision fp32 --workers 4"}
-
-export DGXNNODES=1
-export DGXNGPU=1
-export DGXSOCKETCORES=20
-export DGXNSOCKET=2
-export DGXHT=2
-export WALLTIME_RUNANDTIME=1800
-
+source "$(dirname "${BASH_SOURCE[0]}")/systems/DGX1.sh"
+export DGXNNODES=1 DGXNGPU=1 BATCHSIZE=${BATCHSIZE:-32} WALLTIME_RUNANDTIME=1800
+source "$(dirname "${BASH_SOURCE[0]}")/../ssd300/recipes/nvidia.sh" --precision fp32 --workers 4
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -1,34 +1,9 @@
 # A demonstration on two CPU cores: a small RetinaNet from random weights on generated scenes of six shapes (make demo).
 # Expected: AP 0.42 after about 7 epochs, 3 minutes with bf16. No MLPerf result, and no published one to compare it with.
-# Division open: the model, the image size and the data set are not the benchmark's.
 
-export BENCHMARK=single_stage_detector
-
-export DATASET_DIR=${DATASET_DIR:-build/demo-data}
-export BATCHSIZE=${BATCHSIZE:-8}
-export EVALBATCHSIZE=${EVALBATCHSIZE:-40}
-export NUMEPOCHS=${NUMEPOCHS:-14}
-export LR=${LR:-0.0005}
-export LOG_INTERVAL=${LOG_INTERVAL:-10}
-export WARMUP_EPOCHS=${WARMUP_EPOCHS:-0.4}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 \
---no-pretrained --fpn-channels 64 --head-convs 1 --image-size 128 128 --anchor-sizes 16,32,64,128,256 --max-boxes 32 \
---ema-decay 0.98 --target-map 0.42 --workers 1 --drop-file-cache --gallery 12 --overwrite --device cpu \
---precision $(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)"} # bf16 where the processor multiplies it fast
-
-# Threads spin only briefly while they wait: without a limit, one other busy process on these cores slows training tenfold.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-
-export MLPERF_DIVISION=${MLPERF_DIVISION:-open}
-export MLPERF_SUBMISSION_ORG=${MLPERF_SUBMISSION_ORG:-demonstration}
-export MLPERF_SUBMISSION_PLATFORM=${MLPERF_SUBMISSION_PLATFORM:-"$(nproc) CPU cores $(uname -m)"}
-
-export DGXNNODES=1
-export DGXNGPU=1
-DGXSOCKETCORES=$(nproc)
-export DGXSOCKETCORES
-export DGXNSOCKET=1
-export DGXHT=1
-export WALLTIME_RUNANDTIME=20
-
+source "$(dirname "${BASH_SOURCE[0]}")/systems/cpu.sh"
+export DGXNNODES=1 WALLTIME_RUNANDTIME=20
+export BATCHSIZE=${BATCHSIZE:-8} EVALBATCHSIZE=${EVALBATCHSIZE:-40} LR=${LR:-0.0005}
+source "$(dirname "${BASH_SOURCE[0]}")/../single_stage_detector/recipes/demo.sh" \
+    --target-map 0.42 --workers 1 --drop-file-cache --gallery 12 --overwrite
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

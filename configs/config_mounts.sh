@@ -1,8 +1,8 @@
-# shellcheck disable=SC2034  # the scripts that source this read the variables
+# shellcheck disable=SC2034,SC2154  # the scripts that source this read the variables, and say where the repository is: here
 # Sourced by run.sub and run_with_docker.sh: checks the variables of a job and says what lies where in a container.
 # Takes DATADIR, BACKBONE_DIR, LOGDIR, CONT, EXTRA_PARAMS, EXTRA_MOUNTS and the config's exports; sets the arrays problems
 # (what is wrong, all of it), checks (words for the preflight), mounts (SOURCE:TARGET[:ro]) and drop_caches (a command),
-# and data, weights and LOGDIR as absolute paths of this host.
+# data, weights and LOGDIR as absolute paths of this host, and what the benchmark's launch.sh says, such as container_data.
 
 problems=()
 missing=()
@@ -51,8 +51,14 @@ done
 [[ $mode == train || $mode == training ]] ||
     problems+=("EXTRA_PARAMS has --mode $mode, but trials are trainings (--mode train): call ./run_and_time.sh for it")
 
-synthetic=${USE_SYNTHETIC_DATA:-0}
-[[ ${BENCHMARK:-} != ssd300 ]] || DATADIR=${DATADIR:-${DATA_DIR:-${COCO_DIR:-}}} # names of the original's scripts
+synthetic=${USE_SYNTHETIC_DATA:-0} container_data='' own_variables=''
+launch=$here/${BENCHMARK:-}/launch.sh
+# shellcheck disable=SC1090  # the benchmark's
+if [[ -f $launch ]]; then
+    source "$launch"
+elif [[ -n ${BENCHMARK:-} ]]; then
+    problems+=("BENCHMARK=$BENCHMARK: there is no $launch")
+fi
 if [[ -z ${DATADIR:-} && $synthetic != 1 ]]; then
     problems+=("DATADIR is missing: the folder of the data set")
 fi
@@ -74,7 +80,7 @@ mkdir -p "$LOGDIR" 2>/dev/null && [[ -w $LOGDIR ]] || problems+=("LOGDIR=$LOGDIR
 [[ $LOGDIR != *[%\\]* ]] || problems+=("LOGDIR=$LOGDIR holds % or \\, which Slurm would replace in the names of the logs")
 
 mounts=("$LOGDIR:/results")
-[[ -z $data ]] || mounts+=("$data:/datasets/open-images-v6:ro")
+[[ -z $data ]] || mounts+=("$data:$container_data:ro")
 [[ -z $weights ]] || mounts+=("$weights:/torch-home:ro")
 if [[ -n ${CONT:-} ]]; then
     [[ $data$weights$LOGDIR != *[,:]* ]] || problems+=("a , or : in DATADIR, BACKBONE_DIR or LOGDIR can't be mounted")

@@ -3,32 +3,13 @@
 # Beside other work OMP_NUM_THREADS=1 is faster: at load 5 two threads made 2 images/s, one made 9.
 # No published result to compare it with.
 
-export BENCHMARK=ssd300
-
-export DATASET_DIR=${DATASET_DIR:-build/demo-data-ssd300}
-export BATCHSIZE=${BATCHSIZE:-8}
-export EVALBATCHSIZE=${EVALBATCHSIZE:-20}
-export NUMEPOCHS=${NUMEPOCHS:-8}
-export LR=${LR:-0.004}
-export LOG_INTERVAL=${LOG_INTERVAL:-10}
-export WARMUP_STEPS=${WARMUP_STEPS:-20}
+source "$(dirname "${BASH_SOURCE[0]}")/systems/cpu.sh"
+export BENCHMARK=ssd300 DGXNNODES=1 WALLTIME_RUNANDTIME=20
+export DATASET_DIR=${DATASET_DIR:-build/demo-data-ssd300} BATCHSIZE=${BATCHSIZE:-8} EVALBATCHSIZE=${EVALBATCHSIZE:-20}
+export NUMEPOCHS=${NUMEPOCHS:-8} LR=${LR:-0.004} WARMUP_STEPS=${WARMUP_STEPS:-20} LOG_INTERVAL=${LOG_INTERVAL:-10}
 export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --no-pretrained --optimizer adam --weight-decay 0 \
 --multistep 6 --ema-decay 0.98 --augmentation flip --max-boxes 32 --evaluation 0 1 2 3 4 5 6 7 --target-map 0.25 --workers 1 \
 --drop-file-cache --gallery 12 --overwrite --device cpu \
 --precision $(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)"} # bf16 where it is fast
-
-# Threads spin only briefly while they wait: without a limit, one other busy process on these cores slows training tenfold.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-
 export MLPERF_SUBMISSION_ORG=${MLPERF_SUBMISSION_ORG:-demonstration}
-export MLPERF_SUBMISSION_PLATFORM=${MLPERF_SUBMISSION_PLATFORM:-"$(nproc) CPU cores $(uname -m)"}
-
-export DGXNNODES=1
-export DGXNGPU=1
-DGXSOCKETCORES=$(nproc)
-export DGXSOCKETCORES
-export DGXNSOCKET=1
-export DGXHT=1
-export WALLTIME_RUNANDTIME=20
-
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

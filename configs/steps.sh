@@ -37,7 +37,7 @@ with_host_paths() { "$@"; }
 if [[ -n $CONT ]]; then
     with_host_paths() { "$@" 2>&1 | (trap '' TERM USR1 && exec sed -uE "${named[@]}"); }
     named=()
-    for pair in "/results:$LOGDIR" "/datasets/open-images-v6:$data" "/torch-home:$weights"; do
+    for pair in "/results:$LOGDIR" "$container_data:$data" "/torch-home:$weights"; do
         # shellcheck disable=SC2001  # what & means in a replacement of bash depends on its version
         path=$(sed 's/[&#\\]/\\&/g' <<<"${pair#*:}")
         [[ -z $path ]] || named+=(-e "s#(^|[^[:alnum:]_./-])${pair%%:*}\\>#\\1$path#g")
@@ -62,6 +62,23 @@ trap "" USR1
 read -r
 remove'
 
+# refuse WORDS: ends the job before its first trial. A preemption is no fault of the job's: it starts again.
+refuse() {
+    notice_preemption
+    status=2
+    [[ -z $preempted ]] || requeue "before the first trial" "$preempted"
+    say "error: ${stop:+stopped by ${preempted:-SIG$stop}, so }$*; no trial was started" >&2
+    exit 2
+}
+
+# requeue WHEN WHY: ends this start of the job and asks for another; returns where the site has none.
+requeue() {
+    scontrol requeue "$job" || { say "this site does not requeue" && return; }
+    say "requeued $1; the job goes on when it starts again${2:+: $2}"
+    for _ in {1..300}; do [[ $stop == TERM ]] || sleep 1 || true; done # until Slurm ends this start
+    exit "$status"
+}
+
 # enter_containers COMMAND...: one container on each node; COMMAND (the table) waits in that of the first.
 enter_containers() {
     local code=0 patience work=${WORK_DIR:-/workspace/ssd}
@@ -70,7 +87,7 @@ enter_containers() {
         refuse "containers need enroot on every node"
     # Once the job is cancelled no step can be started, so that this one and the table's wait from now on.
     patience=$(sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' <<<"$slurm")
-    patience=$((${patience:-30} > 10 ? ${patience:-30} - 5 : 5))
+    patience=$((${patience:-30} > 7 ? ${patience:-30} * 2 / 3 : 5)) # removing an image of 20 GB takes seconds
     coproc REMOVER { "${hosts[@]}" bash -c "$remover" "pyxis_$name" "$patience" &>/dev/null; }
     on_hosts --container-image="$CONT" "${container[@]}" --container-workdir=/ \
         sh -c '[ -f "$0/run_and_time.sh" ] || exit 9' "$work" || code=$?
@@ -108,13 +125,14 @@ check_folders() {
     local code=0 look ask
     down='' gone=''
     # trials.py names a disk with less than 50 MiB as the reason of a failure; a quota shows only where something is written.
-    look='[[ -d $0 ]] || { echo "LOGDIR: $0 was removed"; exit; }
+    # Ranks that still write may have made the folder anew, but not what run.sub had put beside it.
+    look='for path in "$0" "$2"; do [[ -e $path ]] || { echo "LOGDIR: $path was removed"; exit; }; done
         free=$(df --output=avail -BM "$0" | tr -dc "0-9\n" | tail -n 1)
         ((${free:-50} >= 50)) || { echo "the disk of LOGDIR=$1 is full"; exit; }
         said=$(LC_ALL=C dd if=/dev/zero of="$0/.written" bs=1M count=1 conv=fsync status=none 2>&1) ||
             echo "LOGDIR=$1: nothing can be written: ${said##*: }"
         rm -f "$0/.written"'
-    down=$(timeout -k 5 20 bash -c "$look" "$folder" "$LOGDIR" 2>/dev/null) || code=$?
+    down=$(timeout -k 5 20 bash -c "$look" "$folder" "$LOGDIR" "$LOGDIR/${stamp}_system.json" 2>/dev/null) || code=$?
     ((code != 124 && code != 137)) || down="LOGDIR=$LOGDIR does not answer: does its file server hang?"
     [[ -z $down ]] || return 0
     look='for path; do [[ -e $path ]] || { echo "$path is gone on ${SLURMD_NODENAME:-$HOSTNAME}"; code=9; }; done; exit ${code:-0}'

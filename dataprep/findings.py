@@ -16,9 +16,12 @@ IMAGE_KINDS = {
     "truncated images": (PROBLEM, "fetch them again; they end in the middle"),
     "damaged images": (PROBLEM, "fetch them again; they do not decode"),
     "images of another size than the annotation file says": (
-        PROBLEM, "their boxes are wrong: correct the file or its entry (exchanged sides: rotated by EXIF somewhere)"),
+        PROBLEM, "their boxes are wrong: correct the file or its entry (sides exchanged: its width and height)"),
     "images that decode with a warning": (NOTE, "fetch them again if their pixels matter: part may be grey or shifted"),
-    "images with an EXIF orientation": (NOTE, "it is never applied, here and in the reference: boxes must fit without"),
+    "images with an EXIF orientation": (NOTE, "listed in the size that is stored: trained as stored, not turned"),
+    "images that EXIF turns": (NOTE, "listed in the size of the upright picture: training turns them upright"),
+    "images of which the size does not tell whether EXIF turns them": (
+        NOTE, "half turns, mirror images, squares: trained as stored; look at their boxes, --exif apply turns them"),
     "images with an invalid EXIF orientation": (NOTE, "not one of 1 to 8: nobody applies it"),
     "greyscale images": (NOTE, "decoded to RGB"),
     "CMYK images": (NOTE, "decoded to RGB; the colours of some are inverted"),

@@ -17,10 +17,10 @@ import numpy as np
 
 from dataprep import openimages_pieces as pieces
 from dataprep import openimages_tables as tables
-from dataprep.jpeg_header import BadHeader, read_header
 from dataprep.openimages_pieces import Tally
 from dataprep.openimages_tables import BOX, FILE, FLAGS, Classes, Source
 from detcore import UserError
+from detcore.data.jpeg_header import BadHeader, read_header
 
 _VERSION = 1  # of the pieces; others are not continued
 _CHUNK = 16 << 20  # bytes of the box table that become one piece

@@ -67,10 +67,11 @@ def pack(
 
     shard_bytes: a shard ends before the image that would make it longer. shuffle: the seed of the images' order; None:
     that of the annotation file. done(images, bytes, new) reports progress; new is False for what was there.
-    Raises UserError for missing and empty images, a folder that holds another packing (without force, which replaces
-    it), a second packing of the same folder at the same time, and a disk that does not keep what was written.
+    Raises UserError for images that are missing, empty or outside of the image folder, another packing in the folder
+    (force replaces it), a second one going on there, and a disk that does not keep what was written.
     """
     index.check_images()
+    index.check_inside()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -44,6 +44,7 @@ from dataprep.verify_files import (
 )
 from detcore.cli import OK, run_main
 from detcore.data import manifest
+from detcore.data.classes import differing_files, told_apart
 from detcore.training.progress import Meter, duration
 
 PROBLEMS_FOUND = 1
@@ -71,10 +72,11 @@ def check(args: argparse.Namespace, splits: list[Split], findings: Findings) -> 
         row["image_files"] = row["image_files"] or there
         check_boxes(findings, split.name, index)
     if {"train", "val"} <= indexes.keys():
-        train, val = indexes["train"].category_ids.tolist(), indexes["val"].category_ids.tolist()
-        apart = sorted(set(train) ^ set(val))
-        do = "training needs the same in both files: convert them together"
-        findings.add(PROBLEM, "", "category ids of only one of train and val", len(apart), [str(k) for k in apart], do)
+        train, val = indexes["train"], indexes["val"]
+        entries = [list(zip(i.category_ids.tolist(), i.category_names, strict=True)) for i in (train, val)]
+        apart = differing_files(*entries, *told_apart(train.annotation_file, val.annotation_file))
+        do = "training needs the same ids with the same names in both files: convert them together"
+        findings.add(PROBLEM, "", "categories that differ between train and val", len(apart), apart, do)
     if args.full:
         from dataprep import verify_images  # imports torch, which takes seconds
 

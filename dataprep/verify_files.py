@@ -15,7 +15,7 @@ from dataprep import data_sets
 from dataprep.data_sets import MLPERF_CLASSES, Split
 from dataprep.findings import EXAMPLES, IMAGE_KINDS, NOTE, PROBLEM, Findings
 from detcore import UserError
-from detcore.data import manifest
+from detcore.data import manifest, signs
 from detcore.data.coco import CocoIndex, training_boxes
 from detcore.data.shards import hash_names
 from detcore.training.progress import Meter
@@ -106,9 +106,33 @@ def check_annotations(findings: Findings, split: Split, args: argparse.Namespace
         ("duplicate file names", "both train, with the boxes of each: give each picture one entry"),
         ("duplicate annotation ids", "harmless here; pycocotools keeps only the last of them"),
         ("images without annotations", "they train as background"),
+        ("duplicate categories", "the first entry stays"),
+        ("categories that share a name", "they are classes of their own, told apart by their ids; is that meant?"),
+        ("names of another spelling", "the file that is there is taken; correct the names for other programs"),
+        ("areas below 0", "evaluation ignores such boxes, as COCO's does; write width * height"),
+        ("boxes under one pixel", "they train, though a resized image may hold nothing of them"),
     ):
         findings.add(NOTE, split.name, what, index.counts[what], [], do)
+    check_signs(findings, split, index)
     return index
+
+
+def check_signs(findings: Findings, split: Split, index: CocoIndex) -> None:
+    """What all boxes together look like, and whether any is left to train with or to score."""
+    told, name = index.signs, split.name
+    for words in signs.suspicions(told):
+        findings.add(PROBLEM, name, "boxes that are likely stored in another way", told["boxes"], [], words)
+    layout = data_sets.ALL.get(split.layout)
+    crowd = layout.crowd if layout else "drop"
+    if crowd == "drop":
+        do = "left out as crowd, as COCO has it; evaluation does not score them"
+        findings.add(NOTE, name, "crowd boxes left out of training", told["crowd left out"], [], do)
+    if name != "val" and not told["trained" if crowd == "keep" else "trained without crowd"]:
+        do = "nothing would be learnt: see the counts of boxes here, and iscrowd in the file"
+        findings.add(PROBLEM, name, "files without a box to train with", 1, [], do)
+    if name == "val" and not told["scored"]:
+        do = "no mAP can be computed: validation wants boxes that are no crowd, with an area of 0 or more"
+        findings.add(PROBLEM, name, "files with nothing to score", 1, [], do)
 
 
 def check_classes(findings: Findings, split: Split, index: CocoIndex) -> None:
@@ -159,6 +183,7 @@ def check_names(
     skip = absent | np.isin(listed, hash_names(list(empty))) if empty else absent
     missing = np.flatnonzero(absent)
     findings.add_names(level, split, MISSING, (index.file_name(i) for i in missing.tolist()), do)
+    beside = {os.path.relpath(index.annotation_file, index.image_dir)}  # the JSON itself, where it lies with the images
     if np.isin(there, listed, invert=True).any():
         listed.sort()
         for folder in folders:
@@ -166,9 +191,8 @@ def check_names(
                 at = np.searchsorted(listed, hashes := hash_names(block)).clip(max=len(listed) - 1)
                 extra = np.flatnonzero(listed[at] != hashes).tolist()
                 do = "they are not used; remove them, or list them in the annotation file"
-                findings.add_names(
-                    NOTE, split, "files that the annotation file does not list", (block[k] for k in extra), do
-                )
+                found = (block[k] for k in extra if block[k] not in beside)
+                findings.add_names(NOTE, split, "files that the annotation file does not list", found, do)
     return len(there), skip
 
 

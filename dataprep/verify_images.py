@@ -24,9 +24,11 @@ from PIL import Image
 from dataprep.findings import IMAGE_KINDS, NOTE, PROBLEM, Findings
 from dataprep.verify_files import blocks
 from detcore import UserError
-from detcore.data import transforms
+from detcore.data import exif, transforms
 from detcore.data.coco import CocoIndex
 
+ORIENTED, TURNED = "images with an EXIF orientation", "images that EXIF turns"
+UNDECIDED = "images of which the size does not tell whether EXIF turns them"
 _CHUNK = 32  # images that a process checks in one go
 
 
@@ -152,15 +154,22 @@ def _check_image(index: CocoIndex, i: int, data: np.ndarray) -> Iterator[tuple[s
     about = {"path": Path(index.file_name(i)), "image_id": int(index.image_ids[i])}
     height, width = int(index.heights[i]), int(index.widths[i])
     try:
-        found = transforms.decode(data, **about).shape[1:]
+        found = tuple(transforms.decode(data, turn="ignore", **about).shape[1:])
     except UserError as error:
         yield _damage(str(error).partition(" does not decode ")[2].rpartition("; replace")[0].strip("()") or str(error))
         return
-    if tuple(found) != (height, width):
-        exchanged = ", sides exchanged" if tuple(found) == (width, height) else ""
+    header = list(_header(data, about["path"].suffix.lower()))
+    orientation = next((int(detail) for kind, detail in header if kind == ORIENTED), 0)
+    turned = exif.told(orientation, found) and found == (width, height)
+    if found != (height, width) and not turned:
+        exchanged = ", sides exchanged" if found == (width, height) else ""
         yield ("images of another size than the annotation file says",
                f"{found[1]}x{found[0]}, listed {width}x{height}{exchanged}")  # fmt: skip
-    yield from _header(data, about["path"].suffix.lower())
+    for kind, detail in header:
+        if kind == ORIENTED and (turned or not exif.told(orientation, found)):
+            yield (TURNED if turned else UNDECIDED), detail
+        else:
+            yield kind, detail
 
 
 def _header(data: np.ndarray, suffix: str) -> Iterator[tuple[str, str]]:
@@ -172,7 +181,7 @@ def _header(data: np.ndarray, suffix: str) -> Iterator[tuple[str, str]]:
         yield "images that decode with a warning", f"Pillow cannot read the header: {error}"
         return
     if orientation in range(2, 9):
-        yield "images with an EXIF orientation", str(orientation)
+        yield ORIENTED, str(orientation)
     elif orientation not in (None, 1):
         yield "images with an invalid EXIF orientation", str(orientation)
     if mode in ("1", "L"):

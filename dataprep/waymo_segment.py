@@ -12,10 +12,10 @@ import numpy as np
 
 from dataprep import openimages_pieces as pieces
 from dataprep import waymo_parquet, waymo_records
-from dataprep.jpeg_header import BadHeader, read_header
 from dataprep.openimages_pieces import Tally, disk_errors
 from dataprep.waymo_records import CAMERAS, Fault, Label, Picture
 from detcore import UserError
+from detcore.data.jpeg_header import BadHeader, read_header
 
 CATEGORIES = {1: "vehicle", 2: "pedestrian", 3: "cyclist"}
 ROUNDING = 0.01  # pixels that a box may reach out of its image, as detcore.data.coco allows

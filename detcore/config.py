@@ -81,6 +81,14 @@ def option(default, help, *, env=None, flags=(), choices=None, check=None, group
     return dataclasses.field(default=default, metadata={_META: meta})
 
 
+def redefine(cls, name: str, default, **changes):
+    """The option `name` of a base class with another default, for a derived class; changes: what else differs there.
+
+    `changes` are arguments of `option`: help, env, flags, choices, check, group.
+    """
+    return option(default, **{**cls.__dataclass_fields__[name].metadata[_META], **changes})
+
+
 def at_least(low) -> Callable[[Any], str | None]:
     """A `check`: the value (each value of a tuple) is `low` or more."""
     return lambda value: None if all(v >= low for v in _each(value)) else f"{low} or more"

@@ -1,11 +1,11 @@
 """RetinaNet as MLPerf Training defined it (rounds 2.0 to 5.1), and what a run of it can choose."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detcore import UserError
-from detcore.config import at_least, between, option
-from detcore.data.layouts import LAYOUTS
+from detcore.config import at_least, between, option, redefine
 from detcore.detection.config import DetectionConfig
 
 BENCHMARK = "retinanet"  # submission_benchmark in rulesets 5.0 and 5.1
@@ -18,14 +18,16 @@ SCORE_THRESHOLD, TOPK_PER_LEVEL, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 100
 class Config(DetectionConfig):
     """A run of the single-stage detector. The defaults are the MLPerf reference's."""
 
+    epochs: int = redefine(DetectionConfig, "epochs", 26)
+    batch_size: int = redefine(DetectionConfig, "batch_size", 2)
+    eval_batch_size: int = redefine(DetectionConfig, "eval_batch_size", 0, flags=("-e",))
+    lr: float = redefine(DetectionConfig, "lr", 1e-4)
+    target_map: float | None = redefine(DetectionConfig, "target_map", TARGET_MAP)
     warmup_epochs: float = option(
         1.0, "epochs of linear warm-up", env="WARMUP_EPOCHS", check=at_least(0), group="Training"
     )
     warmup_factor: float = option(
         1e-3, "where the warm-up starts, as a part of the learning rate", check=between(0, 1), group="Training"
-    )
-    target_map: float | None = option(
-        TARGET_MAP, "stop with success at this mAP; none: train all epochs", check=between(0, 1), group="Training"
     )
 
     backbone: str = option("resnext50_32x4d", "ResNet of the feature pyramid", choices=BACKBONES, group="Model")
@@ -46,9 +48,11 @@ class Config(DetectionConfig):
         group="Model",
     )  # fmt: skip
 
-    dataset: str = option("openimages-mlperf", "layout of the data set", choices=tuple(LAYOUTS), group="Data")
-    dataset_path: Path = option(
-        Path("/datasets/open-images-v6"), "its root", env="DATASET_DIR", flags=("--data-path",), group="Data"
+    dataset: str = redefine(DetectionConfig, "dataset", "openimages-mlperf")
+    dataset_path: Path = redefine(DetectionConfig, "dataset_path", Path("/datasets/open-images-v6"))
+    max_boxes: int = redefine(DetectionConfig, "max_boxes", 1000)
+    antialias: bool = redefine(
+        DetectionConfig, "antialias", False, help="anti-aliased resizing; the reference does without"
     )
     data_augmentation: str = option("hflip", "random horizontal flip, or none", choices=("hflip", "none"), group="Data")
 
@@ -69,24 +73,29 @@ class Config(DetectionConfig):
             "fpn_channels": 256, "head_convs": 4, "image_size": (800, 800), "anchor_sizes": (32, 64, 128, 256, 512),
             "dataset": "openimages-mlperf", "synthetic": False, "data_augmentation": "hflip", "ema_decay": 0.0,
             "clip_norm": 0.0, "target_map": TARGET_MAP, "max_iters_per_epoch": 0, "seed": None, "checkpoint": None,
-            "num_classes": 0, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
-            "val_annotations_file": None,
+            "num_classes": 0, "exif": "auto", "train_data_path": None, "train_annotations_file": None,
+            "val_data_path": None, "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
 
 
 ADOPTED = (
     "backbone", "trainable_backbone_layers", "norm", "fpn_channels", "head_convs", "image_size", "anchor_sizes",
-    "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file", "val_data_path",
-    "val_annotations_file", "shards",
+    "antialias", "exif", "num_classes", "dataset", "dataset_path", "train_data_path", "train_annotations_file",
+    "val_data_path", "val_annotations_file", "shards",
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 
-TRANSLATED_FLAGS = {
+_TRANSLATED = {
     "--dali": ["--loader", "dali"], "--no-dali": ["--loader", "torch"], "--test-only": ["--mode", "evaluate"],
     "--amp": ["--precision", "auto"], "--no-amp": ["--precision", "fp32"],
 }  # fmt: skip
-"""Flags of the original programs that are another option here."""
+
+
+def translate_flags(argv: Sequence[str]) -> list[str]:
+    """A command line for the original programs with the flags of this one."""
+    return [word for old in argv for word in _TRANSLATED.get(old, [old])]
+
 
 _NO_EFFECT = "no effect here: it switches a part of the original program that this one does not have"
 _ELSEWHERE = "no effect here: see --resume, --mode, --synthetic, --log-interval and the launcher's own variables"

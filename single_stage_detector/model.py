@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from detcore import UserError
 from detcore.device import native
 from detcore.device.streams import side_by_side
-from detcore.nn.resnet import ResNet, load_exactly
+from detcore.nn.resnet import ResNet, load_exactly, other_number_of_classes
 from detcore.ops.bias_relu import conv2d, conv_bias_relu
 from detcore.ops.conv3x3 import EightBits, conv3x3, in_8_bits
 from detcore.ops.fold import autocast_dtype, narrow_copies
@@ -210,12 +210,26 @@ class RetinaNet(nn.Module):
         return (*outputs, classify.output.bias) if inside else outputs
 
 
-def load_reference_state(model: RetinaNet, state: Mapping, source: str = "the checkpoint") -> None:
-    """Load the weights of an MLCommons reference or torchvision RetinaNet.
+_CLASSES = "head.classification_head.cls_logits."
+
+
+def known_classes(state: Mapping) -> int | None:
+    """Number of classes of a state dictionary of RetinaNet, by whatever prefix; None if it is none."""
+    parts = [value for name, value in state.items() if str(name).endswith((f"{_CLASSES}weight", f"{_CLASSES}bias"))]
+    rows = {len(value) if isinstance(value, Tensor) and value.ndim else 0 for value in parts}
+    return rows.pop() // (len(OCTAVE_STEPS) * len(RATIOS)) if len(rows) == 1 else None
+
+
+def load_reference_state(
+    model: RetinaNet, state: Mapping, source: str = "the checkpoint", *, other_classes: bool = False
+) -> bool:
+    """Load the weights of an MLCommons reference or torchvision RetinaNet, in place.
 
     state: a state dictionary, or a checkpoint that holds one under "model"; names may begin with "module."
     and may be torchvision's newer ones (`inner_blocks.0.0.weight`, `conv.0.0.weight`). `source` names the
-    file in errors. Raises UserError that lists missing, unexpected and misshapen entries.
+    file in errors. other_classes: where the state is of another number of classes, the convolution that predicts them
+    stays as it is. Returns whether it did. Raises UserError that names another number of classes, or lists missing,
+    unexpected and misshapen entries.
     """
     state = state.get("model", state)
     if not isinstance(state, Mapping):
@@ -226,4 +240,13 @@ def load_reference_state(model: RetinaNet, state: Mapping, source: str = "the ch
         key = re.sub(r"(inner_blocks|layer_blocks)\.(\d+)\.0\.", r"\1.\2.", key)
         return re.sub(r"(_head\.conv)\.(\d+)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", key)
 
-    load_exactly(model, {own_name(str(key)): value for key, value in state.items()}, source)
+    state = {own_name(str(key)): value for key, value in state.items()}
+    known = known_classes(state)
+    if known in (None, model.num_classes):
+        load_exactly(model, state, source)
+        return False
+    if not other_classes:
+        raise UserError(other_number_of_classes(source, known, model.num_classes))
+    state = {key: value for key, value in state.items() if not key.startswith(_CLASSES)}
+    load_exactly(model, state | {k: v for k, v in model.state_dict().items() if k.startswith(_CLASSES)}, source)
+    return True

@@ -1,31 +1,27 @@
 """RetinaNet: `python -m single_stage_detector.train`."""
 
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mlperf_logging.mllog import constants as keys
 
 from detcore.cli import run_main
-from detcore.config import describe, format_config, load
-from detcore.data import synthetic
 from detcore.data.batch import Batch
-from detcore.detection.benchmark import benchmark
 from detcore.detection.config import adopt
-from detcore.detection.detector import Inference, class_count, inference, open_data
-from detcore.detection.program import spread
+from detcore.detection.detector import Inference, class_count, examples, open_data
+from detcore.detection.program import program
 from detcore.nn import optim
 from detcore.nn.resnet import load_backbone
 from detcore.nn.schedule import warmup_then_constant
-from detcore.processes.launcher import discover
-from detcore.training import engine
+from detcore.training.checkpoint import load_checkpoint
 from detcore.training.task import Context, Task
-from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, TRANSLATED_FLAGS, Config
+from single_stage_detector import convergence
+from single_stage_detector.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config, translate_flags
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet, load_reference_state
 
-PROGRAM = "python -m single_stage_detector.train"
 INTRO = (
     "Trains RetinaNet to a target mAP and logs by MLPerf's rules; also evaluates a checkpoint, predicts on images and "
     "measures speed (--mode). Every option can be given here; those with a variable also by the environment, as "
@@ -46,8 +42,9 @@ def build_model(config: Config, num_classes: int) -> RetinaNet:
         anchor_sizes=config.anchor_sizes,
     )
     if config.checkpoint:
-        saved = inference.load_checkpoint(config.checkpoint)
-        load_reference_state(model, saved.get("ema") or saved, str(config.checkpoint))
+        saved, source = load_checkpoint(config.checkpoint), str(config.checkpoint)
+        if load_reference_state(model, saved.get("ema") or saved, source, other_classes=config.weights_only):
+            print(f"{source} knows other classes: the layer that predicts them starts anew", file=sys.stderr)
     elif config.pretrained and not config.resume and not config.synthetic:
         load_backbone(model.backbone["body"], config.backbone, config.weights)
     return model
@@ -65,16 +62,15 @@ def build_task(config: Config, context: Context) -> Task:
 
     return Task(
         model=model,
-        optimizer=optim.adam(model, config.lr, fused=context.backend.is_gpu),
-        lr=lambda step, per_epoch: warmup_then_constant(
-            step, config.lr, config.warmup_epochs * per_epoch, config.warmup_factor
+        optimizer=optim.adam(model, config.lr, fused=context.backend.fused_optimizers),
+        lr=lambda step, per_epoch, base: warmup_then_constant(
+            step, base, config.warmup_epochs * per_epoch, config.warmup_factor
         ),
         loss=loss,
         open_data=lambda: open_data(DETECTOR, config, context, evaluation),
         prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
-        metric="AP",
-        target=config.target_map,
-        eval_epochs=lambda completed: not config.synthetic,
+        targets={"AP": config.target_map},
+        eval_epochs=lambda completed, epochs: not config.synthetic,
         hyperparameters={
             keys.OPT_NAME: "adam",
             keys.OPT_BASE_LR: config.lr,
@@ -83,13 +79,19 @@ def build_task(config: Config, context: Context) -> Task:
             keys.OPT_LR_WARMUP_FACTOR: config.warmup_factor,
         },
         notes=notes(config),
-        example=lambda: next(
-            synthetic.synthetic_batches(
-                model.num_classes, config.image_size, config.batch_size, config.max_boxes, context.seed
-            )
-        ),
+        examples=lambda: examples(DETECTOR, config, model.num_classes, context.seed),
         warmup_option="--warmup-epochs",
+        judge=lambda epoch, metrics: far_from_public_runs(config, context.world.size, epoch, metrics["AP"]),
     )
+
+
+def far_from_public_runs(config: Config, processes: int, epoch: int, value: float) -> str | None:
+    """A sentence where the mAP of the MLPerf benchmark is far from that of public runs after as many epochs."""
+    if replace(config, seed=None).departures():
+        return None
+    batch = config.batch_size * config.accumulate * processes
+    far = convergence.far_off(batch, config.lr, config.warmup_epochs, epoch, value)
+    return f"warning: {far}" if far else None
 
 
 def notes(config: Config) -> tuple[str, ...]:
@@ -124,37 +126,28 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
     """The config with the model and the data set of its checkpoint, wherever the user said nothing else.
 
     So `--mode evaluate --checkpoint best.pt` needs no further option. A checkpoint of another program has no config.
+    Training takes the weights alone.
     """
-    known = inference.load_checkpoint(config.checkpoint).get("config")
+    if not config.checkpoint or config.mode == "train":
+        return config
+    known = load_checkpoint(config.checkpoint).get("config")
     return adopt(config, known, ADOPTED, sources) if known else config
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(describe(Config, PROGRAM, INTRO))
-        return 0
-    given, argv = argv, [word for old in argv for word in TRANSLATED_FLAGS.get(old, [old])]
-    printing = "--print-config" in argv
-    config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
-    if config.checkpoint and config.mode != "train":
-        config = adopt_checkpoint(config, sources)
-    if not printing:
-        spread(config.num_cores, "single_stage_detector.train", given)
-    speaks = discover(os.environ)[0].rank == 0
-    if speaks:
-        print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
-    if printing:
-        return 0
-    if config.mode == "evaluate":
-        return inference.evaluate(config, DETECTOR, build_model)
-    if config.mode == "predict":
-        return inference.predict(config, DETECTOR, build_model)
-    if config.mode == "benchmark":
-        return benchmark(config, DETECTOR, build_task)
-    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context))
-    if config.gallery and outcome.best is not None and speaks:
-        inference.gallery(config, DETECTOR, build_model)
-    return outcome.code
+    return program(
+        argv,
+        module="single_stage_detector.train",
+        intro=INTRO,
+        config_class=Config,
+        benchmark=BENCHMARK,
+        detector=DETECTOR,
+        build_model=build_model,
+        build_task=build_task,
+        ignored_flags=IGNORED_FLAGS,
+        translate=translate_flags,
+        complete=adopt_checkpoint,
+    )
 
 
 if __name__ == "__main__":

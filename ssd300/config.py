@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from detcore import UserError
-from detcore.config import DEFAULT, above, at_least, between, option
-from detcore.data.layouts import LAYOUTS
+from detcore.config import DEFAULT, above, at_least, between, option, redefine
 from detcore.detection.config import DetectionConfig
-from detcore.device.backend import PRECISIONS
 
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
 AUGMENTATIONS = ("ssd", "flip", "none")
@@ -29,51 +27,37 @@ TRAINING_MODES = ("train", "benchmark", "benchmark-training")
 class Config(DetectionConfig):
     """A run of SSD300. The defaults are the original's, `legacy` says where they differ."""
 
-    mode: str = option(
-        "train", "what to do; benchmark measures training and inference", group="Run",
+    mode: str = redefine(
+        DetectionConfig, "mode", "train", help="what to do; benchmark measures training and inference",
         choices=("train", "evaluate", "predict", *BENCHMARKS, *MODES),
     )  # fmt: skip
-    precision: str = option(
-        "tf32", "arithmetic; tf32 is fp32 with the GPU's TF32 products (elsewhere fp32 alone); auto, or --amp, is "
-        "bf16 on a GPU (fp16 on one without bf16) and fp32 on the CPU. With bf16 "
-        "and fp16 the layers compute with narrow copies of fp32 weights; "
-        "fp16 scales the loss as well", choices=PRECISIONS, group="Run",
+    precision: str = redefine(
+        DetectionConfig, "precision", "tf32", help="arithmetic; tf32 is fp32 with the GPU's TF32 products (elsewhere "
+        "fp32 alone); auto, or --amp, is bf16 on a GPU (fp16 on one without bf16) and fp32 on the CPU. With bf16 "
+        "and fp16 the layers compute with narrow copies of fp32 weights; fp16 scales the loss as well",
     )  # fmt: skip
     save: Path | None = option(
         None, "folder that gets epoch_0.pt, epoch_1.pt, ... after each epoch; without a value ./models", group="Run"
     )
-    weights_only: bool = option(
-        False, "train from the weights of --checkpoint alone, from the first epoch on; where it knows another number "
-        "of classes, without those of the layers that predict them", group="Run",
-    )  # fmt: skip
     json_summary: Path | None = option(None, "file that gets dllogger's JSON lines", group="Run")
     legacy: bool = option(
         False, "do as the original where it departs from its own description: hue jitter of half a degree, decay one "
-        "epoch earlier, prediction on centre crops of other scaling, images without objects train nothing and are left "
-        "out of the validation (4,952 images of COCO 2017)", group="Run",
+        "epoch earlier, a rate that stays 1/W below its base after W steps of warm-up, prediction on centre crops of "
+        "other scaling, images without objects train nothing and are left out of the validation (4,952 images of COCO "
+        "2017)", group="Run",
     )  # fmt: skip
 
-    mlperf_division: str = option(
-        "open", "submission_division of the log; no ruleset has SSD300, so the log can't be of the closed division",
-        env="MLPERF_DIVISION", flags=("--division",), choices=("open",), group="MLPerf log",
+    mlperf_division: str = redefine(
+        DetectionConfig, "mlperf_division", "open", choices=("open",),
+        help="submission_division of the log; no ruleset has SSD300, so the log can't be of the closed division",
     )  # fmt: skip
 
-    epochs: int = option(65, "epochs at most", env="NUMEPOCHS", flags=("-e",), check=at_least(1), group="Training")
-    batch_size: int = option(
-        32, "images per process and forward pass", env="BATCHSIZE", flags=("-b", "--bs"), check=between(1, 65536),
-        group="Training",
-    )  # fmt: skip
-    eval_batch_size: int = option(
-        0, "images per process in evaluation; 0: as in training, on a GPU as many as fit, up to 128",
-        env="EVALBATCHSIZE", flags=("--ebs",), check=between(0, 65536), group="Training",
-    )  # fmt: skip
-    accumulate: int = option(
-        1, "forward passes per optimizer step", flags=("--gradient-accumulation-steps", "--accumulation"),
-        check=at_least(1), group="Training",
-    )  # fmt: skip
-    lr: float = option(
-        2.6e-3, "learning rate of 32 images a step; scaled by the images of a step, over all processes", env="LR",
-        flags=("--learning-rate",), check=between(1e-12, 100), group="Training",
+    epochs: int = redefine(DetectionConfig, "epochs", 65, flags=("-e",))
+    batch_size: int = redefine(DetectionConfig, "batch_size", 32, flags=("-b", "--bs"))
+    eval_batch_size: int = redefine(DetectionConfig, "eval_batch_size", 0, flags=("--ebs",))
+    lr: float = redefine(
+        DetectionConfig, "lr", 2.6e-3, flags=("--learning-rate",),
+        help="learning rate of 32 images a step; scaled by the images of a step, over all processes",
     )  # fmt: skip
     optimizer: str = option(
         "sgd", "sgd; or adam, which from random weights learns faster, with a --lr of about .004", choices=OPTIMIZERS,
@@ -107,28 +91,26 @@ class Config(DetectionConfig):
         "has not", group="Model",
     )  # fmt: skip
 
-    dataset: str = option("coco", "layout of the data set", choices=tuple(LAYOUTS), group="Data")
-    max_boxes: int = option(
-        100, "boxes of an image at most, to which all are padded (COCO's fullest has 93)", check=between(1, 100000),
-        group="Data",
+    dataset_path: Path = redefine(DetectionConfig, "dataset_path", Path("/coco"), flags=("--data", "-d", "--data-path"))
+    max_boxes: int = redefine(
+        DetectionConfig, "max_boxes", 100,
+        help="boxes of an image at most, to which all are padded (COCO's fullest has 93)",
     )  # fmt: skip
     augmentation: str = option(
         "ssd", "of training images: ssd as the original, crops, mirroring and colours; flip mirrors half of them; none "
         "takes them as they are. Crops and colours want long training", choices=AUGMENTATIONS, group="Data",
     )  # fmt: skip
-    antialias: bool = option(
-        True, "anti-aliased resizing, as Pillow and DALI do in the original; without it faster", group="Data"
-    )
-    workers: int = option(
-        8, "loader processes per rank; threads with dali and nvjpeg", flags=("-j", "--num-workers"), check=at_least(0),
-        group="Data",
+    antialias: bool = redefine(
+        DetectionConfig, "antialias", True,
+        help="anti-aliased resizing, as Pillow and DALI do in the original; without it faster",
     )  # fmt: skip
-    benchmark_warmup: int = option(
-        20, "benchmarks: iterations before the clock", check=at_least(0), group="Predict and benchmark"
+    workers: int = redefine(DetectionConfig, "workers", 8)
+    benchmark_warmup: int = redefine(
+        DetectionConfig, "benchmark_warmup", 20, help="benchmarks: iterations before the clock"
     )
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = DetectionConfig.FREE_ON_RESUME | {
-        "mode", "save", "weights_only", "json_summary", "evaluation", "torchvision_weights_version",
+        "mode", "save", "json_summary", "evaluation", "torchvision_weights_version",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -136,8 +118,6 @@ class Config(DetectionConfig):
         super().__post_init__()
         if list(self.multistep) != sorted(set(self.multistep)):
             raise UserError(f"--multistep {' '.join(map(str, self.multistep))}: give rising epochs")
-        if self.weights_only and (self.mode not in TRAINING_MODES or not self.checkpoint):
-            raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
         if self.mode in TRAINING_MODES and self.batch_size < 2 and not self.sync_bn:
             raise UserError(
                 "--bs 1: the last map is one cell, of which batch normalisation has no statistics with a single image; "
@@ -158,9 +138,9 @@ class Config(DetectionConfig):
         """Epochs, counted from 0, that are the first of a lower learning rate."""
         return tuple(epoch - self.legacy for epoch in self.multistep)
 
-    def evaluates(self, completed: int) -> bool:
-        """Whether to evaluate after so many epochs."""
-        return not self.synthetic and (completed - 1 in self.evaluation or completed == self.epochs)
+    def evaluates(self, completed: int, epochs: int) -> bool:
+        """Whether to evaluate after so many epochs of so many."""
+        return not self.synthetic and (completed - 1 in self.evaluation or completed == epochs)
 
     def departures(self) -> list[str]:
         """What keeps this run from being the original's recipe, in words; empty if nothing does."""
@@ -190,8 +170,8 @@ def refuse_missing_weights(config: Config, sources: Mapping[str, str]) -> None:
 
 
 ADOPTED = (
-    "backbone", "predictor_norm", "antialias", "dataset", "dataset_path", "train_data_path", "train_annotations_file",
-    "val_data_path", "val_annotations_file", "shards",
+    "backbone", "predictor_norm", "antialias", "exif", "num_classes", "dataset", "dataset_path", "train_data_path",
+    "train_annotations_file", "val_data_path", "val_annotations_file", "shards",
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 
@@ -211,8 +191,8 @@ _PRECISION = ("--amp", "--no-amp", "--no-allow-tf32")
 _TRANSLATED = {"--no-cuda": ["--device", "cpu"], "--allow-tf32": []}
 
 
-def own_words(argv: Sequence[str]) -> list[str]:
-    """A command line for the original programs in the words of this one.
+def translate_flags(argv: Sequence[str]) -> list[str]:
+    """A command line for the original programs with the flags of this one.
 
     Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder, a bare list is
     empty. What says the precision becomes --precision (`_precision`).

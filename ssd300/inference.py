@@ -20,7 +20,7 @@ from detcore import UserError
 from detcore.config import from_dict
 from detcore.data import files, torch_loader, transforms
 from detcore.data.recipes import central_square, stretched
-from detcore.device import backend
+from detcore.device.select import select_backend
 from detcore.training.checkpoint import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
 from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
@@ -141,7 +141,7 @@ def main(
     are fractions of the image, with legacy of the square in its middle. Raises UserError for an image or a checkpoint
     that can't be read.
     """
-    place = backend.select(device, precision)
+    place = select_backend(device, precision)
     model, _ = load_model(Path(checkpoint or os.environ.get("SSD300_CHECKPOINT", CHECKPOINT)))
     if legacy:
         scale_as_the_originals_inference(model)

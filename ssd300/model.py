@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
-from detcore.nn.resnet import ResNet, load_exactly
+from detcore.nn.resnet import ResNet, load_exactly, other_number_of_classes
 from detcore.ops.normalize import normalize
 from ssd300.anchors import IMAGE_SIZE, PER_CELL, priors
 
@@ -171,7 +171,10 @@ def load_original_state(
         )
 
     state = {own_name(str(key)): value for key, value in state.items()}
-    keeps = other_classes and known_classes(state) not in (None, model.num_classes)
+    known = known_classes(state)
+    keeps = known not in (None, model.num_classes)
+    if keeps and not other_classes:
+        raise UserError(other_number_of_classes(source, known, model.num_classes))
     if keeps:
         state = {key: value for key, value in state.items() if not key.startswith(_CLASSES)}
         state |= {key: value for key, value in model.state_dict().items() if key.startswith(_CLASSES)}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,18 +12,19 @@ from mlperf_logging.mllog import constants as keys
 
 from detcore import UserError
 from detcore.cli import run_main
-from detcore.config import describe, format_config, load
-from detcore.data import synthetic
 from detcore.data.batch import Batch
+from detcore.detection import inference
 from detcore.detection.benchmark import PARTS, benchmark
 from detcore.detection.config import adopt
-from detcore.detection.detector import Inference, class_count, inference, open_data
-from detcore.detection.program import spread
+from detcore.detection.detector import Inference, class_count, examples, open_data
+from detcore.detection.program import draw_gallery, program
 from detcore.nn import optim
 from detcore.nn.resnet import load_backbone
 from detcore.nn.schedule import warmup_then_decay
-from detcore.processes.launcher import World, discover
+from detcore.processes.launcher import World
 from detcore.training import checkpoint, engine, state
+from detcore.training.checkpoint import load_checkpoint
+from detcore.training.records import JsonSummary
 from detcore.training.task import Context, Task
 from ssd300.config import (
     ADOPTED,
@@ -36,8 +36,8 @@ from ssd300.config import (
     LR_BATCH,
     TRAINING_MODES,
     Config,
-    own_words,
     refuse_missing_weights,
+    translate_flags,
 )
 from ssd300.data import DETECTOR
 from ssd300.inference import class_entries
@@ -51,9 +51,8 @@ from ssd300.model import (
     scale_as_the_originals_inference,
 )
 from ssd300.ops.multibox import NEGATIVES_PER_POSITIVE
-from ssd300.records import RATES, Records, Summary, coco_lines, epoch_file
+from ssd300.records import RATES, Records, coco_lines, epoch_file, parameters, speeds
 
-PROGRAM = "python -m ssd300.train"
 INTRO = (
     "Trains SSD300 with a ResNet; also evaluates a checkpoint, predicts on images and measures speed (--mode). Takes "
     "the flags of NVIDIA's main.py, and more. Every option can be given here; those with a variable also by the "
@@ -65,7 +64,7 @@ def build_model(config: Config, num_classes: int) -> SSD300:
     """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
     model = SSD300(config.backbone, num_classes, config.predictor_norm)
     if config.checkpoint:
-        saved = inference.load_checkpoint(config.checkpoint)
+        saved = load_checkpoint(config.checkpoint)
         weights, source = saved.get("ema") or saved, str(config.checkpoint)
         if load_original_state(model, weights, source, other_classes=config.weights_only):
             print(f"{source} knows another number of classes: the layers that predict them start anew", file=sys.stderr)
@@ -93,15 +92,14 @@ def build_task(config: Config, context: Context, records: Records | None = None)
 
     return Task(
         model=model,
-        optimizer=_optimizer(config, model, rate, context.backend.is_gpu),
-        lr=lambda step, per_epoch: warmup_then_decay(
-            step, per_epoch, rate, config.warmup or 0, config.decay_epochs, DECAY
+        optimizer=_optimizer(config, model, rate, context.backend.fused_optimizers),
+        lr=lambda step, per_epoch, base: warmup_then_decay(
+            step, per_epoch, base, config.warmup or 0, config.decay_epochs, DECAY, stays_below=config.legacy
         ),
         loss=loss,
         open_data=lambda: open_data(DETECTOR, config, context, evaluation),
         prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
-        metric="AP",
-        target=config.target_map,
+        targets={"AP": config.target_map},
         eval_epochs=config.evaluates,
         hyperparameters={
             keys.OPT_NAME: config.optimizer,
@@ -113,13 +111,9 @@ def build_task(config: Config, context: Context, records: Records | None = None)
             keys.OPT_LR_DECAY_FACTOR: DECAY,
         },
         notes=notes(config),
-        example=lambda: next(
-            synthetic.synthetic_batches(
-                model.num_classes, config.image_size, config.batch_size, config.max_boxes, context.seed
-            )
-        ),
+        examples=lambda: examples(DETECTOR, config, model.num_classes, context.seed),
         observe=records,
-        epoch_file=lambda completed: epoch_file(config, completed),
+        checkpoint_file=lambda step, completed: epoch_file(config, completed),
         warmup_option="--warmup",
     )
 
@@ -144,7 +138,7 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
     file of --save has its settings. Where training takes the weights alone, it is the network alone. The original's
     checkpoints have no config; their weights tell the backbone.
     """
-    saved = inference.load_checkpoint(config.checkpoint)
+    saved = load_checkpoint(config.checkpoint)
     known = saved.get("config") or {"backbone": known_backbone(saved.get("model", saved))}
     names = ADOPTED
     if config.mode in TRAINING_MODES:
@@ -168,7 +162,7 @@ def go_on(config: Config, world: World) -> Config:
     """
     if not config.checkpoint or config.resume:
         return config
-    path, saved = config.checkpoint, inference.load_checkpoint(config.checkpoint)
+    path, saved = config.checkpoint, load_checkpoint(config.checkpoint)
     if config.weights_only or not _goes_on(path, saved):
         if world.rank == 0:
             print(f"{path}: its weights alone are taken; training starts with epoch 0", file=sys.stderr)
@@ -193,67 +187,81 @@ def go_on(config: Config, world: World) -> Config:
     return dataclasses.replace(config, resume=True, overwrite=False, checkpoint=None)
 
 
-def evaluate(config: Config, summary: Summary, first: bool) -> int:
-    """`--mode evaluation`. first: whether this process is rank 0."""
-    summary.parameters(config, config.seed)
+def train(config: Config, world: World) -> int:
+    """`--mode train`."""
+    config = go_on(config, world)
+    summary = open_summary(config, world)
+    records = Records(config, summary) if world.rank == 0 else None
+    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context, records))
+    as_validation = dataclasses.replace(config, legacy=False)  # how the gallery sees images
+    draw_gallery(as_validation, outcome, DETECTOR, build_model, world)
+    return outcome.code
+
+
+def evaluate(config: Config, world: World) -> int:
+    """`--mode evaluation`."""
+    summary = open_summary(config, world)
+    summary.log("PARAMETER", parameters(config, config.seed))
     code = inference.evaluate(config, DETECTOR, build_model)
-    if first:
+    if world.rank == 0:
         result = json.loads((config.output_dir / "evaluation.json").read_text())
         print("\n".join(coco_lines(result)))
         summary.log((), {"mAP": result["AP"]})
     return code
 
 
-def measure(config: Config, summary: Summary) -> int:
+def measure(config: Config, world: World) -> int:
     """`--mode benchmark`, `benchmark-training` and `benchmark-inference`."""
+    summary = open_summary(config, world)
     part = config.mode.removeprefix("benchmark").removeprefix("-")
 
-    def tell(results: list[dict]) -> None:
+    def report(results: list[dict]) -> None:
         for result in results:
             rates = [f"{short} {result[name]:.1f}" for short, name in RATES.items()]
             print(f"{result['name']}: images/s {', '.join(rates)}")
-        summary.parameters(config, json.loads((config.output_dir / "benchmark.json").read_text())["seed"])
-        summary.benchmark(results)
+        seed = json.loads((config.output_dir / "benchmark.json").read_text())["seed"]
+        summary.log("PARAMETER", parameters(config, seed))
+        summary.log((), speeds(results))
 
-    return benchmark(config, DETECTOR, build_task, (part,) if part else PARTS, tell)
+    return benchmark(config, DETECTOR, build_task, (part,) if part else PARTS, report)
 
 
-def main(argv: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(describe(Config, PROGRAM, INTRO))
-        return 0
-    given, argv = argv, own_words(argv)
-    printing = "--print-config" in argv
-    config, sources, notices = load(Config, [w for w in argv if w != "--print-config"], os.environ, IGNORED_FLAGS)
+def open_summary(config: Config, world: World) -> JsonSummary:
+    """The file of --json-summary, on rank 0; opened at once, for what can't be written is refused before the work."""
+    return JsonSummary(config.json_summary if world.rank == 0 else None, append=config.resume)
+
+
+def complete(config: Config, sources: dict[str, str]) -> Config:
+    """The config with what its checkpoint knows, and one batch for both ways of saying it."""
     refuse_missing_weights(config, sources)
     if config.checkpoint and not config.resume:
         config = adopt_checkpoint(config, sources)
     if config.mode == "benchmark-inference":  # its batch may be said either way
         images = config.eval_batch_size or config.batch_size
         config = dataclasses.replace(config, batch_size=images, eval_batch_size=images)
-    if not printing:
-        spread(config.num_cores, "ssd300.train", given)
-    world, _ = discover(os.environ)
-    speaks = world.rank == 0
-    if speaks:
-        print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
-    if printing:
-        return 0
-    if config.mode == "predict":
-        return inference.predict(config, DETECTOR, build_model, class_entries)
-    if config.mode == "train":
-        config = go_on(config, world)
-    # What can't be written is refused here, before hours of work.
-    summary = Summary(config.json_summary if speaks else None, append=config.resume)
-    if config.mode == "evaluate":
-        return evaluate(config, summary, speaks)
-    if config.mode in BENCHMARKS:
-        return measure(config, summary)
-    records = Records(config, summary) if speaks else None
-    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context, records))
-    if config.gallery and outcome.best is not None and speaks:
-        inference.gallery(dataclasses.replace(config, legacy=False), DETECTOR, build_model)  # as validation sees images
-    return outcome.code
+    return config
+
+
+def main(argv: Sequence[str]) -> int:
+    return program(
+        argv,
+        module="ssd300.train",
+        intro=INTRO,
+        config_class=Config,
+        benchmark=BENCHMARK,
+        detector=DETECTOR,
+        build_model=build_model,
+        build_task=build_task,
+        ignored_flags=IGNORED_FLAGS,
+        translate=translate_flags,
+        complete=complete,
+        modes={
+            "train": train,
+            "evaluate": evaluate,
+            "predict": lambda config, world: inference.predict(config, DETECTOR, build_model, class_entries),
+            **dict.fromkeys(BENCHMARKS, measure),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Fixtures shared by the whole suite."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests import emulation
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are compared bit for bit: their threads must not adapt to load
     if not hasattr(config, "workerinput"):  # xdist's workers come after the process that starts them
         emulation.build_cpu_libraries()
 

@@ -11,8 +11,10 @@ import torch
 
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection.detector import detect
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.select import select_backend
 from detcore.nn import optim
+from detcore.ops.focal import focal_loss
 from detcore.training import engine
 from detcore.training.state import State
 from detcore.training.task import Task
@@ -21,7 +23,6 @@ from single_stage_detector.anchors import anchors, grids
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from single_stage_detector.ops.focal import focal_loss
 from single_stage_detector.postprocess import postprocess
 from single_stage_detector.train import Config
 
@@ -57,7 +58,7 @@ def always_the_same_algorithms():
 
 def train(device: str, precision: str, steps: int = 1, norm: str = "batch") -> tuple[list[float], RetinaNet]:
     """The losses of a few steps on one synthetic batch, and the model after them with the last one's gradients."""
-    chosen = backend.select(device, precision, benchmark_limit=1)
+    chosen = select_backend(device, precision, benchmark_limit=1)
     torch.manual_seed(0)
     model = chosen.place(RetinaNet("resnet18", CLASSES, SIZE, norm, 5, 32, 1, (16, 32, 64, 128, 256)))
     config = Config(norm="batch", pretrained=False, trainable_backbone_layers=5)
@@ -65,7 +66,7 @@ def train(device: str, precision: str, steps: int = 1, norm: str = "batch") -> t
     def loss(network, batch):
         return losses(network(batch.images), model.anchors, batch.boxes, batch.labels)
 
-    optimizer = optim.adam(model, 1e-4, fused=chosen.is_gpu)
+    optimizer = optim.adam(model, 1e-4, fused=chosen.fused_optimizers)
     scaler = torch.amp.GradScaler(device, init_scale=SCALE, enabled=precision == "fp16")
     fields = {field.name: None for field in dataclasses.fields(Task)}
     task = Task(**fields | {"model": model, "optimizer": optimizer, "loss": loss})
@@ -138,8 +139,8 @@ def test_native_gradients_are_those_of_the_references(device, precision, norm):
 @needs_kernels
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_op_without_gradients_would_be_seen(monkeypatch, precision):
-    def without(*given):
-        out = focal_loss(*given)
+    def without(*given, **recipe):
+        out = focal_loss(*given, **recipe)
         return out.detach() + 0 * given[0].sum() if native._policy == "native" else out
 
     monkeypatch.setattr(loss_module, "focal_loss", without)
@@ -151,7 +152,7 @@ def test_an_op_without_gradients_would_be_seen(monkeypatch, precision):
 @needs_kernels
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_native_detections_are_those_of_the_references(precision):
-    chosen = backend.select("cuda", precision)
+    chosen = select_backend("cuda", precision)
     _, model = train("cuda", precision, steps=0)
     # Scores around 0.08: thousands above the threshold.
     model.head["classification_head"].cls_logits.bias.data.fill_(-2.5)
@@ -169,10 +170,10 @@ def test_native_detections_are_those_of_the_references(precision):
 
 @on_gpu
 def test_every_batch_of_a_stream_arrives_on_the_gpu():
-    chosen = backend.select("cuda", "bf16")
+    chosen = select_backend("cuda", "bf16")
     stream = synthetic_batches(CLASSES, SIZE, 4, 10, seed=1)
     sent = [next(stream)._replace(image_id=torch.full((4,), i)) for i in range(5)]
-    arrived = list(chosen.ahead(iter(sent)))
+    arrived = list(chosen.prefetch(iter(sent)))
     assert [int(b.image_id[0]) for b in arrived] == list(range(5))
     for before, after in zip(sent, arrived, strict=True):
         assert after.images.is_cuda and after.images.dtype == torch.uint8
@@ -196,7 +197,7 @@ def test_detections_are_those_of_the_cpu():
 
 @on_gpu
 def test_random_generators_come_back():
-    chosen = backend.select("cuda", "fp32")
+    chosen = select_backend("cuda", "fp32")
     before = chosen.rng_state()
     first = torch.rand(3, device="cuda"), torch.rand(3)
     chosen.set_rng_state(before)

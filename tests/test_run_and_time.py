@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from detcore.training.config import RunConfig
+from tests.configs import MODULES
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_and_time.sh"
+BENCHMARK = next(iter(MODULES))
+PROGRAM = f"{BENCHMARK}.train"
 NOTE = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >"$NOTES/argv"
 env -0 >"$NOTES/env"
@@ -43,7 +46,7 @@ class Sandbox:
         (self.bin / name).chmod(0o755)
 
     def environ(self, **environ: str) -> dict[str, str]:
-        return {"PATH": str(self.bin), "NOTES": str(self.notes), "BENCHMARK": "single_stage_detector", **environ}
+        return {"PATH": str(self.bin), "NOTES": str(self.notes), "BENCHMARK": BENCHMARK, **environ}
 
     def run(self, *argv: str, **environ: str) -> subprocess.CompletedProcess:
         environ = {name: value for name, value in self.environ(**environ).items() if value is not None}
@@ -67,7 +70,7 @@ SLURM = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
          "SLURM_LOCALID": "5"}  # fmt: skip
 OMPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "5"}
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}
-PLAIN = ["python", "-m", "single_stage_detector.train"]
+PLAIN = ["python", "-m", PROGRAM]
 
 
 def test_one_rank_with_both_kinds_of_options(box):
@@ -98,7 +101,7 @@ def test_output_in_extra_params_is_the_runs_folder(box, words, environ, folder):
 def test_result_line(box):
     lines = box.run().stdout.splitlines()
     assert len(lines) == 1
-    assert re.fullmatch(r"RESULT,SINGLE_STAGE_DETECTOR,,\d+,[^,]+,\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[0])
+    assert re.fullmatch(rf"RESULT,{BENCHMARK.upper()},,\d+,[^,]+,\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", lines[0])
     assert box.run(**SLURM | {"SLURM_PROCID": "0"}).stdout.startswith("RESULT,")
     assert box.run(**SLURM).stdout == "" and box.run(**OMPI).stdout == "" and box.run(**TORCHRUN).stdout == ""
 
@@ -130,10 +133,10 @@ def test_without_a_launcher_torchrun_starts_all_ranks_of_the_machine(box, enviro
     assert done.returncode == 0 and done.stdout.startswith("RESULT,")
     expected = ["python", "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     expected += ["--nproc_per_node=4"]
-    assert box.argv() == [*expected, "-m", "single_stage_detector.train", "--workers", "1", "--lr", "1"]
+    assert box.argv() == [*expected, "-m", PROGRAM, "--workers", "1", "--lr", "1"]
     assert "SIGUSR1" in box.env()["PET_SIGNALS_TO_HANDLE"]
     box.run(DGXNGPU="4", BIND="1")
-    assert box.argv() == [*expected, "--numa-binding", "socket", "-m", "single_stage_detector.train"]
+    assert box.argv() == [*expected, "--numa-binding", "socket", "-m", PROGRAM]
 
 
 def test_several_nodes_without_a_launcher_are_refused(box):
@@ -220,8 +223,8 @@ def test_interpreter(box, tmp_path):
 def test_without_a_config(box):
     done = box.run(BENCHMARK=None)
     assert done.returncode == 2 and "source configs/config_<system>.sh first" in done.stderr
-    done = box.run(BENCHMARK="ssd")
-    assert done.returncode == 2 and "BENCHMARK=ssd" in done.stderr
+    done = box.run(BENCHMARK="none")
+    assert done.returncode == 2 and "BENCHMARK=none" in done.stderr
 
 
 @pytest.mark.parametrize("to_group", [False, True], ids=["script", "group"])

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.configs import FILES, MODULES, PROGRAMS, ROOT
+
+BENCHMARK = next(iter(MODULES))
 PYTHON = r"""#!/bin/bash
 printf '%s\n' "$*" >>"$NOTES/calls"
 case $* in
@@ -18,9 +20,9 @@ case $* in
     echo '{"submitter": "x"}' >"${file%% --*}"
     exit "${PREFLIGHT:-0}" ;;
 *--print-config*) exit "${CONFIG:-0}" ;;
-*" explain "*) echo "see /results/S_1/rank_0.log and /datasets/open-images-v6/train" ;;
+*" explain "*) echo "see /results/S_1/rank_0.log and $DATASET_DIR/train" ;;
 *" summary "*) echo "the table of ${4}" ;;
-*single_stage_detector.train* | *ssd300.train*)
+"-m "*.train*)
     env -0 >"$NOTES/env_$RESULT_INDEX"
     echo "words of trial $RESULT_INDEX"
     echo ':::MLLOG {"key": "seed"}' | tee "$OUTPUT_DIR/result_$RESULT_INDEX.txt"
@@ -52,7 +54,7 @@ class Machine:
         self.environ = keep | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "NOTES": str(self.notes), "LOGDIR": str(self.logs),
             "DATADIR": str(self.data), "BACKBONE_DIR": str(folder / "weights"), "CONT": "", "DATESTAMP": "S",
-            "DROPCACHE_CMD": "true", "BENCHMARK": "single_stage_detector", "DGXSYSTEM": "box_001x01x002",
+            "DROPCACHE_CMD": "true", "BENCHMARK": BENCHMARK, "DGXSYSTEM": "box_001x01x002",
             "DGXNNODES": "1", "DGXNGPU": "1", "WALLTIME_RUNANDTIME": "5", "PYTHON": str(python),
         }  # fmt: skip
 
@@ -117,7 +119,7 @@ def test_what_is_wrong_is_said(machine, more, words):
 def test_weights_and_data_are_asked_for_only_where_needed(machine):
     assert machine.run(BACKBONE_DIR=None, EXTRA_PARAMS="--workers 1 --no-pretrained")[0] == 0
     assert machine.run(BACKBONE_DIR=None, DATADIR=None, USE_SYNTHETIC_DATA="1", DATESTAMP="T")[0] == 0
-    train = [call for call in machine.calls() if "single_stage_detector.train" in call and "--print" not in call]
+    train = [call for call in machine.calls() if call.startswith("-m ") and "--print" not in call]
     assert train[-1].endswith("--synthetic")
 
 
@@ -145,10 +147,10 @@ def test_gpus_are_looked_for_where_the_program_wants_them(machine, words, wanted
     assert ("--device cpu" not in machine.calls()[-1]) == wanted and "preflight" in machine.calls()[-1]
 
 
-@pytest.mark.parametrize("config", ["SSD300_FP16_EVAL", "SSD300_FP32_INFERENCE_BENCHMARK"])
-def test_a_config_that_trains_nothing_is_refused(machine, config):
-    code, said = machine.run(config, BACKBONE_DIR=None)
-    mode = "evaluation" if "EVAL" in config else "benchmark-inference"
+@pytest.mark.parametrize("path", [path for path in FILES if "--mode " in path.read_text()], ids=lambda path: path.stem)
+def test_a_config_that_trains_nothing_is_refused(machine, path):
+    code, said = machine.run(path.stem.removeprefix("config_"), BACKBONE_DIR=None)
+    mode = re.search(r"--mode ([\w-]+)", path.read_text())[1]
     assert code == 2 and machine.calls() == [] and "BACKBONE_DIR" not in said
     assert f"error: EXTRA_PARAMS has --mode {mode}, but trials are trainings" in said and "./run_and_time.sh" in said
 
@@ -158,20 +160,6 @@ def test_another_mode_is_refused_in_any_spelling(machine, words):
     code, said = machine.run(EXTRA_PARAMS=words)
     assert code == 2 and machine.calls() == [] and "trials are trainings" in said
     assert machine.run(EXTRA_PARAMS="--mode training")[0] == 0
-
-
-@pytest.mark.parametrize("config", ["SSD300_1CORE_BS128", "SSD300_8CORE_BS1024"])
-def test_trials_of_a_config_for_tpus(machine, config):
-    code, said = machine.run(config, NEXP="2", DATADIR=None, COCO_DIR=str(machine.data))
-    assert code == 0, said
-    preflight = next(call for call in machine.calls() if "preflight.py" in call)
-    assert "--device cpu" in preflight and f"--data {machine.data}/set" in preflight
-    train = [call for call in machine.calls() if "ssd300.train" in call and "--print" not in call]
-    for k in (1, 2):
-        folder = f"{machine.logs}/S_{k}"
-        assert f"--save {folder}/checkpoints --json-summary {folder}/summary.json" in train[k - 1]
-        found = machine.trial_environ(k - 1)
-        assert found["SEED"] == str(41 + k) and found["DATASET_DIR"] == f"{machine.data}/set"
 
 
 @pytest.mark.parametrize("script, first", [("run.sub", "One job: "), ("run_with_docker.sh", "One machine ")])
@@ -188,7 +176,7 @@ def test_a_stopped_job_is_resumed_where_it_was(machine):
     (machine.logs / "S_2/last.pt").touch()
     code, said = machine.run(NEXP="3", RESUME="1")
     assert code == 0 and "trial 1 ended with code 0 before" in said
-    train = [call for call in machine.calls() if "single_stage_detector.train" in call and "--print" not in call]
+    train = [call for call in machine.calls() if call.startswith("-m ") and "--print" not in call]
     assert [call.endswith("--resume --no-overwrite") for call in train] == [False, False, True, False]
 
 
@@ -243,6 +231,7 @@ def test_no_trial_after_a_failed_preflight(machine, what):
     "during, reason",
     [
         ('rm -r "$LOGDIR"', "LOGDIR: .*/S_1 was removed"),
+        ('rm "$LOGDIR/S_system.json"', "LOGDIR: .*/S_system.json was removed"),
         ('rm -r "$DATADIR"', ".*/my data/set is gone on .*"),
         (
             "echo 'echo Avail; echo 3M' >$NOTES/../bin/df; chmod +x $NOTES/../bin/df",
@@ -308,6 +297,17 @@ def test_a_signal_reaches_the_trial_and_no_other_starts(machine, number):
     assert not (machine.logs / "S_2").exists() and "summary" in machine.calls()[-1]
 
 
+def test_without_slurm_nothing_is_requeued(machine):
+    scontrol = machine.notes.parent / "bin/scontrol"
+    scontrol.write_text('#!/bin/bash\necho "$*" >>"$NOTES/scontrol"\n')
+    scontrol.chmod(0o755)
+    stops = 'trap "" USR1; kill -USR1 "$(ps -o ppid= -p "$PPID" | tr -d " ")"; read -rt 2 <> <(:)'
+    code, said = machine.run(NEXP="2", CODES="0 0", REQUEUE="1", DURING=stops)
+    assert code == 1 and "no further trial: stopped by SIGUSR1" in said and not (machine.notes / "scontrol").exists(), (
+        said
+    )
+
+
 def test_the_readme_lists_every_variable_that_the_launchers_read():
     scripts = [
         "run.sub",
@@ -316,6 +316,7 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
         "configs/config_common.sh",
         "configs/config_mounts.sh",
         "configs/steps.sh",
+        *(f"{name}/launch.sh" for name in MODULES),
     ]
     read = set()
     for name in scripts:
@@ -357,8 +358,6 @@ def test_the_readme_lists_every_variable_that_the_launchers_read():
         for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", row.split("|")[1])
     }
     assert read - given - listed == set(), "missing in the README"
-    programs = {"SEED", "BATCHSIZE", "EVALBATCHSIZE", "NUMEPOCHS", "LR", "WARMUP_EPOCHS", "WARMUP_STEPS",
-                "LOG_INTERVAL", "OPS", "GRAPHS", "VARIANTS", "CUDNN_BENCHMARK_LIMIT",
-                "MLPERF_SUBMISSION_ORG", "MLPERF_DIVISION", "MLPERF_STATUS", "MLPERF_SYSTEM_NAME", "SYSTEM_DESCRIPTION",
-                "HANG_MONITOR_TIMEOUT", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"}  # fmt: skip
+    indirect = {"SYSTEM_DESCRIPTION", "MLPERF_SYSTEM_NAME", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"}
+    programs = set().union(*PROGRAMS.values(), indirect)
     assert listed - read - programs == set(), "read by nobody"

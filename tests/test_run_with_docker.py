@@ -1,6 +1,5 @@
 """run_with_docker.sh with a stand-in for Docker that notes how it was called. No container is started."""
 
-import dataclasses
 import itertools
 import os
 import re
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from single_stage_detector.config import Config
+from tests.configs import MODULES, PROGRAMS, ROOT, configs_of, exports, launch
 
-ROOT = Path(__file__).parents[1]
+BENCHMARK = next(iter(MODULES))
+DATA = launch(BENCHMARK)["container_data"]
 SCRIPT = ROOT / "run_with_docker.sh"
 NOTE = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >"$NOTES/argv"
@@ -24,7 +24,7 @@ for name in TERM USR1 INT; do trap "echo $name >'$NOTES/signal'; exit 4" $name; 
 echo started >&3
 while :; do read -r -t 0.05 <>"$NOTES/pipe"; done
 """
-MACHINE = {"BENCHMARK": "single_stage_detector", "DGXSYSTEM": "ONE_001x08x032", "DGXNNODES": "1", "DGXNGPU": "8",
+MACHINE = {"BENCHMARK": BENCHMARK, "DGXSYSTEM": "ONE_001x08x032", "DGXNNODES": "1", "DGXNGPU": "8",
            "WALLTIME_RUNANDTIME": "30", "CONT": "registry/detectors:1"}  # fmt: skip
 INSIDE = {"DATASET_DIR", "OUTPUT_DIR", "RESULT_INDEX", "CACHES_CLEARED"}  # set by run.sub, for each trial
 # Not passed on as they are.
@@ -53,12 +53,12 @@ class Sandbox:
         environ = {"PATH": str(self.bin), "NOTES": str(self.notes), **MACHINE, **folders, **more}
         return {name: value for name, value in environ.items() if value is not None}
 
-    def run(self, **more: str | None) -> subprocess.CompletedProcess:
+    def run(self, script: Path = SCRIPT, **more: str | None) -> subprocess.CompletedProcess:
         environ = self.environ(**more)
-        return subprocess.run([SCRIPT], env=environ, capture_output=True, text=True, cwd=self.notes, timeout=60)
+        return subprocess.run([script], env=environ, capture_output=True, text=True, cwd=self.notes, timeout=60)
 
-    def argv(self, **more: str | None) -> list[str]:
-        done = self.run(**more)
+    def argv(self, script: Path = SCRIPT, **more: str | None) -> list[str]:
+        done = self.run(script, **more)
         assert done.returncode == 0, done.stderr
         return (self.notes / "argv").read_text().split("\0")[:-1]
 
@@ -84,9 +84,9 @@ def test_the_container(box):
     assert after(argv, "--user") == [f"{os.getuid()}:{os.getgid()}"]
     assert after(argv, "--workdir") == ["/workspace/ssd"]
     assert set(after(argv, "--volume")) == {
-        f"{box.data}:/datasets/open-images-v6:ro", f"{box.weights}:/torch-home:ro", f"{box.logs}:/results",
+        f"{box.data}:{DATA}:ro", f"{box.weights}:/torch-home:ro", f"{box.logs}:/results",
     }  # fmt: skip
-    inside = {"CONT=", "LOGDIR=/results", "DATADIR=/datasets/open-images-v6", "BACKBONE_DIR=/torch-home"}
+    inside = {"CONT=", "LOGDIR=/results", f"DATADIR={DATA}", "BACKBONE_DIR=/torch-home"}
     assert box.passed() == inside | (set(MACHINE) - {"CONT"})
     assert after(box.argv(WORK_DIR="/my code"), "--workdir") == ["/my code"]
 
@@ -164,26 +164,42 @@ def test_variables_go_by_name_and_secrets_do_not_go(box):
     assert not any("us & them" in word for word in box.argv(**values))
 
 
-def test_the_config_and_all_that_the_programs_read_is_passed(box):
-    program = {f.metadata["detcore.option"]["env"] for f in dataclasses.fields(Config)} - {None}
+@pytest.mark.parametrize("benchmark", MODULES)
+def test_the_config_and_all_that_the_programs_read_is_passed(box, benchmark):
     text = "".join((ROOT / name).read_text() for name in ("run.sub", "configs/config_mounts.sh"))
     launcher = {name for name in re.findall(r"\$\{!?([A-Z][A-Z_]+):[-+?]", text) if not name.startswith("SLURM_")}
     wanted = (
-        (program | launcher) - INSIDE - HOST - {"GIT_COMMIT", "VIRTUAL_ENV", "REQUEUE", "REMOVER_PID"}
+        (PROGRAMS[benchmark] | launcher) - INSIDE - HOST - {"GIT_COMMIT", "VIRTUAL_ENV", "REQUEUE", "REMOVER_PID"}
     )  # the image's; Slurm's
     assert len(wanted) > 25
-    assert wanted - box.passed(**dict.fromkeys(wanted, "1") | MACHINE) == set()
+    assert wanted - box.passed(**dict.fromkeys(wanted, "1") | MACHINE | {"BENCHMARK": benchmark}) == set()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/config_*_001x*.sh")), ids=lambda path: path.stem)
-def test_every_export_of_a_config_is_passed(box, path):
-    done = subprocess.run(
-        ["bash", "-euc", 'source "$0" && env -0', path], env={"PATH": os.environ["PATH"]},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    exports = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
-    names = set(exports) - {"PATH", "PWD", "SHLVL", "_", "DATASET_DIR"}
-    assert len(names) > 10 and names - box.passed(**{name: exports[name] for name in names}) == set()
+@pytest.mark.parametrize("benchmark", MODULES)
+def test_every_export_of_its_configs_is_passed(box, benchmark):
+    exported = {}
+    for path in configs_of(benchmark).values():
+        exported |= exports(path) if "--mode " not in path.read_text() else {}
+    exported |= {"DGXNNODES": "1"}
+    names = exported.keys() - {"DATASET_DIR"}
+    assert len(names) > 15 and names - box.passed(**{name: exported[name] for name in names}) == set()
+
+
+def test_a_new_benchmark_brings_its_folder_alone(box):
+    """No file that others share has to know it."""
+    tree = box.notes / "a tree"
+    (tree / "newcomer").mkdir(parents=True)
+    (tree / "configs").symlink_to(ROOT / "configs")
+    (tree / SCRIPT.name).write_text(SCRIPT.read_text())
+    (tree / SCRIPT.name).chmod(0o755)
+    (tree / "newcomer/launch.sh").write_text("container_data=/datasets/new own_variables='FOCAL_ALPHA|TILES'\n")
+    own = {"BENCHMARK": "newcomer", "FOCAL_ALPHA": "1", "TILES": "2"}
+    argv = box.argv(tree / SCRIPT.name, **own)
+    assert f"{box.data}:/datasets/new:ro" in after(argv, "--volume")
+    assert {*own, "DATADIR=/datasets/new"} <= set(after(argv, "--env"))
+    assert not {"FOCAL_ALPHA", "TILES"} & box.passed(FOCAL_ALPHA="1", TILES="2")
+    done = box.run(tree / SCRIPT.name, BENCHMARK="none")
+    assert done.returncode == 2 and f"BENCHMARK=none: there is no {tree}/none/launch.sh" in done.stderr
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 137])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
 KNOW_DEVICES = {
-    "detcore/device/backend.py",
-    "detcore/device/graph_recorder.py",
-    "detcore/device/tpu.py",
+    "detcore/device/base.py",
+    "detcore/device/cuda.py",
     "detcore/device/native.py",
+    "detcore/device/select.py",
+    "detcore/device/tpu.py",
     "detcore/data/dali.py",
 }
 ROOMS = ("detection", "training", "nn", "ops", "device", "processes", "data", "evaluation")  # below them the ground
@@ -61,9 +63,13 @@ def test_imports_go_to_detcore_only(path):
     assert set(imported(path)) & {"tests", "tools", *PACKAGES} <= allowed
 
 
+def module_name(path: Path) -> str:
+    return name(path).removesuffix(".py").replace("/", ".")
+
+
 @lru_cache
 def known_modules() -> frozenset[str]:
-    return frozenset(name(file).removesuffix(".py").replace("/", ".") for file in files(*PACKAGES, "tools"))
+    return frozenset(module_name(file) for file in files(*PACKAGES, "tools"))
 
 
 def modules(path: Path) -> Iterator[str]:
@@ -76,6 +82,14 @@ def modules(path: Path) -> Iterator[str]:
             yield from ({f"{node.module}.{alias.name}" for alias in node.names} | {node.module}) & known
 
 
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name(path).removesuffix(".py").replace("/", "."): set(modules(path)) for path in files(*PACKAGES)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
 def room(module: str) -> int:
     """How high a module of detcore lies; the ground (boxes, config, cli) below all rooms."""
     part = module.split(".")[1]
@@ -84,7 +98,7 @@ def room(module: str) -> int:
 
 @pytest.mark.parametrize("path", python("detcore"))
 def test_a_room_imports_only_those_below_it(path):
-    own = name(path).removesuffix(".py").replace("/", ".")
+    own = module_name(path)
     above = [module for module in modules(path) if module.startswith("detcore.") and room(module) > room(own)]
     assert above == []
 
@@ -123,7 +137,10 @@ def test_no_error_is_swallowed(path):
             assert not all(isinstance(line, ast.Pass) for line in node.body), f"line {node.lineno}: except: pass"
 
 
-@pytest.mark.parametrize("path", python(*PACKAGES, "public-scripts", "tests/dataprep"))
+TOOLS = ("tools/bench", "tools/compare_losses", "tools/gpu_check", "tools/preflight", "tools/submission")
+
+
+@pytest.mark.parametrize("path", python(*PACKAGES, *TOOLS, "public-scripts", "tests/dataprep", "tests/tools/gpu_check"))
 def test_the_search_path_is_left_alone(path):
     """Packages find each other from the checkout; run_module.py alone puts it on the path, for its scripts."""
     assert ("sys.path" in path.read_text()) == (name(path) == "public-scripts/run_module.py")
@@ -173,10 +190,87 @@ def test_the_tree_in_the_readme_is_the_repository():
     assert told >= {*PACKAGES, "configs", "public-scripts", "tools", "tests"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("bench_*.py")), ids=lambda path: path.name)
-def test_benchmarks_start_from_anywhere(path, tmp_path):
-    """As their texts say, without a PYTHONPATH; nothing else calls them."""
+@pytest.mark.parametrize("path", python("tools/submission"))
+def test_the_submission_tools_stay_light(path):
+    """They import no benchmark but its table of public runs, and nothing of torch."""
+    text = path.read_text().replace("from single_stage_detector import convergence", "")
+    assert not re.search(r"^\s*(import|from) (torch|single_stage_detector|ssd300)\b", text, re.MULTILINE)
+
+
+def test_no_tool_imports_itself_by_way_of_others():
+    """Here a package's own file counts as well, since it may hold code."""
+    known = known_modules()
+    graph = {}
+    for path in files("tools"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        ends = {end for start in found for end in (start, f"{start}.__init__")} & known
+        graph[module_name(path)] = ends - {module_name(path)}  # a package's own file imports from the package
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+NAMES_A_BENCHMARK = re.compile(r"single_stage_detector|ssd300|retinanet|efficientdet|maskrcnn", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.name) for p in sorted((ROOT / "tools/gpu_check").glob("*.py"))])
+def test_the_core_of_gpu_check_names_no_benchmark(path):
+    assert NAMES_A_BENCHMARK.findall(path.read_text()) == []
+
+
+HELP = """
+import runpy, sys
+from contextlib import redirect_stdout
+from io import StringIO
+if sys.argv[1] == "without torch":
+    sys.modules["torch"] = None  # its import fails
+for module in sys.argv[2:]:
+    sys.argv = [module, "--help"]
+    said = StringIO()
+    try:
+        with redirect_stdout(said):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert end.code == 0 and "usage: " in said.getvalue(), module
+"""
+
+
+def help_of(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HELP, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tools_that_need_no_torch_start_without_it():
+    single = ("gpu_check", "gpu_carry", "preflight", "compare_losses", "make_scenes", "make_openimages", "tpu_check")
+    help_of("without torch", *(f"tools.{name}" for name in single))
+    help_of("without torch", *(f"tools.bench.{name}" for name in ("evaluation", "index", "openimages", "shards")))
+
+
+def test_every_benchmark_says_what_it_does():
+    help_of("with torch", *(f"tools.bench.{path.stem}" for path in files("tools/bench") if path.stem != "__init__"))
+
+
+OLDER_NAMES = [
+    path for path in sorted((ROOT / "tools").glob("*.py")) if "The older name of `python -m tools." in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", OLDER_NAMES, ids=lambda path: path.name)
+def test_older_names_lead_to_the_module_of_that_name(path):
+    module = re.search(r'^run\("(tools\.[\w.]+)"\)$', path.read_text(), re.MULTILINE)[1]
+    assert module.removeprefix("tools.").replace("bench.", "bench_") == path.stem or ".submission." in module
+    assert {module, f"{module}.__main__"} & (known_modules() - {module_name(path)})
+
+
+def test_an_older_name_starts_from_anywhere(tmp_path):
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, path, "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+    for name in ("gpu_check.py", "bench_index.py"):
+        command = [sys.executable, ROOT / "tools" / name, "--help"]
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "usage: " in done.stdout, done.stderr

@@ -5,23 +5,24 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from detcore.data.plan import steps_per_epoch
 from detcore.training.task import Data
+from tests.configs import FOLDER, ROOT, exports
 
-ROOT = Path(__file__).parents[1]
 COCO_2017 = 118_287  # training images
 CORE = 128  # images of a micro-batch at most
 
 
 @pytest.mark.tpu
 def test_training_on_both_emulations_is_that_of_the_cpu():
-    """TPU_CHECK: more words for tools/tpu_check.py, such as --python xla=FILE for an environment that is there."""
+    """TPU_CHECK: more words for tools.tpu_check, such as --python xla=FILE for an environment that is there."""
     words = shlex.split(os.environ.get("TPU_CHECK", ""))
-    done = subprocess.run([sys.executable, ROOT / "tools" / "tpu_check.py", *words], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.tpu_check", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     print(done.stdout)  # the table; make test-tpu shows it
     assert done.returncode == 0, done.stdout
 
@@ -48,15 +49,14 @@ def test_iterations_of_an_epoch_are_those_of_the_documentation():
     assert iterations(8 * CORE, cores=8) == (int(eight[1]), 1, int(eight[1]), 0)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("config_SSD300_*CORE_*.sh")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("config_SSD300_*CORE_*.sh")), ids=lambda path: path.stem)
 def test_headers_of_the_tpu_configs_tell_the_iterations(path):
-    header, _, rest = path.read_text().partition("\n\n")
+    header, exported = path.read_text().split("\n\n")[0], exports(path)
+    options = exported["EXTRA_PARAMS"]
     cores, batch = map(int, re.search(r"_(\d+)CORE_BS(\d+)", path.stem).groups())
     _, accumulate, full, tail = iterations(batch, cores)
     assert f"global batch {batch}." in header and f"# {full} iterations" in header
     assert (f"then one of {tail}" in header) == bool(tail)
-    assert (f"--accumulate {accumulate}" in rest) == (accumulate > 1)
-    assert (f"--num-cores {cores}" in rest) == (cores > 1)
-    assert f"BATCHSIZE:-{batch // accumulate // cores}}}" in rest and "--device tpu" in rest
+    assert (f"--accumulate {accumulate}" in options) == (accumulate > 1)
+    assert (f"--num-cores {cores}" in options) == (cores > 1)
+    assert exported["BATCHSIZE"] == str(batch // accumulate // cores) and "--device tpu" in options

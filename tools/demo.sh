@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# make demo, make demo-ssd300: renders the scenes, trains on them with a config of configs/, has the official checker
+# make demo, make demo-<benchmark>: renders the scenes, trains on them with a config of configs/, has the official checker
 # read the log, and draws the report.
 #
-#   tools/demo.sh [single_stage_detector | ssd300]
+#   tools/demo.sh [BENCHMARK]      default: single_stage_detector, whose demo bears no name
 #
 # PYTHON: the interpreter (default: python). Exit codes: those of the training (3: target not reached), 1 if the checker
 # refuses the log.
@@ -10,20 +10,21 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python}
-case ${1:-single_stage_detector} in
-single_stage_detector) config=configs/config_cpu_demo.sh out=results/demo data=build/demo-data scenes=() ;;
-ssd300)
-    config=configs/config_ssd300_cpu_demo.sh out=results/demo-ssd300 data=build/demo-data-ssd300
-    scenes=(--train 600 --val 60 --most 3 --radius 18 38)
-    ;;
-*) echo "demo: there is no demo of $1; choose single_stage_detector or ssd300" >&2 && exit 2 ;;
-esac
-export PYTHON=$python DATASET_DIR=$data OUTPUT_DIR=$out RESULT_INDEX=0
+benchmark=${1:-single_stage_detector} name=${1:-}
+[[ $name != single_stage_detector ]] || name=''
+config=configs/config_${name:+${name}_}cpu_demo.sh
+if [[ ! -f $config || ! -f $benchmark/launch.sh ]]; then
+    others=(*/launch.sh)
+    echo "demo: there is no demo of $benchmark; choose one of ${others[*]%/launch.sh}" >&2 && exit 2
+fi
+# shellcheck source=ssd300/launch.sh
+source "$benchmark/launch.sh"
+export PYTHON=$python DATASET_DIR=build/demo-data${name:+-$name} OUTPUT_DIR=results/demo${name:+-$name} RESULT_INDEX=0
 
 last=$DATASET_DIR/annotations/instances_val.json
 if [[ ! -f $last || tools/make_scenes.py -nt $last ]]; then
     rm -rf "$DATASET_DIR"
-    "$python" tools/make_scenes.py --out "$DATASET_DIR" "${scenes[@]}"
+    "$python" -m tools.make_scenes --out "$DATASET_DIR" "${demo_scenes[@]}"
 fi
 
 # shellcheck source=configs/config_cpu_demo.sh

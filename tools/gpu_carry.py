@@ -1,12 +1,12 @@
 """What a GPU machine without a network lacks, in one folder to take along with the checkout.
 
-    python tools/gpu_carry.py [DIR] [--data DIR] [--packages NAME,...] [--limit 64]
+    python -m tools.gpu_carry [DIR] [--data DIR] [--packages NAME,...] [--limit 64]
 
 DIR, by default build/carry, gets wheels of the packages that such a machine lacks (Python 3.12, x86-64, the versions of
 requirements.lock), every program's library compiled here for compute capability 9.0 (H100, H200) with a hash of its
 sources, and the data set bccd. Git ignores it. There one command starts it all:
 
-    python3 tools/gpu_check.py --out results/gpu --carried build/carry
+    python3 -m tools.gpu_check --out results/gpu --carried build/carry
 
 The last lines of what is printed are those to go on with there. The libraries serve torch 2.11 to 2.15 (stable ABI) and
 need no more of glibc and libstdc++ than Ubuntu 24.04 has. They are used while csrc/ and setup.py are what they were
@@ -220,7 +220,7 @@ def what_next(folder: Path) -> str:
     """What to copy to the other machine, and the commands there."""
     inside = folder.is_relative_to(ROOT)
     there = folder.relative_to(ROOT) if inside else Path("build") / "carry"
-    command = f"python3 tools/gpu_check.py --out results/gpu --carried {there}"
+    command = f"python3 -m tools.gpu_check --out results/gpu --carried {there}"
     return f"""Copy the checkout, and {folder}, which git does not list, to {there} in it. There, in the checkout:
     {command}
 After the first call, or with its gpu_check.json on another machine:
@@ -228,7 +228,9 @@ After the first call, or with its gpu_check.json on another machine:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.gpu_carry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "carry")
     parser.add_argument("--data", type=Path, help="the data set bccd, where it is not at shared/data/bccd")
     parser.add_argument("--packages", default=",".join(PACKAGES), help="that the machine lacks")

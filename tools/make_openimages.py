@@ -1,6 +1,6 @@
 """Make a data set of any size that looks like OpenImages: its tables with the published columns, and JPEG files.
 
-    python tools/make_openimages.py --out DIR --images 3000 [--boxes-per-image 12.5] [--splits train]
+    python -m tools.make_openimages --out DIR --images 3000 [--boxes-per-image 12.5] [--splits train]
 
 Layout: DIR/SPLIT/{data,labels/detections.csv,metadata/{classes,image_ids}.csv}, as fiftyone has it. Random
 ids, boxes and classes (the 264 names of MLPerf and 337 others) from a seed. Of the images --headers (default 256) are

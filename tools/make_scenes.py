@@ -1,6 +1,6 @@
 """Render the demo's data set: generated scenes of simple shapes, as JPEG images and COCO-format JSON.
 
-    python tools/make_scenes.py --out build/demo-data
+    python -m tools.make_scenes --out build/demo-data
 
 Layout: OUT/train/*.jpg, OUT/val/*.jpg, OUT/annotations/instances_train.json and instances_val.json.
 

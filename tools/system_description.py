@@ -28,50 +28,8 @@ import torch
 
 from detcore import UserError
 from detcore.cli import OK, run_main
+from tools.submission.system import DIVISIONS, FIELDS, PLACEHOLDER, STATUS
 
-PLACEHOLDER = "FILL IN: "
-DIVISIONS = ("closed", "open")
-STATUS = {  # in the log: in the description
-    "onprem": "Available on-premise",
-    "cloud": "Available cloud",
-    "preview": "Preview",
-    "research": "Research, Development, or Internal (RDI)",
-}
-FIELDS = {  # in the order of the rules, with what is wanted where nothing can be found
-    "submitter": "the organisation that submits",
-    "division": "closed or open",
-    "status": "one of " + "; ".join(STATUS.values()),
-    "system_name": "the name of the system",
-    "number_of_nodes": "how many nodes ran the training",
-    "host_processors_per_node": "how many processors (sockets) a node has",
-    "host_processor_model_name": "maker and model of the processors",
-    "host_processor_core_count": "cores of one processor",
-    "host_processor_vcpu_count": "hardware threads of one processor",
-    "host_processor_frequency": "highest clock of the processors",
-    "host_processor_caches": "sizes of the processor's caches",
-    "host_processor_interconnect": "what connects the processors of a node, such as UPI",
-    "host_memory_capacity": "memory of a node",
-    "host_storage_type": "kind of the storage that holds the data",
-    "host_storage_capacity": "size of that storage",
-    "host_networking": "network devices of a node",
-    "host_networking_topology": "how the nodes are connected, such as fat tree",
-    "host_memory_configuration": "memory modules of a node, such as 32x 64 GB DDR5-4800",
-    "accelerators_per_node": "how many accelerators a node has",
-    "accelerator_model_name": "maker and model of the accelerators",
-    "accelerator_host_interconnect": "what connects accelerators and processors, such as PCIe 5.0 x16",
-    "accelerator_frequency": "highest clock of the accelerators",
-    "accelerator_on-chip_memories": "sizes of the accelerator's caches and registers",
-    "accelerator_memory_configuration": "kind of the accelerator's memory, such as HBM3",
-    "accelerator_memory_capacity": "memory of one accelerator",
-    "accelerator_interconnect": "what connects the accelerators of a node, such as NVLink",
-    "accelerator_interconnect_topology": "how the accelerators of a node are connected",
-    "cooling": "air, liquid or other",
-    "hw_notes": "anything else about the hardware, or nothing",
-    "framework": "name and version of the framework",
-    "other_software_stack": "versions of driver and libraries",
-    "operating_system": "name and version of the operating system",
-    "sw_notes": "anything else about the software, or nothing",
-}
 _UNSET = ("", "unset", "unknown")
 _VIRTUAL_DISKS = ("loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd")
 _GPU_QUERY = ("name", "memory.total", "driver_version", "clocks.max.sm", "pcie.link.gen.max", "pcie.link.width.max")

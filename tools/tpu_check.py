@@ -1,11 +1,11 @@
 """Runs SSD300's training on the TPU path without a TPU, two ways, and compares it with the CPU: a table, and JSON.
 
-    python tools/tpu_check.py                      makes the two environments under build/tpu (13 GB, minutes) and runs
-    python tools/tpu_check.py --python xla=DIR/bin/python --python tpu=DIR/bin/python    takes existing ones
-    python tools/tpu_check.py --only xla           one of the two
+    python -m tools.tpu_check                      makes the two environments under build/tpu (13 GB, minutes) and runs
+    python -m tools.tpu_check --python xla=DIR/bin/python --python tpu=DIR/bin/python    takes existing ones
+    python -m tools.tpu_check --only xla           one of the two
 
 xla: torch-xla 2.9 on PJRT's CPU device. tpu: torch-tpu on the emulation of the package xla-cpu-pjrt. What runs there
-is tools/tpu_steps.py: the product's backend and training step, on a ResNet-18 SSD300 with an eighth of the channels at
+is tools.tpu_steps: the product's backend and training step, on a ResNet-18 SSD300 with an eighth of the channels at
 300 x 300. Ends with 1 if anything is not as it must be.
 """
 
@@ -62,16 +62,18 @@ def surroundings(kind: str, python: Path) -> dict[str, str]:
 
 
 def steps(kind: str, python: Path, device: str, precision: str, *more: str) -> dict:
-    """What tools/tpu_steps.py saw. Raises RuntimeError with the end of what it said if it failed."""
+    """What tools.tpu_steps saw. Raises RuntimeError with the end of what it said if it failed."""
     name = "_".join((kind, device, precision, *more)).replace("--", "").replace("/", "")
     out = FOLDER / f"{name}.json"
     out.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["--device", device, "--precision", precision, "--json", out, *more]
     print(f"{kind}: {device} {precision} {' '.join(more)}", file=sys.stderr)
-    program = [python, ROOT / "tools" / "tpu_steps.py", *words]
+    program = [python, "-m", "tools.tpu_steps", *words]
     try:
-        done = subprocess.run(program, env=surroundings(kind, python), capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            program, cwd=ROOT, env=surroundings(kind, python), capture_output=True, text=True, timeout=PATIENCE
+        )
     except subprocess.TimeoutExpired as late:
         raise RuntimeError(f"{kind} {device} {precision}: not at its end after {PATIENCE} s, ended") from late
     (FOLDER / f"{name}.log").write_text(done.stdout + done.stderr)

@@ -1,6 +1,6 @@
-"""Training steps of SSD300 on a device, by the product's own lines; run by tools/tpu_check.py in each environment.
+"""Training steps of SSD300 on a device, by the product's own lines; run by tools.tpu_check in each environment.
 
-    python tools/tpu_steps.py --device tpu --precision bf16 --steps 20 --json FILE
+    python -m tools.tpu_steps --device tpu --precision bf16 --steps 20 --json FILE
 
 Writes what it saw as JSON: losses of every step, seconds, programs compiled after each step, and the checks of its
 device. Where torch-tpu is installed but no TPU is there, TPU_LIBRARY_PATH names an emulation.
@@ -15,8 +15,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import nn
@@ -67,8 +65,8 @@ def build(given: argparse.Namespace, device) -> tuple:
         return losses(network(batch.images), model.priors, batch.boxes, batch.labels)
 
     optimizer = optim.sgd(model, given.lr, 0.9, 5e-4, fused=False)
-    unused = {"open_data": None, "metric": "AP", "target": None, "eval_epochs": None, "hyperparameters": {}}
-    task = Task(model=model, optimizer=optimizer, lr=lambda step, per_epoch: given.lr, loss=loss, **unused)
+    unused = {"open_data": None, "targets": {"AP": None}, "eval_epochs": None, "hyperparameters": {}}
+    task = Task(model=model, optimizer=optimizer, lr=lambda step, per_epoch, base: given.lr, loss=loss, **unused)
     return task, State(model, optimizer, device.scaler(), None), RunConfig(accumulate=given.accumulate)
 
 
@@ -128,7 +126,7 @@ def best_scores(given: argparse.Namespace, task, device) -> list[float]:
     """The ten best detections of two batches by the lines of an evaluation, then of an image by those of a prediction;
     20 of an image instead of 200."""
     from detcore.detection import detector as detection
-    from detcore.detection.detector import inference
+    from detcore.detection import inference
     from ssd300.config import Config
     from ssd300.data import DETECTOR
     from ssd300.postprocess import postprocess
@@ -141,7 +139,7 @@ def best_scores(given: argparse.Namespace, task, device) -> list[float]:
         return postprocess(outputs, model.priors, detections=20)
 
     detector = DETECTOR._replace(infer=infer)
-    find = detection.finder(detector, task.model, range(1, 6), device)
+    find = detection.compiled_detect(detector, task.model, range(1, 6), device)
     rows = detection.detect_all(find, itertools.islice(batches_of(given), 2), device, lambda phase, count: None)
     image, ids = next(batches_of(given)).images[0], torch.arange(1, 6).to(device.device)
     seen = inference.look(Config(), detector, task.model, image, device, ids)
@@ -160,16 +158,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     open_emulation() if given.device == "tpu" else None
-    from detcore.device import backend
+    from detcore.device.select import select_backend
     from detcore.nn import optim
     from detcore.training import engine
 
     began = time.perf_counter()
-    device = backend.select(given.device, given.precision)
+    device = select_backend(given.device, given.precision)
     task, state, config = build(given, device)
     step = engine.make_train_step(task, state, task.model, config, device)
     found = {"device": device.name, "torch": torch.__version__, "losses": [], "seconds": [], "compiled": []}
-    stream = device.ahead(batches_of(given)) if hasattr(device, "ahead") else batches_of(given)
+    stream = device.prefetch(batches_of(given))
     found["scores"] = best_scores(given, task, device)  # of the same weights as the CPU's
     task.model.train()
     for number in range(given.steps):

@@ -4,10 +4,15 @@ Treatments, each with its count in `CocoIndex.counts`:
 
 * image listed twice with the same name and size: the first stays ("duplicate images"); with another name or size:
   error. Two images with one file name: both stay ("duplicate file names").
+* category listed twice with the same name: the first stays ("duplicate categories"); with another name: error. Two
+  categories with one name: both stay ("categories that share a name").
+* file name that is there in another spelling (`detcore.data.image_names`): that file ("names of another spelling").
 * annotation id used twice: both stay, for ids of annotations are used for nothing ("duplicate annotation ids").
 * annotation of an image or category that is not listed, box or area that is not a finite number: error.
 * box without area (zero, negative or wholly outside the image): left out of training ("boxes dropped").
 * box that reaches out of the image by more than 0.01 pixel: clipped for training ("boxes clipped").
+* box narrower or lower than a pixel: kept ("boxes under one pixel"). Area below 0: kept; evaluation ignores such truth
+  as COCO's does ("areas below 0").
 * crowd box: kept, with its flag ("crowd boxes"). Area missing or null: width * height. `iscrowd` missing: 0.
 * image listed but not in the folder ("missing images"): the folder is read once, when the cache is built, and again
   at each start while images are missing; the loaders refuse to start. All of them missing: error at once.
@@ -21,21 +26,21 @@ stands in it. The image folder may hold shards instead of files (`detcore.data.s
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from detcore import UserError
-from detcore.data import coco_json, shards
+from detcore.data import coco_json, exif, image_names, shards, signs
 from detcore.data import columns as columns_file
 from detcore.data.files import read_bytes
 
-_MAGIC = b"detcore index 1\n"
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAGIC = b"detcore index 2\n"
 
 
 class CocoIndex:
@@ -44,7 +49,8 @@ class CocoIndex:
     image_ids: int64 [I], the file's ids in the file's order; heights, widths: int32 [I], pixels.
     category_ids: int64 [K], the file's ids, ascending; the class index 0..K-1 is the position. category_names: K names.
     counts: what was found and how it was treated. missing: int64, positions of images that are not in the folder.
-    content_hash: SHA-256 of the annotation file, in hexadecimal.
+    content_hash: SHA-256 of the annotation file, in hexadecimal. signs: see `detcore.data.signs`; exif: what
+    `detcore.data.exif.survey` found.
     """
 
     def __init__(self, cache_file: Path, key: dict, header: dict, columns: dict[str, np.ndarray]) -> None:
@@ -53,9 +59,14 @@ class CocoIndex:
         self.category_ids, self.category_names = columns["category_ids"], header["category_names"]
         self.counts: dict[str, int] = dict(header["counts"])
         self.content_hash: str = header["content_hash"]
+        self.signs: dict[str, int] = header["signs"]
+        self.exif: dict[str, int] = header["exif"]
         self.missing = np.empty(0, np.int64)
         self.shards = shards.open_folder(self.image_dir) if key["shards"] else None
         self._cache_file, self._key, self._columns = cache_file, key, columns
+        self._class_of = np.arange(len(self.category_ids))  # the class index of each category of the file
+        self._given_ids: tuple[int, ...] | None = None  # of the classes, where `with_classes` gave them
+        self._renamed: dict[int, str] = {}  # file names that came to light after the cache was built
 
     @classmethod
     def open(
@@ -100,18 +111,44 @@ class CocoIndex:
             index._check_classes(expected_classes)
         return index
 
+    def with_classes(self, ids: Sequence[int]) -> "CocoIndex":
+        """The same index with given classes: a category's class index is the position of its id in `ids`.
+
+        ids: rising, and among them all of the file's, such as 1 to 90 for COCO, whose 80 categories then keep their
+        raw ids and leave ten classes without boxes, named by their number. Raises UserError for a category of the file
+        that is not among them.
+        """
+        given = np.array(ids, np.int64)
+        if (np.diff(given) <= 0).any():
+            raise ValueError(f"class ids {list(ids)} do not rise")
+        own, names = self.category_ids, self.category_names
+        unknown = own[~np.isin(own, given)]
+        if len(unknown):
+            raise UserError(
+                f"{self.annotation_file}: category {unknown[0]} is none of the {len(given)} classes of this model, "
+                f"{given[0]} to {given[-1]}; train on a data set with these ids, or on a custom one with its own"
+            )
+        mapped = copy.copy(self)
+        mapped._class_of = np.searchsorted(given, own)[self._class_of]
+        known = dict(zip(own.tolist(), names, strict=True))
+        mapped.category_ids, mapped.category_names = given, [known.get(i, str(i)) for i in given.tolist()]
+        mapped._given_ids = tuple(given.tolist())
+        return mapped
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __reduce__(self) -> tuple:
-        return _reopen, (self._cache_file, self._key)
+        return _reopen, (self._cache_file, self._key, self._given_ids, self._renamed)
 
     @property
     def num_classes(self) -> int:
         return len(self.category_ids)
 
     def file_name(self, i: int) -> str:
-        """The image's name as the annotation file has it."""
+        """The image's file below the folder: as the annotation file has it, or in the spelling that is there."""
+        if i in self._renamed:
+            return self._renamed[i]
         ends = self._columns["name_ends"]
         return self._columns["names"][ends[i - 1] if i else 0 : ends[i]].tobytes().decode()
 
@@ -140,7 +177,7 @@ class CocoIndex:
         rows = self._columns["order"][starts[i] : starts[i + 1]]
         boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[i], self.widths[i])
         rows = rows[keep]
-        return boxes[keep], self._columns["ann_class"][rows].astype(np.int64), self._columns["iscrowd"][rows] != 0
+        return boxes[keep], self._class_of[self._columns["ann_class"][rows]], self._columns["iscrowd"][rows] != 0
 
     def annotations(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The annotations of images first..last-1 as the file has them, image after image.
@@ -149,7 +186,7 @@ class CocoIndex:
         """
         column = self._columns
         rows = column["order"][column["starts"][first] : column["starts"][last]]
-        return column["ann_image"][rows], column["ann_class"][rows], column["bbox"][rows]
+        return column["ann_image"][rows], self._class_of[column["ann_class"][rows]], column["bbox"][rows]
 
     def ground_truth(self):
         """All annotations as they stand in the file: a `detcore.evaluation.coco.GroundTruth`, in the file's order."""
@@ -160,21 +197,27 @@ class CocoIndex:
             image_ids=self.image_ids,
             category_ids=self.category_ids,
             ann_image_id=self.image_ids[column["ann_image"]],
-            ann_category_id=self.category_ids[column["ann_class"]],
+            ann_category_id=self.category_ids[self._class_of[column["ann_class"]]],
             bbox=column["bbox"],
             area=column["area"],
             iscrowd=column["iscrowd"],
         )
 
-    def summary(self) -> str:
-        """A few lines for the start-up log: what the file holds and how it was treated."""
+    def summary(self, crowd: str = "keep") -> str:
+        """A few lines for the start-up log: what the file holds and how it was treated.
+
+        crowd: what becomes of crowd boxes in training, as `Layout` has it.
+        """
         main = ("images", "annotations", "categories")
         rest = [f"{name} {count:,}" for name, count in self.counts.items() if count and name not in main]
+        if crowd == "drop" and self.signs["crowd left out"]:
+            rest.append(f"left out as crowd {self.signs['crowd left out']:,}")
         lines = [
             f"{self.annotation_file.name}: " + ", ".join(f"{self.counts[name]:,} {name}" for name in main),
             f"  sha256 {self.content_hash[:16]}, category ids {self.category_ids[0]} to {self.category_ids[-1]}",
         ]
-        return "\n".join(lines + ([f"  {', '.join(rest)}"] if rest else []))
+        lines += [f"  {', '.join(rest)}"] * bool(rest) + [f"  {line}" for line in exif.words(self.exif, len(self))]
+        return "\n".join(lines + [f"  Warning: {words}." for words in signs.suspicions(self.signs)])
 
     def check_images(self) -> None:
         """Raise UserError if images are missing, naming the first three."""
@@ -183,17 +226,33 @@ class CocoIndex:
             raise UserError(
                 f"{self.image_dir}: {len(self.missing):,} of the {len(self):,} images that {self.annotation_file.name} "
                 f"lists are not there ({names}...); fetch them, or remove them from the annotation file."
+                f"{self._meant(self.file_name(self.missing[0]))}"
             )
+
+    def check_inside(self) -> None:
+        """Raise UserError for a name that leads out of the image folder: a tar program would write it there."""
+        for i in range(len(self)):
+            if image_names.leaves_folder(name := self.file_name(i)):
+                raise UserError(
+                    f"{self.annotation_file}: image {self.image_ids[i]} is {name!r}, which leads out of "
+                    f"{self.image_dir}; a shard must not hold such a name, so put the images below one folder."
+                )
 
     def _look_again(self) -> None:
         names = [self.file_name(i) for i in range(len(self))]
-        self.missing, self.counts["unlisted files"] = _scan(names, self.image_dir)
-        self.counts["missing images"] = len(self.missing)
+        found = image_names.scan(names, self.image_dir, self.shards)
+        self.missing, self._renamed = found.missing, found.renamed
+        self.counts |= {"missing images": len(found.missing), "unlisted files": found.unlisted}
+        self.counts["names of another spelling"] += len(found.renamed)
         if len(self.missing) == len(self):
             raise UserError(
                 f"{self.image_dir}: holds none of the {len(self):,} images that {self.annotation_file.name} lists, "
-                f"such as {names[0]}; is it the right folder?"
+                f"such as {names[0]}; is it the right folder?{self._meant(names[0])}"
             )
+
+    def _meant(self, name: str) -> str:
+        near = None if self.shards else image_names.closest(name, self.image_dir)
+        return f" There is {near}: if that is meant by {name}, write so in the annotation file." if near else ""
 
     def _check_classes(self, expected: int) -> None:
         ids = self.category_ids
@@ -228,11 +287,12 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "detcore"
 
 
-def _reopen(cache_file: Path, key: dict) -> CocoIndex:
+def _reopen(cache_file: Path, key: dict, class_ids: Sequence[int] | None, renamed: dict[int, str]) -> CocoIndex:
     index = _load(cache_file, key)
     if index is None:
         raise UserError(f"{cache_file}: the cache of the annotation file changed while it was in use; start again.")
-    return index
+    index._renamed = renamed
+    return index.with_classes(class_ids) if class_ids else index
 
 
 def _build(places: list[Path], name: str, key: dict) -> CocoIndex:
@@ -287,51 +347,39 @@ def _collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
     columns["order"] = order.astype(np.int32 if len(order) < 2**31 else np.int64)
     columns["starts"] = np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64)
     del order
-    dropped = clipped = 0
-    for first in range(0, len(columns["bbox"]), 1 << 20):
-        rows = slice(first, first + (1 << 20))
-        at = columns["ann_image"][rows]
-        _, keep, moved = training_boxes(columns["bbox"][rows], columns["heights"][at], columns["widths"][at])
-        dropped += int((~keep).sum())
-        clipped += int((moved & keep).sum())
-    missing, unlisted = _scan(parsed.file_names, Path(key["image_dir"]))
+    counts |= {"images without annotations": int((per_image == 0).sum())}
+    told = _count_boxes(columns, counts)
+    found = image_names.scan(parsed.file_names, Path(key["image_dir"]), shards.open_folder(Path(key["image_dir"])))
     counts |= {
-        "images without annotations": int((per_image == 0).sum()),
-        "boxes dropped": dropped,
-        "boxes clipped": clipped,
-        "missing images": len(missing),
-        "unlisted files": unlisted,
+        "missing images": len(found.missing),
+        "unlisted files": found.unlisted,
+        "names of another spelling": len(found.renamed),
     }
-    encoded = [name.encode() for name in parsed.file_names]
+    names = [found.renamed.get(i, name) for i, name in enumerate(parsed.file_names)]
+    seen = {} if key["shards"] else exif.survey(key["image_dir"], names, columns["heights"], columns["widths"])
+    encoded = [name.encode() for name in names]
     columns["names"] = np.frombuffer(b"".join(encoded), np.uint8)
     columns["name_ends"] = np.cumsum([len(name) for name in encoded], dtype=np.int64)
     header = {"category_names": parsed.category_names, "counts": counts, "content_hash": parsed.content_hash}
-    return {"key": key, **header}, columns
+    return {"key": key, **header, "signs": told, "exif": seen}, columns
 
 
-def _scan(names: list[str], image_dir: Path) -> tuple[np.ndarray, int]:
-    """Read each folder once: int64 positions of the names that are not there, and the number of images not named."""
-    if pack := shards.open_folder(image_dir):
-        rows = pack.find(names)
-        return np.flatnonzero(rows < 0), len(pack) - len(np.unique(rows[rows >= 0]))
-    folders: dict[str, set[str]] = {}
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for i, name in enumerate(names):
-        folder, base = os.path.split(name)
-        if folder not in folders:
-            try:
-                folders[folder] = set(os.listdir(image_dir / folder))
-            except (OSError, ValueError):  # no such folder, or a name that no file can have
-                folders[folder] = set()
-            listed[folder] = set()
-        listed[folder].add(base)
-        if base not in folders[folder]:
-            missing.append(i)
-    unlisted = sum(
-        name.lower().endswith(_IMAGE_SUFFIXES) for folder in folders for name in folders[folder] - listed[folder]
-    )
-    return np.array(missing, np.int64), unlisted
+def _count_boxes(columns: dict[str, np.ndarray], counts: dict[str, int]) -> dict[str, int]:
+    """The boxes' signs; adds how they were treated to the counts."""
+    totals: dict[str, int] = {}
+    treated = dict.fromkeys(("boxes dropped", "boxes clipped", "boxes under one pixel", "areas below 0"), 0)
+    for first in range(0, max(len(columns["bbox"]), 1), 1 << 20):
+        rows = slice(first, first + (1 << 20))
+        at, bbox, area = columns["ann_image"][rows], columns["bbox"][rows], columns["area"][rows]
+        size = np.stack([columns["widths"][at], columns["heights"][at]], 1)
+        clipped, keep, moved = training_boxes(bbox, size[:, 1], size[:, 0])
+        told = signs.count(bbox, area, columns["iscrowd"][rows] != 0, size, clipped, keep)
+        totals = {name: totals.get(name, 0) + value for name, value in told.items()}
+        treated["boxes dropped"] += int((~keep).sum())
+        treated["boxes clipped"] += int((moved & keep).sum())
+        treated["areas below 0"] += int((area < 0).sum())
+    counts |= treated | {"boxes under one pixel": totals["under one pixel"]}
+    return totals
 
 
 def _load(path: Path, key: dict) -> CocoIndex | None:

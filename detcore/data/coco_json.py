@@ -23,6 +23,16 @@ from detcore import UserError
 _PIECE = 8 << 20
 _CUT = re.compile(rb"\}\s*(,)\s*\{")
 
+_RECODE = "if it was saved on Windows or in an old program: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+_BOM = b"\xef\xbb\xbf"
+_KINDS = {
+    b"\x1f\x8b": "a gzip file: gunzip it first.",
+    b"PK\3\4": "a zip archive: unzip it first, and name the JSON file inside.",
+    b"BZh": "a bzip2 file: bunzip2 it first.",
+    b"\xfd7zXZ": "an xz file: unxz it first.",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
+}
+
 # Ids travel as float64 in COCO result rows, and -1 marks padding, so only these are usable.
 _Id = Annotated[int, Meta(ge=0, le=2**53)]
 _Side = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -89,30 +99,54 @@ def parse(file: Path) -> Parsed:
 
 
 def _parse(file: Path, data: mmap.mmap, digest: str) -> Parsed:
+    start = len(_BOM) if data[: len(_BOM)] == _BOM else 0
     try:
-        lists = msgspec.json.decode(data, type=_File)
+        lists = msgspec.json.decode(memoryview(data)[start:], type=_File)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: {_explain(error, data)}") from error
+        raise UserError(f"{file}: {_other_kind(data) or _explain(error, data)}") from error
     images = list(itertools.chain.from_iterable(_objects(file, "images", lists.images, _Image)))
     image_columns, file_names, image_counts = _images(file, images)
     del images
-    category_ids, category_names = _categories(file, lists.categories)
+    category_ids, category_names, category_counts = _categories(file, lists.categories)
     annotations, annotation_counts = _annotations(file, lists.annotations, image_columns["image_ids"], category_ids)
     counts = {
         "images": len(file_names),
         "annotations": len(annotations["bbox"]),
         "categories": len(category_ids),
         **image_counts,
+        **category_counts,
         **annotation_counts,
     }
     columns = {**image_columns, "category_ids": category_ids, **annotations}
     return Parsed(columns, file_names, category_names, counts, digest)
 
 
+def _other_kind(data: mmap.mmap) -> str | None:
+    """What the file is instead of JSON in UTF-8, and what to do; None if that cannot be told from its beginning."""
+    head = data[:512]
+    for mark, code in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"),
+                       (b"\xfe\xff", "UTF-16")):  # fmt: skip
+        if head.startswith(mark):
+            return f"this is {code} text, and JSON is UTF-8: iconv -f {code} -t UTF-8 OLD > NEW"
+    if head[:4].count(0) in (2, 3):
+        return "this is UTF-16 or UTF-32 text, and JSON is UTF-8; save the file as UTF-8."
+    for mark, told in _KINDS.items():
+        if head.startswith(mark):
+            return f"this is {told}"
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<annotation")):
+        return "this is HTML or XML, not JSON: a server's error page, or annotations to be converted to COCO's format."
+    if re.match(rb"\{\s*'", text):
+        return "this is what Python prints of a dictionary, not JSON: write it with json.dump instead of str."
+    if re.match(rb"\{[^\n]*\}\s*\n\s*\{", data[: 1 << 16]):
+        return "this is one JSON object a line (JSON Lines); a COCO file is one object with three lists."
+    return None
+
+
 def _explain(error: Exception, data: mmap.mmap) -> str:
     text = str(error)
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text ({text}); save the file as UTF-8."
+        return f"not UTF-8 text ({text}); {_RECODE}"
     if isinstance(error, RecursionError):
         return "nested too deeply for an annotation file; is it the right file?"
     if isinstance(error, msgspec.ValidationError):
@@ -142,7 +176,8 @@ def _objects(file: Path, name: str, raw: msgspec.Raw, kind: type) -> Iterator[li
         reason = re.sub(r" - at `.*`$", "", str(error))
         raise UserError(f"{file}: {where}: {reason}; correct it in the annotation file.") from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: {name}, somewhere after entry {count}: {error}.") from error
+        advice = f"; {_RECODE}" if isinstance(error, UnicodeDecodeError) else "."
+        raise UserError(f"{file}: {name}, somewhere after entry {count}: {error}{advice}") from error
 
 
 def _pieces(raw: memoryview, decoder: msgspec.json.Decoder) -> Iterator[list]:
@@ -191,15 +226,24 @@ def _images(file: Path, images: list[_Image]) -> tuple[dict[str, np.ndarray], li
     return columns, names, counts
 
 
-def _categories(file: Path, raw: msgspec.Raw) -> tuple[np.ndarray, list[str]]:
+def _categories(file: Path, raw: msgspec.Raw) -> tuple[np.ndarray, list[str], dict[str, int]]:
     categories = list(itertools.chain.from_iterable(_objects(file, "categories", raw, _Category)))
     if not categories:
         raise UserError(f"{file}: the list of categories is empty; is it the right file?")
-    categories.sort(key=lambda category: category.id)
-    for first, second in itertools.pairwise(categories):
-        if first.id == second.id:
-            raise UserError(f"{file}: category id {first.id} stands for {first.name!r} and for {second.name!r}.")
-    return np.array([category.id for category in categories], np.int64), [category.name for category in categories]
+    unique: dict[int, str] = {}
+    for category in categories:
+        if unique.setdefault(category.id, category.name) != category.name:
+            raise UserError(
+                f"{file}: category id {category.id} stands for {unique[category.id]!r} and for {category.name!r}; give "
+                "each category its own id."
+            )
+    ids = sorted(unique)
+    names = [unique[i] for i in ids]
+    counts = {
+        "duplicate categories": len(categories) - len(ids),
+        "categories that share a name": len(names) - len(set(names)),
+    }
+    return np.array(ids, np.int64), names, counts
 
 
 def _annotations(

@@ -36,7 +36,7 @@ def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options
         raise UserError(
             f"the DALI loader wants NVIDIA DALI ({error}): pip install .[dali], or take --loader torch."
         ) from error
-    return _batches(_Source(EncodedFiles(plan, keys, max(options.workers, 1))), options)
+    return _batches(_Source(EncodedFiles(plan, keys, max(options.workers, 1), options.turn)), options)
 
 
 class _Source:
@@ -55,6 +55,7 @@ class _Source:
     def __call__(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         choice, data = next(self.files)
         self.fed.append(choice)
+        data = [self._upright(one, i) for one, i in zip(data, choice.images.tolist(), strict=True)]
         view, padding = choice.view, self.plan.batch_size - len(data)
         blank = [encode_png(torch.tensor(self.fill, dtype=torch.uint8)[:, None, None]).numpy()] * padding
         changes = [view.mirrored.astype(np.int32)]
@@ -68,6 +69,16 @@ class _Source:
             changes += [view.colours[..., :3], view.colours[..., 3]]
         return data + blank, *(self._padded(part) for part in changes)
 
+    def _upright(self, data: np.ndarray, i: int) -> np.ndarray:
+        """The file, or where EXIF turns it one that holds the turned pixels: DALI turns all images or none."""
+        facts = self.files.facts(i)
+        try:
+            if transforms.is_turned(data, size=facts["size"], turn=facts["turn"]):
+                return encode_png(transforms.decode(data, **facts).contiguous()).numpy()
+        except UserError:
+            return data  # `check` and `blame` say what is wrong with it
+        return data
+
     def _padded(self, part: np.ndarray) -> np.ndarray:
         """With zeros for the places of the batch that have no image."""
         return np.pad(part, [(0, self.plan.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)])
@@ -75,7 +86,8 @@ class _Source:
     def check(self, images: np.ndarray, shapes: np.ndarray) -> None:
         """UserError if an image has not the size that the annotation file gives. shapes: int [N, 3]."""
         for i, (height, width, _) in zip(images.tolist(), shapes.tolist()):
-            transforms.check_size(height, width, **self.files.facts(i))
+            facts = self.files.facts(i)
+            transforms.check_size(height, width, **{name: facts[name] for name in ("path", "image_id", "size")})
 
     def blame(self, error: Exception) -> UserError:
         """Find the file that made DALI fail: DALI gives its place among those in flight, not its name."""

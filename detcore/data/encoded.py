@@ -17,11 +17,13 @@ class EncodedFiles:
     """Iterates over what a plan chooses for each key, with the n files, uint8 [bytes] each.
 
     AHEAD batches more than was asked for are being read; an error of reading is raised with its own batch. The pool's
-    threads start with the first batch; `close` ends them.
+    threads start with the first batch; `close` ends them. turn: as `Options` has it.
     """
 
-    def __init__(self, plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], threads: int) -> None:
-        self.plan, self.keys, self.threads = plan, keys, threads
+    def __init__(
+        self, plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], threads: int, turn: str = "auto"
+    ) -> None:
+        self.plan, self.keys, self.threads, self.turn = plan, keys, threads, turn
         self.pool = ThreadPoolExecutor(threads)
         self.coming: deque[tuple[Choice, list[Future]]] = deque()
         self.seconds, self.bytes, self.waited = 0.0, 0, 0.0
@@ -51,10 +53,10 @@ class EncodedFiles:
         return spent
 
     def facts(self, i: int) -> dict[str, Any]:
-        """Path, id and (height, width) of the image at a position, as `transforms.decode` takes them."""
+        """Path, id, (height, width) and `turn` of the image at a position, as `transforms.decode` takes them."""
         index = self.plan.index
         size = (int(index.heights[i]), int(index.widths[i]))
-        return {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size}
+        return {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size, "turn": self.turn}
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)

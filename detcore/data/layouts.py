@@ -39,4 +39,7 @@ LAYOUTS = {
     "custom": Layout(
         "train", "annotations/instances_train.json", "val", "annotations/instances_val.json", None, False, "drop",
     ),
+    "roboflow": Layout(
+        "train", "train/_annotations.coco.json", "valid", "valid/_annotations.coco.json", None, False, "drop",
+    ),
 }  # fmt: skip

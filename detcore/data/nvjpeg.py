@@ -5,9 +5,9 @@ Order, mirroring, crops, colours, boxes and labels come from the same `TrainPlan
 CPU they are equal too; a GPU's inverse transform, colour upsampling and rounding differ by a few grey levels.
 
 A few threads read the files ahead; decoding itself happens in the training process, when a batch is asked for. Files
-that a GPU's decoder does not take (other formats, grey, CMYK or RGB-coded JPEG, incomplete ones) are decoded by the
-processor as everywhere else, with the same errors. Damage within a complete JPEG that the decoder does not notice stays
-unseen, as with libjpeg.
+that a GPU's decoder does not take (other formats, grey, CMYK or RGB-coded JPEG, incomplete ones) and those that EXIF
+turns are decoded by the processor as everywhere else, with the same errors. Damage within a complete JPEG that the
+decoder does not notice stays unseen, as with libjpeg.
 """
 
 import time
@@ -39,7 +39,7 @@ def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options
         raise UserError(
             f"--loader nvjpeg: this torchvision does not decode on the device ({reason}); take --loader torch or dali."
         ) from error
-    return _batches(EncodedFiles(plan, keys, max(options.workers, 1)), options)
+    return _batches(EncodedFiles(plan, keys, max(options.workers, 1), options.turn), options)
 
 
 def _batches(files: EncodedFiles, options: Options) -> Iterator[Batch]:
@@ -67,7 +67,11 @@ def _batches(files: EncodedFiles, options: Options) -> Iterator[Batch]:
 def _decode(files: EncodedFiles, images: np.ndarray, data: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """uint8 RGB [3, h, w] on the device for each file. UserError, naming the file, as from `transforms.decode`."""
     facts = [files.facts(i) for i in images.tolist()]
-    plain = [k for k, (one, fact) in enumerate(zip(data, facts)) if transforms.is_plain_jpeg(one, size=fact["size"])]
+    plain = [
+        k
+        for k, (one, fact) in enumerate(zip(data, facts))
+        if transforms.is_plain_jpeg(one, size=fact["size"], turn=fact["turn"])
+    ]
     found = dict(zip(plain, _decode_jpegs([torch.from_numpy(data[k]) for k in plain], device), strict=True))
     pixels = (found.get(k) for k in range(len(data)))
     return [

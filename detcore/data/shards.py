@@ -69,6 +69,11 @@ class Shards:
                 rows[k] = -1
         return rows
 
+    def member_names(self) -> list[str]:
+        """The names of all images."""
+        letters, ends = self.columns["names"].tobytes(), self.columns["name_ends"].tolist()
+        return [letters[begin:end].decode() for begin, end in zip([0, *ends], ends, strict=False)]
+
     def place(self, name: str) -> Path:
         """SHARD/NAME, for messages."""
         row = int(self.find([name])[0])

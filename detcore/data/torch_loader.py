@@ -38,13 +38,15 @@ class Options(NamedTuple):
 
     workers: processes (torch) or threads that load; 0: this process (torch) or one thread. device: for which the
     batches are; a GPU decodes and holds the images with DALI and nvjpeg, and the torch loader pins their memory for it.
-    antialias: of resizing, the one option that shows in the pixels. pace: told how long the parts took for each batch.
+    antialias: of resizing; turn: by EXIF, see `detcore.data.exif`; both show in the pixels. pace: told how long the
+    parts took for each batch.
     """
 
     workers: int = 0
     device: torch.device = torch.device("cpu")
     antialias: bool = False
     pace: Pace | None = None
+    turn: str = "auto"
 
 
 def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options: Options) -> Iterator[Batch]:
@@ -52,7 +54,7 @@ def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options
 
     Raises UserError for files that do not decode and for a worker that was killed.
     """
-    return _stream(_Batches(plan, options.antialias), keys, options)
+    return _stream(_Batches(plan, options.antialias, options.turn), keys, options)
 
 
 def render(image: torch.Tensor, view: View, k: int, antialias: bool) -> torch.Tensor:
@@ -82,8 +84,8 @@ def blank(view: View, device: torch.device) -> torch.Tensor:
 class _Batches(Dataset):
     """Makes the batch of a key (epoch, step). Mistakes in the data come back as values, not as nested tracebacks."""
 
-    def __init__(self, plan: TrainPlan | EvalPlan, antialias: bool) -> None:
-        self.plan, self.antialias = plan, antialias
+    def __init__(self, plan: TrainPlan | EvalPlan, antialias: bool, turn: str = "auto") -> None:
+        self.plan, self.antialias, self.turn = plan, antialias, turn
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
         choice = self.plan.choose(*key)
@@ -104,7 +106,8 @@ class _Batches(Dataset):
         times = [time.perf_counter()]
         data = index.read(i)
         times.append(time.perf_counter())
-        image = transforms.decode(data, path=index.path(i), image_id=int(index.image_ids[i]), size=size)
+        about = {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size, "turn": self.turn}
+        image = transforms.decode(data, **about)
         times.append(time.perf_counter())
         pixels = render(image, view, k, self.antialias)
         times.append(time.perf_counter())

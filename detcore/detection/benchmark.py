@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from detcore import cli
-from detcore.data import synthetic
 from detcore.data.batch import Batch
 from detcore.detection import detector as detection
 from detcore.detection.config import DetectionConfig
@@ -35,19 +34,19 @@ def benchmark(
     detector: Detector,
     build_task: Callable[[Any, Context], Task],
     parts: tuple[str, ...] = PARTS,
-    tell: Callable[[Results], None] = lambda results: None,
+    report: Callable[[Results], None] = lambda results: None,
 ) -> int:
     """Speed of training steps and of inference with post-processing, without and with the data set.
 
     Prints images/s (all processes together) and the milliseconds of an iteration: median, p90, p95, p99 as percentiles
     of the measured iterations (linear between neighbours), and peak memory. Writes benchmark.json. Each iteration ends
-    with a wait for the device. parts: of PARTS, what is measured. tell: gets the results on rank 0.
+    with a wait for the device. parts: of PARTS, what is measured. report: gets the results on rank 0.
     """
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+    distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
-        context = Context(device, world, distributed.choose_seed(config.seed, device.exchange))
+        context = Context(device, world, distributed.choose_seed(config.seed, device.collective_device))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
         steps = {
@@ -55,21 +54,20 @@ def benchmark(
             "inference": lambda: _inference(config, detector, task, context),
         }
         runs = {part: steps[part]() for part in parts}
-        shape = (config.image_size, config.batch_size, config.max_boxes)
         classes = detection.class_count(detector, config)
-        fake = device.to_device(next(synthetic.synthetic_batches(classes, *shape, context.seed)))
+        fake = [device.to_device(b) for b in detection.examples(detector, config, classes, context.seed)]
         results = [
-            _measure(f"{part}, synthetic", run, _forever(fake), config, config.batch_size * world.size, context)
+            _measure(f"{part}, synthetic", run, itertools.cycle(fake), config, config.batch_size * world.size, context)
             for part, run in runs.items()
         ]
         for part, run in runs.items() if not config.synthetic else ():
             stream, images = _stream(part, config, detector, task, context)
-            results.append(_measure(f"{part}, with data", run, device.ahead(stream), config, images, context))
+            results.append(_measure(f"{part}, with data", run, device.prefetch(stream), config, images, context))
     finally:
         device.close()
         distributed.shutdown()
     if world.rank == 0:
-        print(native.describe(config.program, device.device), f"steps: {device.steps}", sep="\n")
+        print(native.describe(config.program, device.device), f"steps: {device.step_execution}", sep="\n")
         print(f"{'':22} images/s   median ms      p90      p95      p99   peak GiB")
         for r in results:
             times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))
@@ -85,7 +83,7 @@ def benchmark(
                 "post-processing. Give --checkpoint FILE"
             )
         write_json(config.output_dir / "benchmark.json", {**about, "results": results})
-        tell(results)
+        report(results)
     return cli.OK
 
 
@@ -101,7 +99,7 @@ def _training(config: DetectionConfig, task: Task, context: Context) -> Callable
     state = State(task.model, task.optimizer, device.scaler(), None)
     parallel = device.parallel(task.model, context.world.size)
     step = engine.make_train_step(task, state, parallel, dataclasses.replace(config, accumulate=1), device)
-    optim.set_lr(task.optimizer, config.lr)
+    optim.schedule_lr(task.optimizer, lambda base: base)
 
     def train(batch: Batch) -> None:
         parallel.train()
@@ -112,12 +110,13 @@ def _training(config: DetectionConfig, task: Task, context: Context) -> Callable
 
 def _inference(config: DetectionConfig, detector: Detector, task: Task, context: Context) -> Callable[[Batch], None]:
     device = context.backend
-    find = detection.finder(detector, task.model, range(detection.class_count(detector, config)), device)
+    classes = list(range(detection.class_count(detector, config)))
+    detect = detection.compiled_detect(detector, task.model, classes, device)
 
     @torch.inference_mode()
     def infer(batch: Batch) -> None:
         task.model.eval()
-        find(device.to_device(batch))
+        detect(device.to_device(batch))
 
     return infer
 
@@ -144,11 +143,6 @@ def _stream(
                 yield from itertools.islice(batches, complete)
 
     return again(), min(together, len(index))
-
-
-def _forever(batch: Batch) -> Iterator[Batch]:
-    while True:
-        yield batch
 
 
 def _measure(

@@ -1,12 +1,14 @@
 """The settings that every detector shares: its data set, its loader, and what its modes look at."""
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from detcore import UserError
 from detcore.config import DEFAULT, at_least, between, from_dict, option, to_dict
+from detcore.data import exif
 from detcore.data.layouts import LAYOUTS, Layout
 from detcore.training.config import RunConfig
 
@@ -15,7 +17,7 @@ from detcore.training.config import RunConfig
 class DetectionConfig(RunConfig):
     """What every detector's run can choose. A benchmark gives its own defaults, and `image_size` (height, width)."""
 
-    lr: float = option(1e-4, "learning rate", env="LR", check=between(1e-12, 100), group="Training")
+    lr: float = option(1e-3, "learning rate", env="LR", check=between(1e-12, 100), group="Training")
     target_map: float | None = option(
         None, "stop with success at this mAP; none: train all epochs", check=between(0, 1), group="Training"
     )
@@ -26,23 +28,34 @@ class DetectionConfig(RunConfig):
         True, "start from ImageNet weights, found in TORCH_HOME or at --weights; never downloaded", group="Model"
     )
     weights: Path | None = option(None, "the file of the ImageNet weights", flags=("--backbone-path",), group="Model")
+    weights_only: bool = option(
+        False, "train from the weights of --checkpoint alone, from the first epoch on; where it knows another number "
+        "of classes, without those of the layers that predict them", group="Run",
+    )  # fmt: skip
 
     dataset: str = option("coco", "layout of the data set", choices=tuple(LAYOUTS), group="Data")
-    dataset_path: Path = option(
-        Path("/coco"), "its root", env="DATASET_DIR", flags=("--data", "-d", "--data-path"), group="Data"
-    )
+    dataset_path: Path = option(Path("data"), "its root", env="DATASET_DIR", flags=("--data-path",), group="Data")
+    also_train_on: tuple[str, ...] = option(
+        (), "further data sets to train with, separated by commas: folders of the same layout, with its categories",
+        group="Data",
+    )  # fmt: skip
     train_data_path: Path | None = option(None, "training images; none: as the layout has it", group="Data")
     train_annotations_file: Path | None = option(None, "training JSON; none: as the layout has it", group="Data")
     val_data_path: Path | None = option(None, "validation images; none: as the layout has it", group="Data")
     val_annotations_file: Path | None = option(None, "validation JSON; none: as the layout has it", group="Data")
     num_classes: int = option(
-        0, "number of classes; 0: as the data set has. Another number than the data set's is an error",
-        check=between(0, 100000), group="Data",
+        0, "number of classes; 0: as the data set has. With more than it has, class k is the category with id k, as in "
+        "models of torchvision and the MLPerf reference that know COCO as 91 classes", check=between(0, 100000),
+        group="Data",
+    )  # fmt: skip
+    exif: str = option(
+        "auto", "whether EXIF turns an image whose listed size does not tell (half turns, mirror images, squares): "
+        "apply, ignore, or auto, which turns in --mode predict alone", choices=exif.MODES, group="Data",
     )  # fmt: skip
     max_boxes: int = option(
-        1000, "boxes of an image at most, to which all are padded", check=between(1, 100000), group="Data"
+        100, "boxes of an image at most, to which all are padded", check=between(1, 100000), group="Data"
     )
-    antialias: bool = option(False, "anti-aliased resizing; the reference does without", group="Data")
+    antialias: bool = option(True, "anti-aliased resizing, as Pillow and DALI do; without it faster", group="Data")
     drop_last: bool = option(True, "leave out an epoch's last, incomplete batch instead of filling it", group="Data")
     loader: str = option(
         "torch", "what decodes the images: torch on the processors; dali (where installed) or nvjpeg (torchvision) on "
@@ -79,9 +92,9 @@ class DetectionConfig(RunConfig):
     )
 
     FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
-        "target_map", "dataset_path", "train_data_path", "train_annotations_file", "val_data_path",
+        "target_map", "dataset_path", "also_train_on", "train_data_path", "train_annotations_file", "val_data_path",
         "val_annotations_file", "shards", "read_ahead", "workers", "cache_dir", "gallery", "images", "score_threshold",
-        "weights", "pretrained", "benchmark_warmup", "benchmark_iterations",
+        "weights", "weights_only", "pretrained", "benchmark_warmup", "benchmark_iterations",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -90,6 +103,8 @@ class DetectionConfig(RunConfig):
             raise UserError("--read-ahead: only shards are read ahead; say where they are with --shards FOLDER")
         if self.mode == "predict" and not self.images:
             raise UserError("--mode predict: say what to look at with --images FILE_OR_FOLDER")
+        if self.weights_only and (self.mode in ("predict", "evaluate") or not self.checkpoint):
+            raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
         if self.mode in ("predict", "evaluate") and not self.checkpoint:
             raise UserError(f"--mode {self.mode}: say which weights to use with --checkpoint FILE, e.g. .../best.pt")
 
@@ -109,15 +124,31 @@ class DetectionConfig(RunConfig):
         """Annotation file and image folder (of files or of shards) of "train" or "val"."""
         annotations = getattr(self, f"{name}_annotations_file")
         images = getattr(self, f"{name}_data_path")
-        annotations = annotations or self.root() / getattr(self.layout, f"{name}_annotations")
+        root, own = self.root(), annotations
+        annotations = own or root / getattr(self.layout, f"{name}_annotations")
+        roboflow = root / getattr(LAYOUTS["roboflow"], f"{name}_annotations")
+        if not own and self.dataset == "custom" and not annotations.exists() and roboflow.exists():
+            raise UserError(f"{root} looks like an export of Roboflow, with {roboflow}: give --dataset roboflow")
         if not images and self.shards:
             images = self.shards / name
         return annotations, images or self.root() / getattr(self.layout, f"{name}_images")
 
+    @property
+    def class_ids(self) -> Sequence[int] | None:
+        """Category id of each class of the model, rising, where a benchmark fixes them; None: the data set's own."""
+        return None
+
+    def train_sets(self) -> list[tuple[Path, Path]]:
+        """Annotation file and image folder of each data set to train with; those of `also_train_on` hold files."""
+        here = {"also_train_on": (), "train_data_path": None, "train_annotations_file": None}
+        here |= {"shards": None, "read_ahead": False}
+        others = [dataclasses.replace(self, dataset_path=Path(folder), **here) for folder in self.also_train_on]
+        return [config.split("train") for config in (self, *others)]
+
     def data_paths(self) -> list[Path]:
         if self.synthetic:
             return []
-        parts = [path for name in ("train", "val") for path in self.split(name)]
+        parts = [path for places in (*self.train_sets(), self.split("val")) for path in places]
         return [path.parent if path.suffix == ".json" else path for path in parts]  # with the index beside the JSON
 
 

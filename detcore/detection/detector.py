@@ -3,9 +3,11 @@
 A benchmark brings a `Detector`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from detcore import UserError
-from detcore.data import nvjpeg, synthetic, torch_loader
+from detcore.data import classes, nvjpeg, signs, synthetic, torch_loader
 from detcore.data.batch import Batch, whole_images
 from detcore.data.coco import CocoIndex
+from detcore.data.joined import JoinedIndex, refuse_other_categories
 from detcore.data.pace import Pace
 from detcore.data.plan import EvalPlan, TrainPlan
 from detcore.data.recipes import Recipe
 from detcore.data.shards import ReadAhead
 from detcore.detection.config import DetectionConfig
-from detcore.device.backend import LEAD, Backend
+from detcore.device.base import MAX_IN_FLIGHT, Backend
 from detcore.evaluation.background import BackgroundEvaluator
 from detcore.nn.widest import widest
 from detcore.processes import distributed
@@ -45,11 +48,21 @@ class Detector(NamedTuple):
     infer: Callable[[nn.Module, Batch, Callable[[], AbstractContextManager]], tuple[Tensor, Tensor, Tensor]]
     classes: int
     scores_empty: Callable[[Any], bool] = lambda config: True
+    extra_metrics: Callable[[Any, dict[int, list[float]]], dict[str, float]] = lambda config, by_iou: {}
 
 
-def open_index(config: DetectionConfig, split: str) -> CocoIndex:
-    """The index of "train" or "val". Raises UserError if its classes are not those that the layout must have."""
-    annotations, images = config.split(split)
+def open_index(config: DetectionConfig, split: str) -> CocoIndex | JoinedIndex:
+    """The index of "val", or of "train", which may be joined from several sets.
+
+    Raises UserError if its classes are not those that the layout must have, or those of the model.
+    """
+    if split == "val":
+        return _open_set(config, *config.split(split))
+    sets = [_open_set(config, *places) for places in config.train_sets()]
+    return JoinedIndex(sets) if len(sets) > 1 else sets[0]
+
+
+def _open_set(config: DetectionConfig, annotations: Path, images: Path) -> CocoIndex:
     layout = config.layout
     exact = layout.classes if layout.contiguous else None
     index = CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=exact)
@@ -58,23 +71,36 @@ def open_index(config: DetectionConfig, split: str) -> CocoIndex:
             f"{annotations}: {index.num_classes} categories, but --dataset {config.dataset} has {layout.classes}; "
             "--dataset custom takes any number"
         )
-    return index
+    if config.class_ids:
+        return index.with_classes(config.class_ids)
+    return index.with_classes(range(config.num_classes)) if config.num_classes > index.num_classes else index
 
 
 def class_count(detector: Detector, config: DetectionConfig) -> int:
-    """Number of classes: the layout's own, or counted in the training JSON of a custom data set.
+    """Number of classes of the model: its own, the layout's, or counted in the training JSON of a custom data set.
 
-    Raises UserError if --num-classes says another number.
+    Raises UserError if --num-classes says a smaller number.
     """
+    known = len(config.class_ids or ()) or config.layout.classes
     if config.synthetic:
-        return config.num_classes or config.layout.classes or detector.classes
-    count = config.layout.classes or open_index(config, "train").num_classes
-    if config.num_classes not in (0, count):
+        return config.num_classes or known or detector.classes
+    count = known or open_index(config, "train").num_classes
+    fixed = config.class_ids is not None
+    if config.num_classes and (config.num_classes < count or (fixed and config.num_classes > count)):
         raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
-    return count
+    return max(count, config.num_classes)
 
 
-def train_plan(detector: Detector, config: DetectionConfig, index: CocoIndex, context: Context) -> TrainPlan:
+def examples(detector: Detector, config: DetectionConfig, classes: int, seed: int) -> list[Batch]:
+    """A batch of random images and boxes for each canvas of the detector, of the shapes of training."""
+    shape = (config.batch_size, config.max_boxes, seed)
+    canvases = detector.recipe(config).canvases
+    return [next(synthetic.synthetic_batches(classes, canvas, *shape)) for canvas in canvases]
+
+
+def train_plan(
+    detector: Detector, config: DetectionConfig, index: CocoIndex | JoinedIndex, context: Context
+) -> TrainPlan:
     """This rank's plan of training batches."""
     world = context.world
     shard = (config.batch_size, config.max_boxes, context.seed, world.rank, world.size, config.drop_last)
@@ -107,7 +133,7 @@ def _loader(config: DetectionConfig) -> Callable[..., Iterator[Batch]]:
 
 
 def _options(config: DetectionConfig, backend: Backend) -> torch_loader.Options:
-    return torch_loader.Options(config.workers, backend.own or torch.device("cpu"), config.antialias)
+    return torch_loader.Options(config.workers, backend.loader_device, config.antialias, turn=config.exif)
 
 
 def eval_batch_size(
@@ -130,22 +156,23 @@ def _largest_eval_batch(
     if backend.recorder and not backend.records_steps:
         return config.batch_size  # a recording keeps its memory, and the steps have theirs still to find
     ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
+    largest = max(detector.recipe(config).canvases, key=math.prod)
 
     @torch.inference_mode()
     def try_batch(images: int) -> None:
         # As many as are under way at a time: used, fetched, and those that the host is ahead of the device.
-        batches = [backend.to_device(_black(config, images)) for _ in range(LEAD + 2)]
+        batches = [backend.to_device(_blank_batch(largest, images)) for _ in range(MAX_IN_FLIGHT + 2)]
         detect(detector, model, batches[0], backend, ids)
 
-    if backend.is_gpu:
-        limit = min(limit, LARGEST_TENSOR // widest(model, config.image_size, backend))
+    if backend.probes_batch_size:
+        limit = min(limit, LARGEST_TENSOR // widest(model, largest, backend))
     fits = backend.largest_batch(try_batch, config.batch_size, limit)
-    return -distributed.agree([-fits], backend.exchange)[0]
+    return -distributed.all_reduce_max([-fits], backend.collective_device)[0]
 
 
-def _black(config: DetectionConfig, images: int) -> Batch:
-    """An evaluation batch without anything to see."""
-    pixels = torch.zeros(images, *config.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+def _blank_batch(canvas: tuple[int, int], images: int) -> Batch:
+    """An evaluation batch of zeros."""
+    pixels = torch.zeros(images, *canvas, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     boxes, labels = torch.zeros(images, 1, 4), torch.full((images, 1), -1)
     return whole_images(pixels, boxes, labels, torch.arange(images), torch.ones(images, 2, dtype=torch.int64))
 
@@ -171,21 +198,25 @@ def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend,
     return torch.cat(columns, 2).flatten(0, 1)
 
 
-def finder(
-    detector: Detector, model: nn.Module, category_ids: Sequence[int], backend: Backend
+def compiled_detect(
+    detector: Detector, model: nn.Module, category_ids: Sequence[int] | Tensor, backend: Backend
 ) -> Callable[[Batch], Tensor]:
-    """`detect` with a model as a function of a batch on the device, recorded where the device records."""
-    ids = torch.tensor(list(category_ids), device=backend.device)
+    """`detect` with a model as a function of a batch on the device, recorded where the device records.
+
+    category_ids: numbers, or an int64 [K] on the device, which a recording reads where it lies.
+    """
+    ids = category_ids if isinstance(category_ids, Tensor) else torch.tensor(list(category_ids), device=backend.device)
     return backend.compile_inference(lambda batch: detect(detector, model, batch, backend, ids))
 
 
 @torch.inference_mode()
-def detect_all(find: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
-    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. find: a `finder`."""
+def detect_all(infer: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
+    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. infer: as
+    `compiled_detect` makes it."""
     rows = []
-    for step, batch in enumerate(backend.ahead(batches)):
+    for step, batch in enumerate(backend.prefetch(batches)):
         beat("evaluation", step)
-        rows.append(find(batch))
+        rows.append(infer(batch))
     found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
     found = found.cpu()
     return found[found[:, 5] > 0]
@@ -208,7 +239,7 @@ class Inference:
     def __init__(self, detector: Detector, config: DetectionConfig, context: Context):
         self.detector, self.config, self.context = detector, config, context
         self.images = 0  # of a batch
-        self._finders: dict[nn.Module, tuple[Tensor, Callable[[Batch], Tensor]]] = {}
+        self._compiled: dict[nn.Module, tuple[Tensor, Callable[[Batch], Tensor]]] = {}
 
     def prepare(self, model: nn.Module, classes: int) -> None:
         """Finds the size and warms inference up, recorded where the device records. Changes nothing of the model."""
@@ -219,30 +250,30 @@ class Inference:
         with torch.inference_mode():
             limit = LARGEST_EVAL_BATCH
             self.images = _largest_eval_batch(self.detector, self.config, model, classes, limit, backend)
-            self._finder(model, classes)[1](backend.to_device(_black(self.config, self.images)))
+            for canvas in self.detector.recipe(self.config).canvases:
+                self._detect(model, classes)[1](backend.to_device(_blank_batch(canvas, self.images)))
         model.train()
 
     def evaluate(self, model: nn.Module, val: CocoIndex, beat: Beat) -> Tensor:
         """This rank's detections as `detect_all`. All ranks call it."""
         world, backend = self.context.world, self.context.backend
-        ids, find = self._finder(model, val.num_classes)
+        ids, infer = self._detect(model, val.num_classes)
         ids.copy_(torch.tensor(val.category_ids.tolist()))
         share = -(-len(val) // world.size)
         too_large = self.images > max(share, self.config.batch_size) and not self.config.eval_batch_size
         if not self.images or too_large:
             self.images = eval_batch_size(self.detector, self.config, model, val, world, backend)
         stream = eval_stream(self.detector, self.config, val, world, backend, self.images)
-        return detect_all(find, stream, backend, beat)
+        return detect_all(infer, stream, backend, beat)
 
-    def _finder(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Tensor]]:
+    def _detect(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Tensor]]:
         """The categories' ids, int64 [classes], which a recording reads where they lie, and the function."""
-        if model not in self._finders:
-            detector, backend = self.detector, self.context.backend
+        if model not in self._compiled:
+            backend = self.context.backend
             with torch.inference_mode(False):
                 ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
-            find = backend.compile_inference(lambda batch: detect(detector, model, batch, backend, ids))
-            self._finders[model] = ids, find
-        return self._finders[model]
+            self._compiled[model] = ids, compiled_detect(self.detector, model, ids, backend)
+        return self._compiled[model]
 
 
 def open_data(
@@ -256,9 +287,8 @@ def open_data(
         return _synthetic(detector, config, context)
     world = context.world
     train, val = open_index(config, "train"), open_index(config, "val")
-    if list(train.category_ids) != list(val.category_ids):
-        files = " and ".join(str(config.split(s)[0]) for s in ("train", "val"))
-        raise UserError(f"{files} list different categories; training and validation need the same ids")
+    refuse_other_categories(_parts(train)[0], val, "training and validation")
+    signs.check_training([(str(part.annotation_file), part.signs) for part in _parts(train)], config.layout.crowd)
     plan = train_plan(detector, config, train, context)
     per_rank = plan.steps
     steps = -(-per_rank // config.accumulate)  # the last of an epoch takes the micro-batches that are left
@@ -268,7 +298,7 @@ def open_data(
     evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
     names = class_names(val)
     pace = _pace(config, context, train)
-    packs = [index.shards for index in (train, val) if index.shards]
+    packs = [index.shards for index in (*_parts(train), val) if index.shards]
     ahead = ReadAhead(packs, world.local_rank, world.local_size) if config.read_ahead and packs else None
 
     def train_batches(epoch: int, step: int) -> Iterator[Batch]:
@@ -283,17 +313,20 @@ def open_data(
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
         mine = inference.evaluate(model, val, beat)
-        everyone = distributed.gather_rows(mine.to(context.backend.exchange))
+        everyone = distributed.gather_rows(mine.to(context.backend.collective_device))
         if not evaluator:
             return None
-        return _Named(evaluator.submit(counted(detector, config, val, everyone), per_class=True), names)
+        pending = evaluator.submit(counted(detector, config, val, everyone), per_class=True)
+        return _Metrics(pending, lambda result: metrics_of(detector, config, result, names))
 
     def close() -> None:
         for part in (ahead, evaluator):
             if part:
                 part.close()
 
-    summary = f"training: {train.summary()}\nvalidation: {val.summary()}"
+    summary = f"training: {train.summary(config.layout.crowd)}\nvalidation: {val.summary()}"
+    if not val.signs["scored"]:
+        summary += f"\nWarning: {val.annotation_file} has nothing to score, no box that counts: no mAP can be computed."
     return Data(
         train_samples=len(train),
         eval_samples=len(val),
@@ -308,44 +341,55 @@ def open_data(
     )
 
 
-def _pace(config: DetectionConfig, context: Context, index: CocoIndex) -> Pace:
+def _parts(index: CocoIndex | JoinedIndex) -> tuple[CocoIndex, ...]:
+    return index.parts if isinstance(index, JoinedIndex) else (index,)
+
+
+def _pace(config: DetectionConfig, context: Context, index: CocoIndex | JoinedIndex) -> Pace:
     """The clocks of the training loader, and what its advice has to know."""
     world, by_processes = context.world, config.loader == "torch"
-    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.is_gpu else ""
+    more = "--loader dali or --loader nvjpeg decodes on the GPU instead" if context.backend.decodes_images else ""
     workers = (
         torch_loader.usable_workers(config.workers) if by_processes else 1
     )  # the others' threads are measured as one
-    return Pace(workers, world.size, world.local_size, index.shards is not None, config.loader, more)
+    sharded = all(part.shards is not None for part in _parts(index))
+    return Pace(workers, world.size, world.local_size, sharded, config.loader, more)
 
 
 def class_names(index: CocoIndex) -> dict[int, str]:
     """Name by the file's category id; classes that share a name are told apart by their ids."""
-    ids, names = index.category_ids.tolist(), index.category_names
-    return {i: name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(ids, names, strict=True)}
+    return classes.class_names(index.category_ids.tolist(), index.category_names)
 
 
-class _Named:
-    """A pending result whose per-class values carry class names instead of the file's ids."""
+def metrics_of(
+    detector: Detector, config: DetectionConfig, result: dict[str, Any], names: dict[int, str]
+) -> dict[str, Any]:
+    """What is logged of an evaluator's result: its metrics and the detector's own, with class names for ids."""
+    metrics = dict(result)
+    by_iou, per_class = metrics.pop("per_class_by_iou"), metrics.pop("per_class")
+    own = detector.extra_metrics(config, by_iou)
+    return {**metrics, **own, "per_class": {names[i]: ap for i, ap in per_class.items()}}
 
-    def __init__(self, pending, names: dict[int, str]):
-        self.pending, self.names = pending, names
 
-    def poll(self) -> dict | None:
+class _Metrics:
+    """A pending result of which a function makes the metrics once it is there."""
+
+    def __init__(self, pending: Pending, metrics: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.pending, self.metrics = pending, metrics
+
+    def poll(self) -> dict[str, Any] | None:
         result = self.pending.poll()
-        if result is None:
-            return None
-        return {**result, "per_class": {self.names[i]: ap for i, ap in result["per_class"].items()}}
+        return None if result is None else self.metrics(result)
 
 
 def _synthetic(detector: Detector, config: DetectionConfig, context: Context) -> Data:
     """Random batches of the real shapes: what a step costs without any data behind it."""
     seed = distributed.derive_seed(context.seed, 2, context.world.rank)
-    shape = (config.image_size, config.batch_size, config.max_boxes)
     return Data(
         train_samples=0,
         eval_samples=0,
         steps_per_epoch=config.max_iters_per_epoch or 100,
-        train_batches=lambda epoch, step: synthetic.synthetic_batches(class_count(detector, config), *shape, seed),
+        train_batches=lambda epoch, step: cycle(examples(detector, config, class_count(detector, config), seed)),
         evaluate=lambda model, beat: None,
         close=lambda: None,
         summary="synthetic data: random images and boxes, no evaluation"

@@ -16,24 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.io import encode_jpeg
-from torchvision.utils import draw_bounding_boxes
 
 from detcore import UserError, cli
 from detcore.data import files, torch_loader, transforms
 from detcore.data.batch import whole_images
+from detcore.data.classes import differing_classes, some
 from detcore.data.coco import CocoIndex
+from detcore.data.image_names import IMAGE_SUFFIXES
 from detcore.data.recipes import Recipe
 from detcore.detection import detector as detection
 from detcore.detection.config import DetectionConfig
 from detcore.detection.detector import Detector, class_names, open_index
-from detcore.device import backend, native
+from detcore.detection.drawing import draw
+from detcore.device import native
+from detcore.device.base import Backend
 from detcore.evaluation.coco import evaluate as coco_metrics
 from detcore.processes import distributed, launcher
 from detcore.training import engine
 from detcore.training.checkpoint import load_checkpoint
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
 BuildModel = Callable[[Any, int], nn.Module]
 
 
@@ -48,17 +49,17 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
     """
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
-    distributed.init(device.collectives, config.hang_timeout or 7 * 24 * 3600, device=device.own)
+    distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
         index = open_index(config, "val")
         _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         images = detection.eval_batch_size(detector, config, model, index, world, device)
-        find = detection.finder(detector, model, index.category_ids.tolist(), device)
+        infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
         stream = detection.eval_stream(detector, config, index, world, device, images)
-        found = detection.detect_all(find, stream, device, _no_beat)
-        everyone = distributed.gather_rows(found.to(device.exchange))
+        found = detection.detect_all(infer, stream, device, _no_beat)
+        everyone = distributed.gather_rows(found.to(device.collective_device))
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
@@ -67,8 +68,7 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
     finally:
         device.close()
         distributed.shutdown()
-    names = class_names(index)
-    result["per_class"] = {names[i]: ap for i, ap in result["per_class"].items()}
+    result = detection.metrics_of(detector, config, result, class_names(index))
     print(native.describe(config.program, device.device))
     print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
@@ -79,18 +79,13 @@ def evaluate(config: DetectionConfig, detector: Detector, build_model: BuildMode
 
 
 def _same_classes(path: Path, index: CocoIndex) -> None:
-    """UserError if the checkpoint knows its classes by other names than the annotation file.
-
-    Ids may differ, as those of one data set do that counts from 0 or from 1.
-    """
-    then = load_checkpoint(path).get("classes") or []
-    now = class_names(index).items()
-    for (old_id, old), (new_id, new) in zip(then, now, strict=False):
-        if old.removesuffix(f" ({old_id})") != new.removesuffix(f" ({new_id})"):
-            raise UserError(
-                f"{path} was trained on other classes than {index.annotation_file} lists: {old!r} where this file has "
-                f"{new!r}; evaluate it on its own data set"
-            )
+    """UserError if the checkpoint knows other classes than the annotation file."""
+    differ = differing_classes(load_checkpoint(path).get("classes") or [], list(class_names(index).items()))
+    if differ:
+        raise UserError(
+            f"{path} was trained on other classes than {index.annotation_file} lists: {some(differ)}. Evaluate it on "
+            "its own data set, or put the names right in the annotation file"
+        )
 
 
 def predict(
@@ -116,9 +111,10 @@ def predict(
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
         classes = list(class_names(index).items())
+        print(f"{config.checkpoint} does not name its classes; the names are those of {index.annotation_file}")
     model = device.place(build_model(config, len(classes))).eval()
-    paths = _image_paths(config.images)
     folder = config.output_dir / "predictions"
+    paths, others = image_paths(config.images, folder)
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, list] = {
         "images": [],
@@ -126,24 +122,40 @@ def predict(
         "annotations": [],
     }
     skipped: list[str] = []
-    detected = _detect_files(config, detector, model, paths, device, classes, skipped)
+    turned: dict[Path, str] = {}
+
+    def read(number: int) -> Tensor:
+        path = paths[number]
+        data = files.read_bytes(path, None)
+        image = transforms.decode(data, path=path, image_id=None, turn=config.exif)
+        if orientation := transforms.orientation_of(data):
+            done = "turned upright, as" if config.exif != "ignore" else "as stored, not turned as"
+            turned[path] = f" ({done} its EXIF orientation {orientation} says)"
+        return image
+
+    detected = _detect_files(config, detector, model, paths, device, classes, read, skipped)
+    top = config.images if config.images.is_dir() else config.images.parent
     for number, (path, image, found) in enumerate(detected, 1):
         if number == 1:
             for old in folder.glob("*.jpg"):  # pictures of an earlier call
                 old.unlink()
         height, width = image.shape[-2:]
-        content["images"].append({"id": number, "file_name": path.name, "width": width, "height": height})
+        content["images"].append(
+            {"id": number, "file_name": str(path.relative_to(top)), "width": width, "height": height}
+        )
         for x, y, w, h, score, category in found.tolist():
             box = {"image_id": number, "category_id": int(category), "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             content["annotations"].append({"id": len(content["annotations"]) + 1, **box, "score": score})
         drawn = encode_jpeg(draw(image, found, dict(classes)), quality=92)
         (folder / f"{number:05}_{path.stem[:60]}.jpg").write_bytes(drawn.numpy().tobytes())
-        print(f"{path}: {len(found)} objects")
+        print(f"{path}: {len(found)} objects{turned.get(path, '')}")
     if not content["images"]:
         raise UserError("\n".join(skipped))
     write_json(folder / "detections.json", content)
     total = len(content["annotations"])
     print(f"{len(content['images'])} images, {total} objects of score {config.score_threshold:g} or more: {folder}")
+    if others:
+        print(f"{others} other files in {config.images} are no images by their names ({', '.join(IMAGE_SUFFIXES)})")
     if skipped:
         print(f"error: {len(skipped)} of {len(paths)} images left out:\n" + "\n".join(skipped), file=sys.stderr)
         return cli.BAD_INPUT
@@ -156,21 +168,19 @@ def _detect_files(
     detector: Detector,
     model: nn.Module,
     paths: list[Path],
-    device: backend.Backend,
+    device: Backend,
     classes: list,
+    read: Callable[[int], Tensor],
     skipped: list[str] | None = None,
-    read: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[tuple[Path, Tensor, Tensor]]:
     """(path, uint8 image [3, h, w], float64 [d, 6] x, y, w, h, score, category_id by falling score) of each file.
 
-    Files that do not decode go to `skipped`; without it they raise UserError. read(n): the bytes of paths[n], where
-    they are not those of the file.
+    read(n): the image of paths[n]. Where it raises UserError, that goes to `skipped`; without it, further up.
     """
     ids = torch.tensor([i for i, _ in classes], device=device.device)
     for number, path in enumerate(paths):
         try:
-            data = read(number) if read else files.read_bytes(path, number)
-            image = transforms.decode(data, path=path, image_id=number)
+            image = read(number)
         except UserError as error:
             if skipped is None:
                 raise
@@ -186,7 +196,7 @@ def look(
     detector: Detector,
     model: nn.Module,
     image: Tensor,
-    device: backend.Backend,
+    device: Backend,
     category_ids: Tensor,
 ) -> Tensor:
     """What the model finds in a uint8 image [3, h, w]: float64 [d, 6] x, y, w, h, score, category_id on the CPU.
@@ -212,26 +222,29 @@ def _canvas(recipe: Recipe, size: np.ndarray) -> tuple[int, int]:
     return recipe.canvases[int(recipe.canvas_of(size)[0]) if recipe.canvas_of else 0]
 
 
-def _image_paths(source: Path) -> list[Path]:
-    if source.is_dir():
-        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise UserError(f"--images {source}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file")
-        return paths
-    if not source.is_file():
-        raise UserError(f"--images {source}: no such file or folder")
-    return [source]
+def image_paths(source: Path, without: Path) -> tuple[list[Path], int]:
+    """The images that --images means: a file, or all in a folder and the folders in it; and how many other files lie
+    there.
+
+    without: a folder that is left out, where pictures are written. Hidden files and folders are left out, too. Raises
+    UserError where there are none.
+    """
+    if not source.is_dir():
+        if not source.is_file():
+            raise UserError(f"--images {source}: no such file or folder")
+        return [source], 0
+    files = []
+    for place, folders, names in os.walk(source):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _same(Path(place, f), without))
+        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        raise UserError(f"--images {source}: the folder and those in it hold no {', '.join(IMAGE_SUFFIXES)} file")
+    return paths, len(files) - len(paths)
 
 
-def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
-    """A copy of a uint8 image [3, h, w] with boxes, class names and scores; found: [d, 6] as `_detect_files` has it."""
-    if not len(found):
-        return image.clone()
-    boxes = torch.cat([found[:, :2], found[:, :2] + found[:, 2:4]], 1)
-    order = list(names)
-    labels = [f"{names[int(row[5])]} {row[4]:.2f}" for row in found]
-    colours = [COLOURS[order.index(int(row[5])) % len(COLOURS)] for row in found]
-    return draw_bounding_boxes(image, boxes, labels, colours, width=max(1, image.shape[-1] // 300))
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
 
 
 def gallery(config: DetectionConfig, detector: Detector, build_model: BuildModel) -> None:
@@ -247,9 +260,13 @@ def gallery(config: DetectionConfig, detector: Detector, build_model: BuildModel
     folder.mkdir(exist_ok=True)
     entries = []
     paths = [index.path(i) for i in chosen]
-    detected = _detect_files(
-        best, detector, model, paths, device, classes, read=lambda number: index.read(chosen[number])
-    )
+
+    def read(number: int) -> Tensor:
+        i = chosen[number]
+        about = {"path": paths[number], "image_id": int(index.image_ids[i]), "turn": config.exif}
+        return transforms.decode(index.read(i), size=(int(index.heights[i]), int(index.widths[i])), **about)
+
+    detected = _detect_files(best, detector, model, paths, device, classes, read)
     for i, (_, image, found) in zip(chosen, detected):
         name = f"gallery/{len(entries):03}.jpg"
         (config.output_dir / name).write_bytes(encode_jpeg(image, quality=90).numpy().tobytes())

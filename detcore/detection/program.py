@@ -1,12 +1,84 @@
-"""What the programs of all benchmarks do before they train."""
+"""What the programs of all benchmarks do: read their settings, print them, and do what --mode says."""
 
 import os
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import nn
 
 from detcore import UserError
+from detcore.config import describe, format_config, load
+from detcore.detection import inference
+from detcore.detection.benchmark import benchmark as measure
+from detcore.detection.detector import Detector
 from detcore.device import tpu
-from detcore.processes.launcher import discover
+from detcore.processes.launcher import World, discover
+from detcore.training import engine
+from detcore.training.task import Context, Outcome, Task
+
+Mode = Callable[[Any, World], int]
+
+
+def program(
+    argv: Sequence[str],
+    *,
+    module: str,
+    intro: str,
+    config_class: type,
+    benchmark: str,
+    detector: Detector,
+    build_model: Callable[[Any, int], nn.Module],
+    build_task: Callable[[Any, Context], Task],
+    ignored_flags: Mapping[str, tuple[int, str]],
+    translate: Callable[[Sequence[str]], list[str]] = list,
+    complete: Callable[[Any, dict[str, str]], Any] = lambda config, sources: config,
+    modes: Mapping[str, Mode] | None = None,
+) -> int:
+    """The program `python -m module` of a benchmark with the words of its command line; returns the exit code.
+
+    intro: for --help. benchmark: its name in the MLPerf log. build_model(config, number of classes): the model with its
+    starting weights, on the CPU. ignored_flags: see `detcore.config.load`. translate: words for the original programs
+    into words for this one. complete(config, sources): the config with what a checkpoint knows, and the sources with
+    where that came from; may refuse the config with UserError. modes: what a benchmark does for a --mode in place of
+    what all do, or beyond; mode(config, world) returns the exit code.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(describe(config_class, f"python -m {module}", intro))
+        return 0
+    words = translate(argv)
+    printing = "--print-config" in words
+    words = [word for word in words if word != "--print-config"]
+    config, sources, notices = load(config_class, words, os.environ, ignored_flags)
+    config = complete(config, sources)
+    if not printing:
+        spread(config.num_cores, module, argv)
+    world, _ = discover(os.environ)
+    if world.rank == 0:
+        print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
+    if printing:
+        return 0
+
+    def train(config: Any, world: World) -> int:
+        outcome = engine.train(config, benchmark, lambda context: build_task(config, context))
+        draw_gallery(config, outcome, detector, build_model, world)
+        return outcome.code
+
+    usual: dict[str, Mode] = {
+        "train": train,
+        "evaluate": lambda config, world: inference.evaluate(config, detector, build_model),
+        "predict": lambda config, world: inference.predict(config, detector, build_model),
+        "benchmark": lambda config, world: measure(config, detector, build_task),
+    }
+    return {**usual, **(modes or {})}[config.mode](config, world)
+
+
+def draw_gallery(
+    config: Any, outcome: Outcome, detector: Detector, build_model: Callable[[Any, int], nn.Module], world: World
+) -> None:
+    """Draws the pictures that --gallery asks for, on rank 0, once a training has a best checkpoint."""
+    if config.gallery and outcome.best is not None and world.rank == 0:
+        inference.gallery(config, detector, build_model)
 
 
 def spread(processes: int, module: str, argv: Sequence[str], environ: MutableMapping[str, str] = os.environ) -> None:

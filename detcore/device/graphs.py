@@ -21,7 +21,7 @@ T = TypeVar("T")  # what a recorded function returns: a tensor, or a dictionary 
 
 STEP_WARM_UPS = 11
 """Runs before a training step is recorded: libraries choose their algorithms, optimizers create their state, and
-DistributedDataParallel settles, for which PyTorch's documentation asks for 11."""
+DistributedDataParallel builds its buckets, for which PyTorch's documentation asks for 11."""
 WARM_UPS = 3
 """Runs before inference is recorded, and of a step that is not."""
 
@@ -29,15 +29,16 @@ WARM_UPS = 3
 class Recorder(Protocol):
     """What a device offers for recording."""
 
-    def aside(self) -> AbstractContextManager:
-        """Where warm-up runs, and where what hooks into the backward pass is made: beside the main line of work."""
+    def side_stream(self) -> AbstractContextManager:
+        """The stream to warm up on, and to make hooks of the backward pass on. It waits for the current stream, which
+        waits for it when the context ends."""
 
     def record(self, work: Callable[[], T]) -> Callable[[], T]:
         """Records what `work` asks of the device, without doing it; the result does it and returns the same tensors
         each time, with new values."""
 
     def close(self) -> None:
-        """Gives the recordings back; none may be replayed afterwards."""
+        """Frees the recordings; none may be replayed afterwards."""
 
 
 def recorded(
@@ -45,14 +46,14 @@ def recorded(
 ) -> Callable[[Sequence[Batch]], T]:
     """`function`, warmed up on `example` and recorded for batches of its shapes.
 
-    The warm-up runs the function for good: who calls this puts back what must not change (`State.unchanged`).
+    The warm-up has the function's effects: the caller undoes those that must not stay (`State.unchanged`).
     example: batches on the device. The result raises UserError for batches of other shapes or another number of them.
     """
     # Inference and training share this: buffers of inference mode could not be filled outside of it.
     with torch.inference_mode(False):
         inputs = [batch.map(torch.empty_like) for batch in example]
     _fill(inputs, example)
-    with recorder.aside():
+    with recorder.side_stream():
         for _ in range(warm_ups):
             function(inputs)
     replay = recorder.record(lambda: function(inputs))
@@ -61,11 +62,11 @@ def recorded(
     def run(batches: Sequence[Batch]) -> T:
         if shapes(batches) != expected:
             raise UserError(
-                f"batches of {_words(batches)} came to a step recorded for {_words(inputs)}: a recorded step wants "
+                f"batches of {_summary(batches)} came to a step recorded for {_summary(inputs)}: a recorded step wants "
                 "batches of one shape. --graphs off takes any"
             )
         _fill(inputs, batches)
-        return _cloned(replay())
+        return _clone(replay())
 
     return run
 
@@ -97,13 +98,13 @@ def _fill(inputs: Sequence[Batch], batches: Sequence[Batch]) -> None:
             buffer.copy_(tensor, non_blocking=True)
 
 
-def _cloned(outputs: T) -> T:
+def _clone(outputs: T) -> T:
     if isinstance(outputs, Tensor):
         return outputs.clone()
     return {name: value.clone() for name, value in outputs.items()}
 
 
-def _words(batches: Sequence[Batch]) -> str:
+def _summary(batches: Sequence[Batch]) -> str:
     first = batches[0]
     images, boxes = "x".join(map(str, first.images.shape)), first.boxes.shape[1]
     return f"{len(batches)} x (images {images} {str(first.images.dtype).removeprefix('torch.')}, {boxes} boxes)"

@@ -1,4 +1,4 @@
-"""TPUs, the part of `detcore.device.backend` that only they need: Google's torch-tpu, else torch-xla 2.9.
+"""TPUs: Google's torch-tpu, else torch-xla 2.9.
 
 With torch-tpu (device `tpu`) each operation runs when it is called; with torch-xla (device `xla`) they gather in a
 graph, which `flush` compiles and starts. Both compile for fixed shapes, so that a batch of another shape is an error
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from detcore import UserError
 from detcore.data.ahead import one_ahead
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 
 INSTALL = (
     "Install torch-tpu on a TPU machine (pip install .[tpu]); where it does not load, torch-xla 2.9 in an environment "
@@ -32,7 +32,8 @@ _EAGER = "the compiler of the TPU fuses them"
 
 @dataclass(frozen=True)
 class TpuBackend(Backend):
-    """A core of a TPU by torch-tpu. What several cores exchange goes over gloo on the host, but for the gradients."""
+    """A core of a TPU by torch-tpu. Gradients are summed over the links between cores; what else processes exchange
+    goes over gloo, on the host."""
 
     @property
     def name(self) -> str:
@@ -63,46 +64,43 @@ class TpuBackend(Backend):
         return norm.running_mean.item() != 0
 
     def parallel(self, model: nn.Module, world_size: int) -> nn.Module:
-        """The model itself: `reduce_gradients` is what makes the cores one. Each keeps running statistics of its own
+        """The model itself, since `reduce_gradients` averages the gradients. Each core keeps its own running statistics
         until an evaluation or a checkpoint takes those of rank 0."""
         return model
 
     @torch.no_grad()
     def reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """The mean of the gradients over all cores, in one exchange."""
+        """The mean of the gradients over all cores, in one all-reduce."""
         if not dist.is_initialized():
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
-        self.add_up(together)
+        self.all_reduce_sum(together)
         together /= dist.get_world_size()
         for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def add_up(self, values: Tensor) -> None:
+    def all_reduce_sum(self, values: Tensor) -> None:
         """The sum of a tensor over all cores, in place, by the links between them."""
-        dist.all_reduce(values, group=_cores())
+        dist.all_reduce(values, group=_core_group())
 
     def to_device(self, batch: Batch) -> Batch:
-        """Copies a batch to the device as it is, the images as bytes; padding stays, for the shapes must."""
+        """Copies a batch to the device as it is, the images as bytes; padding too, since shapes must not change."""
         return batch.map(lambda t: t.to(self.device))
 
-    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def prefetch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches on the device, each fetched and sent one step before it is asked for, while the device works."""
         return one_ahead(batches, lambda source: self.to_device(next(source)), lambda sent: sent)
 
-    def largest_batch(self, try_batch: Callable[[int], object], start: int, limit: int) -> int:
-        """start: another size would be another program to compile."""
-        return start
-
-    def ready(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
+    def prepare_eager_step(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
         """The step for batches of one shape, that of the first: another raises UserError."""
         first: list[dict[str, str]] = []
 
         def run(batches: Sequence[Batch]) -> dict[str, Tensor]:
             for batch in batches:
                 shapes = {name: _shape(tensor) for name, tensor in zip(Batch._fields, batch, strict=True)}
-                first.append(shapes) if not first else None
+                if not first:
+                    first.append(shapes)
                 changed = [
                     f"{name} was {old}, is {shapes[name]}" for name, old in first[0].items() if old != shapes[name]
                 ]
@@ -115,6 +113,9 @@ class TpuBackend(Backend):
 
         return run
 
+    def flush(self) -> None:
+        """Nothing: work starts when it is asked for."""
+
     def synchronize(self) -> None:
         torch.accelerator.synchronize()
 
@@ -123,10 +124,10 @@ class TpuBackend(Backend):
             warnings.simplefilter("ignore")
             return torch.accelerator.max_memory_allocated() / 2**30 or super().peak_memory_gib()
 
-    def rng_state(self) -> Tensor:
-        return torch.cat([torch.get_rng_state(), self._generator().get_state().cpu()])
+    def _device_rng_state(self) -> Tensor:
+        return self._generator().get_state().cpu()
 
-    def _set_own_rng_state(self, state: Tensor) -> None:
+    def _set_device_rng_state(self, state: Tensor) -> None:
         self._generator().set_state(state)
 
     def _generator(self) -> torch.Generator:
@@ -156,7 +157,7 @@ class XlaBackend(TpuBackend):
         with torch.inference_mode(False):  # torch-xla can't make views of tensors of that mode
             return Batch(*xla_model.send_cpu_data_to_device(list(batch), self.device))
 
-    def add_up(self, values: Tensor) -> None:
+    def all_reduce_sum(self, values: Tensor) -> None:
         from torch_xla.core import xla_model
 
         xla_model.all_reduce(xla_model.REDUCE_SUM, [values])
@@ -177,14 +178,14 @@ class XlaBackend(TpuBackend):
 
         return run
 
-    def ready(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
+    def prepare_eager_step(self, step: Callable, optimizer: torch.optim.Optimizer) -> Callable:
         """Momentum begins as the zeros it stands for, so that the first step is the same program as all others."""
         for group in optimizer.param_groups:
             if group.get("momentum") and not group.get("dampening"):
                 for parameter in group["params"]:
                     optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         self.flush()
-        return super().ready(step, optimizer)
+        return super().prepare_eager_step(step, optimizer)
 
     def synchronize(self) -> None:
         from torch_xla.core import xla_model
@@ -200,13 +201,13 @@ class XlaBackend(TpuBackend):
         except (RuntimeError, KeyError):  # the CPU counts none
             return super(TpuBackend, self).peak_memory_gib()
 
-    def rng_state(self) -> Tensor:
+    def _device_rng_state(self) -> Tensor:
         from torch_xla.core import xla_model
 
         seed = xla_model.get_rng_state().to_bytes(8, "little")  # of 64 bits without a sign
-        return torch.cat([torch.get_rng_state(), torch.tensor(list(seed), dtype=torch.uint8)])
+        return torch.tensor(list(seed), dtype=torch.uint8)
 
-    def _set_own_rng_state(self, state: Tensor) -> None:
+    def _set_device_rng_state(self, state: Tensor) -> None:
         from torch_xla.core import xla_model
 
         xla_model.set_rng_state(int.from_bytes(bytes(state.tolist()), "little"))
@@ -218,7 +219,7 @@ def found() -> bool:
     return accelerator is not None and accelerator.type == "tpu"
 
 
-def select(precision: str, local_rank: int = 0, local_size: int = 1) -> Backend:
+def open_core(precision: str, local_rank: int = 0, local_size: int = 1) -> Backend:
     """The TPU core of this process: by torch-tpu if that has loaded, else by torch-xla.
 
     precision: "auto" and "bf16", or "fp32" and "tf32", which are both exact: by itself a TPU would multiply in bf16.
@@ -233,16 +234,16 @@ def select(precision: str, local_rank: int = 0, local_size: int = 1) -> Backend:
         if local_size > 1:
             torch.accelerator.set_device_index(local_rank % max(torch.accelerator.device_count(), 1))
         return TpuBackend(torch.device("tpu"), precision, eager=_EAGER)
-    return _select_xla(precision, local_rank, local_size)
+    return _open_xla_core(precision, local_rank, local_size)
 
 
 def before_launch(processes: int) -> None:
-    """What torch-tpu wants in the environment of whatever starts the processes of several cores."""
+    """Sets the environment variables that torch-tpu needs before the processes of several cores are started."""
     if found():
         importlib.import_module("torch.tpu.distributed").set_tpu_launch_env(nproc_per_node=processes)
 
 
-def _select_xla(precision: str, local_rank: int, local_size: int) -> Backend:
+def _open_xla_core(precision: str, local_rank: int, local_size: int) -> Backend:
     missing = f"--device tpu: torch-tpu is {_state_of('torch-tpu')}, torch-xla is {_state_of('torch-xla')}"
     try:
         torch_xla = importlib.import_module("torch_xla")
@@ -267,7 +268,7 @@ def _select_xla(precision: str, local_rank: int, local_size: int) -> Backend:
 
 
 @cache
-def _cores() -> dist.ProcessGroup:
+def _core_group() -> dist.ProcessGroup:
     return dist.new_group(backend="tpu_dist")
 
 

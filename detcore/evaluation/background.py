@@ -199,8 +199,8 @@ class Pending:
         if "error" in self._answer:
             raise RuntimeError(f"the evaluator process failed:\n{self._answer['error']}")
         result = dict(self._answer["result"])
-        if "per_class" in result:
-            result["per_class"] = {int(category_id): ap for category_id, ap in result["per_class"].items()}
+        for name in result.keys() & {"per_class", "per_class_by_iou"}:  # JSON has no numbers as keys
+            result[name] = {int(category_id): ap for category_id, ap in result[name].items()}
         return result
 
 

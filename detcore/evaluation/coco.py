@@ -67,7 +67,8 @@ def evaluate(
     backend: "hotcoco", "pycocotools", or "auto": hotcoco if it can be imported, else pycocotools with a warning.
 
     Returns the keys of `METRICS` as floats, -1.0 where there is no ground truth to compare with, and with
-    `per_class` also "per_class": {category_id: AP}, with `waymo` also those of `detcore.evaluation.waymo`.
+    `per_class` also "per_class": {category_id: AP} and "per_class_by_iou": {category_id: AP at each of THRESHOLDS}, of
+    which a benchmark makes metrics of its own; with `waymo` also those of `detcore.evaluation.waymo`.
     Raises UserError for numbers or ids that cannot be scored, ValueError for an array of another shape.
     """
     return Scorer(ground_truth, backend=backend, waymo=waymo)(detections, per_class=per_class)
@@ -112,8 +113,9 @@ class Scorer:
             precision[:, :, members], recall[:, members] = run(self._part(members), rows)
         result: dict[str, Any] = _summarize(precision, recall)
         if per_class:
-            averages = (_mean(precision[:, :, k, 0, -1]) for k in range(len(self._category_ids)))
-            result["per_class"] = dict(zip(self._category_ids.tolist(), averages, strict=True))
+            every = [(i, precision[:, :, k, 0, -1]) for k, i in enumerate(self._category_ids.tolist())]
+            result["per_class"] = {i: _mean(values) for i, values in every}
+            result["per_class_by_iou"] = {i: [_mean(at_one) for at_one in values] for i, values in every}
         if self._waymo:
             result |= summarize(precision, self._category_ids, THRESHOLDS)
         return result

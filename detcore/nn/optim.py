@@ -1,11 +1,13 @@
 """Optimizers as the benchmarks use them, and the exponential moving average of the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BASE_LR = "initial_lr"  # of a parameter group; torch's own schedulers call it so
 
 
 def adam(model: nn.Module, lr: float, weight_decay: float = 0.0, *, fused: bool) -> torch.optim.Adam:
@@ -16,7 +18,8 @@ def adam(model: nn.Module, lr: float, weight_decay: float = 0.0, *, fused: bool)
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = _rate(lr, parameters, fused)
-    return torch.optim.Adam(parameters, lr=rate, weight_decay=weight_decay, fused=fused, capturable=fused)
+    groups = [{"params": parameters, BASE_LR: lr}]
+    return torch.optim.Adam(groups, lr=rate, weight_decay=weight_decay, fused=fused, capturable=fused)
 
 
 def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, *, fused: bool) -> torch.optim.SGD:
@@ -25,12 +28,13 @@ def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float, *, fu
     Two groups: weight_decay for weights (more than one dimension), none for biases and normalisation.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    many, few = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay, "lr": _rate(lr, trained, fused), BASE_LR: lr}  # a tensor for each
+        for params, decay in ((many, weight_decay), (few, 0.0))
+        if params
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=_rate(lr, trained, fused), momentum=momentum, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
 
 
 def _rate(lr: float, parameters: list[nn.Parameter], fused: bool) -> float | Tensor:
@@ -40,10 +44,28 @@ def _rate(lr: float, parameters: list[nn.Parameter], fused: bool) -> float | Ten
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of every parameter group; one that is a tensor is filled, without waiting for it."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        _fill_lr(group, lr)
+
+
+def remember_base_lr(optimizer: torch.optim.Optimizer) -> None:
+    """Notes the present learning rate of each group that has no base yet as its base (torch's "initial_lr")."""
+    for group in optimizer.param_groups:
+        group.setdefault(BASE_LR, float(group["lr"]))
+
+
+def schedule_lr(optimizer: torch.optim.Optimizer, rate: Callable[[float], float]) -> float:
+    """Sets the learning rate of each group to rate(the group's base), as `set_lr` does; returns the first group's."""
+    rates = [rate(group[BASE_LR]) for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        _fill_lr(group, lr)
+    return rates[0]
+
+
+def _fill_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -75,11 +97,15 @@ class Ema:
     """Exponential moving average of a model's state: average = decay * average + (1 - decay) * value after each step.
 
     Floating-point parameters and buffers are averaged, the others (counters) copied. The average starts as a copy.
+    warm_up: the decay of the n-th update (from 0) is at most (1 + n) / (10 + n), as in TensorFlow, so that the random
+    weights of the beginning are soon forgotten. `updates`, float64 on the model's device, then counts them there.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, *, warm_up: bool = False):
         self.decay = decay
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        device = next(iter(self.average.values())).device
+        self.updates = torch.zeros((), dtype=torch.float64, device=device) if warm_up else None
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -88,10 +114,28 @@ class Ema:
         averaged = [name for name, value in now.items() if value.is_floating_point()]
         copied = [name for name, value in now.items() if not value.is_floating_point()]
         if averaged:
-            average, values = [self.average[name] for name in averaged], [now[name] for name in averaged]
-            torch._foreach_lerp_(average, values, 1 - self.decay)
+            self._mix([self.average[name] for name in averaged], [now[name] for name in averaged])
         if copied:
             torch._foreach_copy_([self.average[name] for name in copied], [now[name] for name in copied])
+
+    def _mix(self, average: list[Tensor], values: list[Tensor]) -> None:
+        if self.updates is None:
+            torch._foreach_lerp_(average, values, 1 - self.decay)
+            return
+        share = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        self.updates += 1
+        change = torch._foreach_sub(values, average)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(average, change)
+
+    def tensors(self) -> list[Tensor]:
+        """All that an update changes."""
+        return [*self.average.values(), *([] if self.updates is None else [self.updates])]
+
+    def resume(self, updates: int) -> None:
+        """Goes on as after so many updates."""
+        if self.updates is not None:
+            self.updates.fill_(updates)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -282,3 +282,17 @@ def load_exactly(model: nn.Module, state: Mapping, source: str) -> None:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise UserError(f"{source} does not fit this model: {'; '.join(problems[:12])}{more}")
     model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own}})
+
+
+def other_number_of_classes(source: str, known: int, wanted: int) -> str:
+    """What to do about weights of a network that knows another number of classes, in words. source: names the file."""
+    by_id = (
+        f"; --num-classes {known} makes class k the category with id k, which is how torchvision and the MLPerf "
+        "reference number COCO's"
+        if known > wanted
+        else ""
+    )
+    return (
+        f"{source} knows {known} classes, the data set has {wanted}: training starts from the rest of its weights with "
+        f"--weights-only{by_id}"
+    )

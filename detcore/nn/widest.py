@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 
 
 class _Widest(TorchDispatchMode):

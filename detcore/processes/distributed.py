@@ -1,4 +1,4 @@
-"""Joining the other processes of the job, and what they tell each other.
+"""Joining the other processes of the job, and the collectives of training.
 
 With one process there is no process group, and every function here works without one.
 """
@@ -26,9 +26,9 @@ def init(
     """Join the other processes that the launcher started; with one process, do nothing.
 
     `backend` is torch.distributed's ("gloo", "nccl"); a collective that takes longer than `timeout_s` fails. `device`:
-    this process's own, where collectives run on one; they are set up at once then, not at the first use. From here on
-    SIGQUIT prints the stacks of this process. Raises
-    `UserError` for missing or contradictory variables and when the processes do not find each other in time.
+    where collectives run; on an accelerator they are set up now, not at the first use. From here on SIGQUIT prints the
+    stacks of this process. Raises `UserError` for missing or contradictory variables and when the processes do not find
+    each other in time.
     """
     world, port = discover(environ)
     if world.size == 1:
@@ -43,7 +43,7 @@ def init(
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
-            device_id=device,
+            device_id=None if device is None or device.type == "cpu" else device,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -89,7 +89,8 @@ def choose_seed(seed: int | None, device: torch.device | str = "cpu") -> int:
 
 
 def derive_seed(seed: int, *stream: int) -> int:
-    """A seed of 63 bits for one purpose, such as (epoch, rank): the same on every machine, unlike for other numbers.
+    """A seed of 63 bits for one purpose, named by numbers such as (epoch, rank): the same on every machine, and another
+    one for other numbers.
 
     Folds the numbers (0 to 2**63 - 1) into the state of splitmix64 (Steele, Lea, Flood 2014).
     """
@@ -99,8 +100,8 @@ def derive_seed(seed: int, *stream: int) -> int:
     return state >> 1
 
 
-def agree(values: list[int], device: torch.device | str = "cpu") -> list[int]:
-    """The largest of each value over all ranks, known to all, from one all-reduce on `device`."""
+def all_reduce_max(values: list[int], device: torch.device | str = "cpu") -> list[int]:
+    """The largest of each value over all ranks, on every rank, by one all-reduce on `device`."""
     if not dist.is_initialized():
         return list(values)
     together = torch.tensor(values, dtype=torch.int64, device=device)
@@ -108,7 +109,7 @@ def agree(values: list[int], device: torch.device | str = "cpu") -> list[int]:
     return together.tolist()
 
 
-def average(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+def all_reduce_mean(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """The mean of a floating tensor over all ranks, on the device that it came from."""
     if not dist.is_initialized():
         return values
@@ -118,14 +119,14 @@ def average(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.T
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor | None:
-    """Rows [n, C] of all ranks one below the other in rank order, on rank 0; None on the others.
+    """Rows [n, C] of all ranks, concatenated in rank order, on rank 0; None on the others.
 
     n may differ from rank to rank and be 0; C and dtype must not. The tensors travel from the device they are on.
     """
     if not dist.is_initialized():
         return rows
     rank, size = dist.get_rank(), dist.get_world_size()
-    counts = agree([len(rows) if k == rank else 0 for k in range(size)], rows.device)
+    counts = all_reduce_max([len(rows) if k == rank else 0 for k in range(size)], rows.device)
     if max(counts) == 0:
         return rows if rank == 0 else None
     padded = rows.new_zeros(max(counts), rows.shape[1])
@@ -142,14 +143,14 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def settle_buckets(parallel: DistributedDataParallel) -> None:
-    """Lets DistributedDataParallel group the gradients for their exchange now, with a backward pass of zeros.
+def rebuild_ddp_buckets(parallel: DistributedDataParallel) -> None:
+    """Has DistributedDataParallel assign gradients to its buckets now, by a backward pass of zeros.
 
-    It does so for good after the first backward pass, and how gradients are grouped decides the order of the sums: the
-    first step of a resumed run would be rounded unlike the same step of a run that was never stopped.
+    It rebuilds them once, after the first backward pass, and the buckets decide the order of the sums: the first step
+    of a resumed run would be rounded unlike the same step of a run that was never stopped.
     """
     model = parallel.module
-    # Created last, differentiated first: so the exchange begins with the last parameters, whose gradients come first.
+    # Created last, differentiated first: so the all-reduce begins with the last parameters, whose gradients come first.
     model.forward = lambda: sum((p * 0).sum() for p in model.parameters() if p.requires_grad)
     parallel().backward()
     del model.forward

@@ -1,4 +1,4 @@
-"""Who this process is among the others, from the variables of whatever started it."""
+"""The rank of this process and the number of processes, from the environment variables of the launcher."""
 
 import re
 import shutil

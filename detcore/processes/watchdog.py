@@ -15,18 +15,18 @@ import torch.distributed as dist
 
 from detcore import UserError
 from detcore.cli import WATCHDOG
-from detcore.processes.distributed import agree
+from detcore.processes.distributed import all_reduce_max
 from detcore.processes.launcher import World
 
-_LAST_WORDS = ("done", "failed", "ending")
-_FAMILIAR = 50  # times after which it is known how long a phase takes
+_FINAL_STATES = ("done", "failed", "ending")
+_KNOWN_AFTER = 50  # times after which it is known how long a phase takes
 
 
 class _Beat(NamedTuple):
     """Where the training thread is; (round, step, place) is its order in time, the same on every rank.
 
     `round` counts how often the step went back (an evaluation counts its own), `place` the beats within the step, and
-    `count` all beats. `patience`: seconds until the next beat must have come.
+    `count` all beats. `timeout_s`: within which the next beat must come.
     """
 
     round: int = 0
@@ -34,17 +34,18 @@ class _Beat(NamedTuple):
     place: int = 0
     phase: str = "start"
     count: int = 0
-    patience: float = float("inf")
+    timeout_s: float = float("inf")
 
 
-def _record(rank: int, host: str, pid: int, state: str, words: str, alive: int, beat: _Beat) -> dict:
-    """What a rank publishes: `alive` counts its exchanges with the store; `words` explain the state."""
-    about = {"rank": rank, "host": host, "pid": pid, "state": state, "words": words, "alive": alive}
+def _record(rank: int, host: str, pid: int, state: str, reason: str, alive: int, beat: _Beat) -> dict:
+    """What a rank publishes: `alive` counts its exchanges with the store; `reason` explains the state."""
+    about = {"rank": rank, "host": host, "pid": pid, "state": state, "reason": reason, "alive": alive}
     return about | beat._asdict()
 
 
-class _Seen:
-    """What is known of one rank: its last record, and for how long its two counters have stood still, in seconds."""
+class _Peer:
+    """One rank as this process knows it: its last record, and for how many seconds each of its two counters (`alive`
+    and `count`) has not changed."""
 
     def __init__(self, rank: int):
         self.record = _record(rank, "", 0, "running", "", -1, _Beat(count=-1))
@@ -81,25 +82,25 @@ class Watchdog:
     stopped does not count. A call into C code that holds the interpreter's lock for `dead_timeout_s` looks like death.
     A rank that leaves the `with` normally is not missed; rank 0, which holds the store, waits there for the others. An
     exception of a collective leaves only after `dead_timeout_s`, so that the rank that caused it can be named.
-    `device`: where the process group wants its tensors. `last_words` is called before this process ends itself.
+    `device`: where the process group wants its tensors. `before_exit` is called before this process ends itself.
     """
 
     def __init__(
         self, world: World, hang_timeout_s, dead_timeout_s=30.0, folder=Path("."), device="cpu",
-        last_words=lambda: None, quick_hang_s=40.0,
+        before_exit=lambda: None, quick_hang_s=40.0,
     ):  # fmt: skip
-        self._world, self._device, self._last_words = world, device, last_words
+        self._world, self._device, self._before_exit = world, device, before_exit
         self._hang_s, self._dead_s, self._quick_s = hang_timeout_s or float("inf"), dead_timeout_s, quick_hang_s
         self._folder = Path(folder)
         self._interval = min(1.0, self._hang_s / 5, self._dead_s / 5)
-        self._beat, self._state, self._words, self._exchanges = _Beat(patience=self._hang_s), "running", "", 0
+        self._beat, self._state, self._reason, self._exchanges = _Beat(timeout_s=self._hang_s), "running", "", 0
         self._since, self._spans = time.monotonic(), {}  # of the last beat; phase: (times, longest seconds)
         self._host = socket.gethostname()
-        self._seen = [_Seen(rank) for rank in range(world.size)]
+        self._peers = [_Peer(rank) for rank in range(world.size)]
         self._latest: list[dict] = []
         self._store, self._store_error = None, "no answer"
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._judge, name="watchdog judge", daemon=True)]
+        self._threads = [threading.Thread(target=self._monitor, name="watchdog monitor", daemon=True)]
 
     def beat(self, phase: str, step: int) -> None:
         """Say where the training thread is. Costs a few microseconds."""
@@ -108,9 +109,9 @@ class Watchdog:
         longest = max(longest, now - self._since) if times > 1 else 0.0  # the first ones warm up
         self._spans[last.phase], self._since = (times + 1, longest), now
         times, longest = self._spans.get(phase, (0, 0.0))
-        patience = min(self._hang_s, max(self._quick_s, 20 * longest)) if times >= _FAMILIAR else self._hang_s
+        timeout_s = min(self._hang_s, max(self._quick_s, 20 * longest)) if times >= _KNOWN_AFTER else self._hang_s
         place = last.place + 1 if step == last.step else 0
-        self._beat = _Beat(last.round + (step < last.step), step, place, phase, last.count + 1, patience)
+        self._beat = _Beat(last.round + (step < last.step), step, place, phase, last.count + 1, timeout_s)
 
     def __enter__(self) -> "Watchdog":
         if self._world.size > 1:
@@ -124,14 +125,16 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if self._world.size > 1:
             if error is not None and _is_from_a_collective(error) and self._state == "running":
-                self._say(f"a collective failed ({_first_line(error)}); waiting up to {self._dead_s:g} s for the cause")
+                self._print(
+                    f"a collective failed ({_first_line(error)}); waiting up to {self._dead_s:g} s for the cause"
+                )
                 self._state = "lost its peers"
                 self._sleep_until(lambda: False, self._dead_s + 5 * self._interval)
             self._state = "done" if error is None else "failed"
-            self._words = "" if error is None else _first_line(error)
+            self._reason = "" if error is None else _first_line(error)
             self._publish_now()
             if self._world.rank == 0 and error is None:
-                self._sleep_until(lambda: all(r["state"] in _LAST_WORDS for r in self._latest), float("inf"))
+                self._sleep_until(lambda: all(r["state"] in _FINAL_STATES for r in self._latest), float("inf"))
         self._stop.set()
         self._threads[0].join()  # it ends at once, or is about to end this process
         faulthandler.cancel_dump_traceback_later()
@@ -142,52 +145,54 @@ class Watchdog:
         if rank == 0:
             self._store = dist.TCPStore(self._world.master, 0, None, True, timeout, wait_for_workers=False)
             port = self._store.port
-        (port,) = agree([port], self._device)
+        (port,) = all_reduce_max([port], self._device)
         try:
             if rank != 0:
                 self._store = dist.TCPStore(self._world.master, port, None, False, timeout, wait_for_workers=False)
-            self._store.set(str(rank), json.dumps(self._own_record()))
+            self._store.set(str(rank), json.dumps(self._local_record()))
         except RuntimeError as error:
             where = f"{self._world.master}:{port}"
             raise UserError(
                 f"rank {rank} cannot reach the watchdog's store at {where}: {_first_line(error)}"
             ) from error
-        agree([0], self._device)  # from here on every rank's record can be read
-        for seen, record in zip(self._seen, self._read_all()):
-            seen.record = record
+        all_reduce_max([0], self._device)  # from here on every rank's record can be read
+        for peer, record in zip(self._peers, self._read_all()):
+            peer.record = record
 
-    def _own_record(self) -> dict:
-        return _record(self._world.rank, self._host, os.getpid(), self._state, self._words, self._exchanges, self._beat)
+    def _local_record(self) -> dict:
+        return _record(
+            self._world.rank, self._host, os.getpid(), self._state, self._reason, self._exchanges, self._beat
+        )
 
     def _read_all(self) -> list[dict]:
         return [json.loads(text) for text in self._store.multi_get([str(rank) for rank in range(self._world.size)])]
 
     def _exchange(self) -> None:
-        """Publish and read; may be blocked for ever by a store that stopped answering, which `_judge` notices."""
+        """Publish and read; may be blocked for ever by a store that stopped answering, which `_monitor` notices."""
         try:
             while not self._stop.wait(self._interval):
-                record = self._own_record()
+                record = self._local_record()
                 self._store.set(str(self._world.rank), json.dumps(record))
-                if record["state"] in _LAST_WORDS and self._world.rank != 0:
+                if record["state"] in _FINAL_STATES and self._world.rank != 0:
                     return  # rank 0 may be gone, and the store with it, as soon as it has read this
                 self._latest = self._read_all()
                 self._exchanges += 1
         except RuntimeError as error:  # a broken connection stays broken; trying again only fills the log
             self._store_error = _first_line(error)
 
-    def _judge(self) -> None:
+    def _monitor(self) -> None:
         before, unheard, heard = time.monotonic(), 0.0, 0
-        own = self._seen[self._world.rank]
+        local = self._peers[self._world.rank]
         while not self._stop.wait(self._interval):
             now = time.monotonic()
             elapsed, before = min(now - before, 2 * self._interval), now
-            own.update(self._own_record(), elapsed)
-            own.silent = 0.0
+            local.update(self._local_record(), elapsed)
+            local.silent = 0.0
             unheard += elapsed
             if self._exchanges != heard:
-                for seen, record in zip(self._seen, self._latest):
-                    if seen is not own:
-                        seen.update(record, unheard)
+                for peer, record in zip(self._peers, self._latest):
+                    if peer is not local:
+                        peer.update(record, unheard)
                 unheard, heard = 0.0, self._exchanges
             self._arm_last_resort()
             verdict = self._verdict(unheard)
@@ -200,37 +205,37 @@ class Watchdog:
             faulthandler.dump_traceback_later(2 * self._dead_s + 5, exit=True, file=2)
 
     def _verdict(self, unheard: float) -> str | None:
-        others = [seen for seen in self._seen if seen.record["rank"] != self._world.rank]
-        for seen in others:
-            record = seen.record
+        others = [peer for peer in self._peers if peer.record["rank"] != self._world.rank]
+        for peer in others:
+            record = peer.record
             if record["state"] == "ending":
-                return record["words"]
-            if record["state"] == "failed" and (seen.silent >= self._dead_s or self._state == "lost its peers"):
-                return f"{seen} ended with an error: {record['words']}. Its own output says more"
-            if record["state"] != "done" and seen.silent >= self._dead_s:
+                return record["reason"]
+            if record["state"] == "failed" and (peer.silent >= self._dead_s or self._state == "lost its peers"):
+                return f"{peer} ended with an error: {record['reason']}. Its own output says more"
+            if record["state"] != "done" and peer.silent >= self._dead_s:
                 return (
-                    f"{seen} gave no sign of life for {self._dead_s:g} s: it was killed (out of memory? see dmesg on "
+                    f"{peer} gave no sign of life for {self._dead_s:g} s: it was killed (out of memory? see dmesg on "
                     f"{record['host']}), stopped, or its host is gone"
                 )
         if self._world.size > 1 and unheard >= self._dead_s:
-            first = self._seen[0]
+            first = self._peers[0]
             first.silent = unheard
             cause = "it was killed (out of memory?) or stopped, or its host or the network is gone"
             if first.record["state"] == "failed":
-                cause = f"it ended with an error: {first.record['words']}"
+                cause = f"it ended with an error: {first.record['reason']}"
             silence = f"out of reach for {self._dead_s:g} s ({self._store_error})"
             return f"{first} holds the watchdog's store, {silence}: {cause}"
         return self._hang_verdict()
 
     def _hang_verdict(self) -> str | None:
-        running = [seen for seen in self._seen if seen.record["state"] == "running"]
-        over = [seen for seen in running if seen.still >= seen.record["patience"]]
+        running = [peer for peer in self._peers if peer.record["state"] == "running"]
+        over = [peer for peer in running if peer.still >= peer.record["timeout_s"]]
         if not over:
             return None
-        limit = max(seen.record["patience"] for seen in over)
-        standing = [seen for seen in running if seen.still >= limit / 2]
-        earliest = min(seen.time for seen in standing)
-        behind = [seen for seen in standing if seen.time == earliest]
+        limit = max(peer.record["timeout_s"] for peer in over)
+        standing = [peer for peer in running if peer.still >= limit / 2]
+        earliest = min(peer.time for peer in standing)
+        behind = [peer for peer in standing if peer.time == earliest]
         names = "; ".join(map(str, behind[:8])) + (" and more" if len(behind) > 8 else "")
         several = "no single rank is behind the others; " if len(behind) == len(standing) > 1 else ""
         return (
@@ -248,28 +253,28 @@ class Watchdog:
             dumped = f"stacks of this rank: {path}"
         except OSError as error:
             dumped = f"the stacks could not be written: {error}"
-        living = [s.record["rank"] for s in self._seen if s.silent < self._dead_s / 2 and s.record["state"] != "done"]
+        living = [s.record["rank"] for s in self._peers if s.silent < self._dead_s / 2 and s.record["state"] != "done"]
         table = self._table() if self._world.rank == min([*living, self._world.rank]) else ""
-        self._say(f"{verdict}.\n{table}  {dumped}; exit code {WATCHDOG}")
-        self._state, self._words = "ending", verdict
+        self._print(f"{verdict}.\n{table}  {dumped}; exit code {WATCHDOG}")
+        self._state, self._reason = "ending", verdict
         if self._world.size > 1:
             self._publish_now()
         try:
-            self._last_words()
+            self._before_exit()
         finally:
             os._exit(WATCHDOG)
 
     def _table(self) -> str:
         lines = ["  rank  host              pid       step      phase         still for  state\n"]
-        for seen in self._seen:
-            r = seen.record
+        for peer in self._peers:
+            r = peer.record
             lines.append(
                 f"  {r['rank']:<5} {r['host']:<17} {r['pid']:<9} {r['step']:<9} {r['phase']:<13} "
-                f"{seen.still:>6.0f} s  {'no sign of life' if seen.silent >= self._dead_s / 2 else r['state']}\n"
+                f"{peer.still:>6.0f} s  {'no sign of life' if peer.silent >= self._dead_s / 2 else r['state']}\n"
             )
         return "".join(lines)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         """Straight to the descriptor: the training thread may hang while it holds the lock of sys.stderr."""
         os.write(2, f"watchdog on rank {self._world.rank}: {text}\n".encode())
 

@@ -5,19 +5,24 @@ of the archive as torch wrote it (that is, with comment length 0). The comment k
 replaces state and hash together, and a plain `torch.load(path, weights_only=True)` reads it as well.
 """
 
+import argparse
 import contextlib
+import datetime
 import errno
 import hashlib
 import os
+import pathlib
+import re
 import shutil
 import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from detcore import UserError
@@ -28,6 +33,26 @@ _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 _NO_COMMENT = b"\0\0"
 _COMMENT_LENGTH = struct.pack("<H", _COMMENT_BYTES)
+
+
+def _as_dict(factory: Any = None) -> OrderedDict:
+    """In the place of a defaultdict, which torch does not fill."""
+    return OrderedDict()
+
+
+_HARMLESS: list[Any] = [
+    # What programs store beside weights, of types that do nothing but hold values: options, numbers, paths.
+    argparse.Namespace, (_as_dict, "collections.defaultdict"), datetime.datetime, datetime.date, datetime.timedelta,
+    np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+    list, int, float, str, bool, tuple, dict,  # of a defaultdict
+    *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+      for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *((pathlib.PurePosixPath, f"{module}.{name}")  # a path of either system, as one that touches no disk
+      for module in ("pathlib", "pathlib._local")
+      for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+]  # fmt: skip
+_WEIGHTS = ("state_dict", "model_state_dict", "model_state", "weights")  # other programs' names of "model"
+_WRAPPERS = re.compile(r"(module|_orig_mod|model)\.")  # DistributedDataParallel, torch.compile, Lightning
 _PLAIN = {type(None), bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype}
 
 
@@ -67,8 +92,9 @@ def save(path: str | os.PathLike, state: dict[str, Any], links: Sequence[Path] =
 def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = True) -> dict[str, Any]:
     """The state that `save` wrote to `path`, with the tensors on `map_location`.
 
-    With `require_hash=False` a file of another program, which carries no hash, is read too (as far as it holds a dict
-    and needs no code run to load); a hash that is there is always checked, and so are the checksums of a zip archive
+    With `require_hash=False` a file of another program, which carries no hash, is read too, as far as it holds a dict
+    and needs no code run to load: beside what torch allows it may hold options (argparse.Namespace), numbers and arrays
+    of numpy, paths and dates. A hash that is there is always checked, and so are the checksums of a zip archive
     without one, which torch does not look at. Files older than torch 1.6 have neither. Raises `UserError` that says
     what is wrong with the file: missing, unreadable, cut off, damaged, foreign, or of a newer format.
     """
@@ -77,7 +103,8 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
         with open(path, "rb") as file:
             has_hash = _check_hash(file, path, require_hash)
             file.seek(0)
-            state = torch.load(file, map_location=map_location, weights_only=True)
+            with torch.serialization.safe_globals([] if require_hash else _HARMLESS):
+                state = torch.load(file, map_location=map_location, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist; check the path or start without it") from error
     except OSError as error:
@@ -87,7 +114,7 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
     except Exception as error:  # torch and its unpickler answer to strange bytes with nearly every type
         reason = str(error).strip().split("\n")[0][:200]
         if reason.startswith("Weights only load failed"):  # torch goes on with advice that would run the file's code
-            reason = "not a file of plain weights"
+            raise UserError(f"checkpoint {path} {_refusal(path)}") from error
         raise UserError(
             f"checkpoint {path} cannot be loaded as weights ({type(error).__name__}: {reason}); "
             "it is damaged or no checkpoint. Use another file"
@@ -101,6 +128,22 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
             "it was written by a newer version; update this one"
         )
     return state
+
+
+def _refusal(path: Path) -> str:
+    """Which types torch would have to run code for, in words."""
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file of the format before torch 1.6, or one that is damaged in a further way
+        names = []
+    if not names:
+        return "cannot be loaded as weights; it is damaged or no checkpoint. Use another file"
+    shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        f"holds more than weights and plain values: {shown}. Loading such objects could run any code, so it is "
+        "refused; where the file comes from, save its weights alone: torch.save({'model': model.state_dict()}, FILE)"
+    )
 
 
 def link_or_copy(src: str | os.PathLike, dst: str | os.PathLike) -> None:
@@ -252,9 +295,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this program, or of another one that saved a state dictionary.
 
     Raises UserError for a file that is none, and for weights that are not finite numbers: a model with a NaN in it
-    finds nothing, which looks like a result.
+    finds nothing, which looks like a result. Weights that another program calls otherwise (Lightning's "state_dict")
+    stand under "model" afterwards, their names without what wrappers put before all of them.
     """
     saved = load(path, require_hash=False)
+    for name in _WEIGHTS:
+        if "model" not in saved and isinstance(saved.get(name), dict):
+            saved["model"] = saved.pop(name)
+    if isinstance(saved.get("model"), dict):
+        saved["model"] = _without_wrappers(saved["model"])
+    elif "model" not in saved and saved and all(isinstance(value, torch.Tensor) for value in saved.values()):
+        saved = _without_wrappers(saved)
     for name, kind in (("config", dict), ("ema", dict), ("classes", list)):
         if not isinstance(saved.get(name), kind | None):
             raise UserError(f"{path} holds {type(saved[name]).__name__} under {name!r}, not a {kind.__name__}")
@@ -270,3 +321,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if not value.isfinite().all():
                 raise UserError(f"{path}: {name} holds NaN or infinite numbers; use the checkpoint of an older epoch")
     return saved
+
+
+def _without_wrappers(weights: dict[str, Any]) -> dict[str, Any]:
+    """A state dictionary without the prefixes that all its names share."""
+    while (prefix := _shared_wrapper(weights)) is not None:
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _shared_wrapper(names: Iterable[Any]) -> str | None:
+    found = {found[0] if isinstance(name, str) and (found := _WRAPPERS.match(name)) else None for name in names}
+    return found.pop() if len(found) == 1 else None

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from detcore import UserError
 from detcore.config import above, at_least, between, option
-from detcore.device.backend import DEVICES, GRAPHS, PRECISIONS
+from detcore.device.base import DEVICES, GRAPHS, PRECISIONS
 from detcore.device.native import POLICIES, VARIANTS
 
 MODES = ("train", "evaluate", "predict", "benchmark")
@@ -14,7 +14,8 @@ MODES = ("train", "evaluate", "predict", "benchmark")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every benchmark's run can choose; a benchmark's Config adds its own fields to these.
+    """What every benchmark's run can choose; a benchmark's Config adds its own fields to these, and the defaults of its
+    recipe (`detcore.config.redefine`).
 
     All fields decide the weights and must be equal when a run is resumed, but for those in FREE_ON_RESUME.
     """
@@ -81,20 +82,14 @@ class RunConfig:
         30.0, "seconds without a sign of life until a process counts as dead", check=above(2), group="Run"
     )
 
-    epochs: int = option(26, "epochs at most", env="NUMEPOCHS", check=at_least(1), group="Training")
+    epochs: int = option(1, "epochs at most", env="NUMEPOCHS", check=at_least(1), group="Training")
     batch_size: int = option(
-        2,
-        "images per process and forward pass",
-        env="BATCHSIZE",
-        flags=("-b",),
-        check=between(1, 65536),
+        1, "images per process and forward pass", env="BATCHSIZE", flags=("-b",), check=between(1, 65536),
         group="Training",
-    )
+    )  # fmt: skip
     eval_batch_size: int = option(
         0, "images per process in evaluation; 0: as in training, on a GPU as many as fit, up to 128",
-        env="EVALBATCHSIZE", flags=("-e",),
-        check=between(0, 65536),
-        group="Training",
+        env="EVALBATCHSIZE", check=between(0, 65536), group="Training",
     )  # fmt: skip
     accumulate: int = option(
         1, "forward passes per optimizer step; the last step of an epoch takes what is left",
@@ -105,6 +100,10 @@ class RunConfig:
     ema_decay: float = option(
         0.0, "decay of the moving average of the weights, which is then what is evaluated; 0: none",
         check=between(0, 0.999999), group="Training",
+    )  # fmt: skip
+    ema_warmup: bool = option(
+        False, "at step n (from 0) a decay of (1 + n) / (10 + n) at most, so that the average soon forgets the random "
+        "weights of the beginning", group="Training",
     )  # fmt: skip
     max_iters_per_epoch: int = option(
         0, "optimizer steps per epoch at most; 0: the whole data set", check=at_least(0), group="Training"
@@ -144,6 +143,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: one goes on with a run, one replaces it")
+        if self.ema_warmup and not self.ema_decay:
+            raise UserError("--ema-warmup: there is no average to warm up; give its decay with --ema-decay")
         if self.mode == "predict" and self.num_cores > 1:
             raise UserError("--num-cores: one process predicts; leave it out with --mode predict")
         if self.graphs == "on" and self.device in ("cpu", "tpu"):

@@ -68,6 +68,28 @@ class MLPerfLog:
         self.event(constants.SUBMISSION_STATUS, config.mlperf_status)
         self.event(constants.SUBMISSION_PLATFORM, config.mlperf_platform)
 
+    def cache_clear(self, config: RunConfig, *, drops: bool) -> None:
+        """The lines that say that the page cache is empty. drops: whether this process drops it if the config says so.
+
+        Raises UserError as `drop_file_cache` does.
+        """
+        if config.caches_cleared:
+            self.event(constants.CACHE_CLEAR, True)
+        if config.drop_file_cache and drops and drop_file_cache(config.data_paths()):
+            self.event(constants.CACHE_CLEAR, True)
+
+    def settings(self, config: RunConfig, seed: int, processes: int, epochs: int | None, weights: list[str]) -> None:
+        """The lines that say what every run sets. epochs: None where they are not known yet. weights: their names."""
+        self.event(constants.SEED, seed)
+        self.event("local_batch_size", config.batch_size)
+        self.event(constants.GLOBAL_BATCH_SIZE, config.batch_size * config.accumulate * processes)
+        self.event(constants.GRADIENT_ACCUMULATION_STEPS, config.accumulate)
+        if epochs is not None:
+            self.event(constants.EPOCH_COUNT, epochs)
+        self.event(constants.FIRST_EPOCH_NUM, 1)
+        for name in weights:
+            self.event(constants.WEIGHTS_INITIALIZATION, tensor=name)
+
     def run_start(self) -> None:
         """The clock starts; no training data may have been read before."""
         self.start(constants.RUN_START)

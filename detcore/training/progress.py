@@ -1,13 +1,17 @@
 """What a run says while it goes: one console line, one JSON line a logging interval, and where the time went."""
 
 import json
+import math
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from detcore import cli
 
 WAIT, ADVICE_EVERY = 0.1, 300.0  # of the time; seconds
 KINDS = ("start_up", "data", "train", "evaluation", "checkpoint")
@@ -57,10 +61,10 @@ class Progress:
         if self._file:
             self._file.write(json.dumps({"kind": kind, **fields}) + "\n")
             self._file.flush()
-            self.tell(kind, **fields)
+            self.notify(kind, **fields)
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """To the observer alone."""
+    def notify(self, kind: str, **fields: Any) -> None:
+        """Hands a record to the observer alone."""
         if self._file and self.observe:
             self.observe(kind, fields)
 
@@ -100,6 +104,43 @@ class Progress:
             self._step_seconds = (self._step_seconds + each) / 2 if self._step_seconds else each
         wait = min(data - last_data, max(span - busy, 0.0))
         return (step - last_step) * images_per_step / span, wait / span
+
+    def report_step(
+        self, *, step: int, epoch: int, epochs: int, epoch_steps: tuple[int, int], last_step: int,
+        terms: dict[str, float], lr: float, rate: float, wait: float, evaluations_left: int,
+        note: str = "",
+    ) -> None:  # fmt: skip
+        """The record and the bar of a logging interval that ends with a global step of an epoch (from 0) of so many.
+
+        epoch_steps: the first step of the epoch and the one after its last. terms: of the loss, means over the
+        interval. rate and wait: as `interval` gives them. note: what else
+        the bar says, or "".
+        """
+        total = sum(terms.values())
+        fields = {"loss": total, "terms": terms, "lr": lr, "images_per_s": rate, "data_wait": wait}
+        self.write("step", step=step, epoch=epoch + 1, time_s=self.elapsed(), **fields)
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        done, steps = step - epoch_steps[0], epoch_steps[1] - epoch_steps[0]
+        bar = ("#" * (done * 16 // steps)).ljust(16, ".")
+        self.bar(
+            f"epoch {epoch + 1}/{epochs} [{bar}] {done}/{steps}  loss {total:.3f} ({parts})  "
+            f"{rate:.1f} images/s  data wait {wait:.0%}  {self.time_left(step, last_step, evaluations_left)}"
+            f"{note and f'  ({note})'}"
+        )
+
+    def report_evaluation(
+        self, step: int, epoch: int, metrics: dict[str, Any], targets: Mapping[str, float | None], best: float | None
+    ) -> None:
+        """The record and the line of an evaluation's result, after so many epochs.
+
+        targets: as in `Task`. best: of the primary metric; None where there was nothing to score yet.
+        """
+        self.write("eval", step=step, epoch=epoch, time_s=self.elapsed(), metrics=metrics)
+        goals = {name: "no target" if goal is None else f"target {goal:g}" for name, goal in targets.items()}
+        values = ", ".join(f"{name} {metrics[name]:.4f} ({goal})" for name, goal in goals.items())
+        which = f" {next(iter(targets))}" if len(targets) > 1 else ""
+        reached = "nothing to score" if best is None else f"best{which} {best:.4f}"
+        self.say(f"evaluation after epoch {epoch}: {values}, {reached}, after {duration(self.elapsed())}")
 
     def advise(self, rate: float, wait: float, words: Callable[[float, float], str]) -> None:
         """Says what holds the loader back where more than WAIT of an interval went by waiting, every ADVICE_EVERY.
@@ -183,6 +224,64 @@ class Meter:
         width = shutil.get_terminal_size().columns
         sys.stderr.write("\r" + text[: width - 1].ljust(width - 1) if self._tty else text + "\n")
         sys.stderr.flush()
+
+
+def explain_not_finite(
+    rank: int, epoch: int, steps: list[tuple[int, list[int]]], names: list[str], losses: list[list[float]],
+    weights_finite: bool, warmup_option: str,
+) -> str:  # fmt: skip
+    """What a process says that stops for a number that is not finite, its own or another process's.
+
+    steps: number and image ids of each step since the last report, in the epoch (from 0). names, losses [steps, terms]:
+    of the loss. weights_finite: whether the weights still are. warmup_option: see `Task`.
+    """
+    broken = next((i for i, values in enumerate(losses) if not all(map(math.isfinite, values))), None)
+    if broken is None and weights_finite:
+        return f"rank {rank} stops: the loss of another rank is not finite, its own message names the images"
+    first, last = steps[0][0], steps[-1][0]
+    if broken is None:
+        return (
+            f"rank {rank}: the weights are no longer finite after step {last} (epoch {epoch + 1}), though the "
+            f"losses of steps {first} to {last} are: a gradient overflowed in one of them. The checkpoints "
+            "from before are kept. Try a lower --lr, --clip-norm 10 or --precision fp32."
+        )
+    step, image_ids = steps[broken]
+    warmup = f"a longer {warmup_option}, " if warmup_option else ""
+    values = ", ".join(f"{n} = {v:g}" for n, v in zip(names, losses[broken], strict=True))
+    return (
+        f"rank {rank}: the loss is not finite at step {step} (epoch {epoch + 1}): {values}; image ids "
+        f"{image_ids}. The checkpoints from before are kept. Look at these images and their boxes, "
+        f"and at those of the step before, whose gradient may be the cause; else try a lower --lr, {warmup}"
+        "--clip-norm 10 or --precision fp32."
+    )
+
+
+def closing_words(
+    code: int, step: int, best_result: tuple[int, float] | None, targets: Mapping[str, float | None], seconds: float,
+    folder: Path, length: str, number: int, evaluated: bool = False,
+) -> str:  # fmt: skip
+    """The last line of a run that ended with an exit code after a global step.
+
+    best_result: epochs completed and primary metric. targets: see `Task`. length: what ends the run without them, such
+    as "26 epochs". number: of the signal that ended it. evaluated: whether there was an evaluation at all.
+    """
+    where = f"after {duration(seconds)}; the log, the checkpoints and progress.jsonl lie in {folder}"
+    metric, goals = next(iter(targets)), {name: value for name, value in targets.items() if value is not None}
+    best = "nothing to score in the validation set" if evaluated else "no evaluation yet"
+    if best_result:
+        best = f"best {metric} {best_result[1]:.4f} after epoch {best_result[0]}"
+    words = [f"{name} {value:g}" if len(targets) > 1 else f"{value:g}" for name, value in goals.items()]
+    goal = f"Target{'s' if len(goals) > 1 else ''} {', '.join(words)}"
+    match code:
+        case cli.OK if goals:
+            return f"{goal} reached: {best}, {where}"
+        case cli.OK:
+            return f"Done: {best}, {where}"
+        case cli.TARGET_NOT_REACHED:
+            return f"{goal} NOT reached in {length}: {best}, {where}"
+        case cli.STOPPED:
+            return f"Stopped by {signal.Signals(number).name}: {best}, {where}. Go on with --resume."
+    return f"Aborted at step {step}: {best}, {where}"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import nn
 
 from detcore import UserError
 from detcore.config import to_dict
-from detcore.device.backend import Backend
+from detcore.data.classes import differing_classes, some
+from detcore.device.base import Backend
 from detcore.nn import optim
 from detcore.processes import distributed
 from detcore.processes.launcher import World
@@ -31,7 +32,7 @@ _CONTENTS = {
 class State:
     """The changing things of a run; with config and random generators they are what a checkpoint holds.
 
-    evaluations: (epochs completed, metric) of each result so far.
+    evaluations: (epochs completed, primary metric) of each result so far.
     """
 
     model: nn.Module
@@ -41,9 +42,12 @@ class State:
     step: int = 0
     evaluations: list[tuple[int, float]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        optim.remember_base_lr(self.optimizer)  # before a step or a checkpoint changes it
+
     def best(self) -> tuple[int, float] | None:
-        """Epochs completed and value of the best evaluation."""
-        return max(self.evaluations, key=lambda e: e[1], default=None)
+        """Epochs completed and value of the best evaluation; one that had nothing to score (-1) is none."""
+        return max((e for e in self.evaluations if e[1] >= 0), key=lambda e: e[1], default=None)
 
     def contents(self) -> dict[str, Any]:
         """The state as a checkpoint holds it."""
@@ -64,7 +68,7 @@ class State:
         So a step can be warmed up and recorded. State that the optimizer has created meanwhile (its first step does)
         becomes zeros, which is how Adam, and SGD without dampening, begin.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers(), *(self.ema.average.values() if self.ema else ())]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(self.ema.tensors() if self.ema else ())]
         tensors = [tensor.detach() for tensor in tensors]
         before = [tensor.clone() for tensor in tensors]
         slots = {p: {name: value.clone() for name, value in s.items()} for p, s in self.optimizer.state.items()}
@@ -92,6 +96,7 @@ class State:
                 self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.load_state_dict(saved["ema"])
+                self.ema.resume(saved["step"])
             self.step = saved["step"]
             self.evaluations = [(int(epoch), float(value)) for epoch, value in saved["evaluations"]]
             known = backend.set_rng_state(saved["generators"][world.rank])
@@ -161,6 +166,25 @@ def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> 
             "train on, copy the folder and give more --epochs."
         )
     return saved
+
+
+def check_same_data(
+    saved: dict[str, Any] | None, steps_per_epoch: int, classes: Sequence[tuple[int, str]], config: RunConfig
+) -> None:
+    """Raises UserError if the run of a checkpoint had other classes, or another number of steps an epoch, than the data
+    gives now."""
+    if not saved:
+        return
+    if differ := differing_classes(saved.get("classes") or [], classes):
+        raise UserError(
+            f"--resume: the run in {config.output_dir} was trained on other classes than the annotation files list: "
+            f"{some(differ)}. Give the same files to go on, or start a new run in another --output-dir."
+        )
+    if saved["steps_per_epoch"] != steps_per_epoch:
+        raise UserError(
+            f"--resume: the run in {config.output_dir} had {saved['steps_per_epoch']} steps an epoch, this "
+            f"data set gives {steps_per_epoch}: it is another one. Give the same to go on."
+        )
 
 
 def differing_settings(saved: dict[str, Any], config: RunConfig, world: World) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.training.config import RunConfig
 from detcore.training.state import State
 from detcore.training.task import Task
@@ -18,7 +18,8 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
 
     Returns step(batches) -> {term: float32 scalar on the device}, the means over the micro-batches. Ranks exchange
     gradients once, with the last micro-batch. It reads no value on the host. Where the first steps would be
-    slower, it is warmed up on the task's example, and recorded if the device does so; what that changes is put back.
+    slower, it is warmed up on the task's examples, and recorded if the device does so, anew for batches of other
+    shapes; what that changes is put back.
     """
     trained = [p for group in task.optimizer.param_groups for p in group["params"]]
     loss = torch.compile(task.loss, dynamic=False) if config.compile else task.loss
@@ -47,23 +48,30 @@ def make_train_step(task: Task, state: State, model: nn.Module, config: RunConfi
         device.flush()
         return sums
 
-    if not task.example or not (device.warms_up or config.compile):
-        return device.ready(train_step, task.optimizer)
+    if not task.examples or not (device.warms_up or config.compile):
+        return device.prepare_eager_step(train_step, task.optimizer)
 
     def prepare(batches: Sequence[Batch]) -> Callable:
         model.train()
         with state.unchanged(device):
             return device.compile_step(train_step, batches)
 
-    usual = prepare([task.example()] * config.accumulate)
+    examples = task.examples()
+    usual = [[example] * config.accumulate for example in examples]
+    prepared = {_shapes(batches): prepare(batches) for batches in usual}
     if not device.records_steps:
-        return device.ready(usual, task.optimizer)
-    recorded = {config.accumulate: usual}
+        return device.prepare_eager_step(train_step, task.optimizer)
+    known, first = set(_shapes(examples)), next(iter(prepared.values()))
 
     def replay(batches: Sequence[Batch]) -> dict[str, Tensor]:
-        passes = min(len(batches), config.accumulate)
-        if passes not in recorded:  # an epoch's last step has fewer
-            recorded[passes] = prepare(batches)
-        return recorded[passes](batches)
+        key = _shapes(batches)
+        if key not in prepared and len(batches) <= config.accumulate and known.issuperset(key):
+            prepared[key] = prepare(batches)  # an epoch's last step has fewer, or a step's canvases differ
+        return prepared.get(key, first)(batches)  # the first says what is wrong with other shapes
 
     return replay
+
+
+def _shapes(batches: Sequence[Batch]) -> tuple:
+    """What a recording is fixed to: shapes and types of the tensors of each batch."""
+    return tuple(tuple((tuple(tensor.shape), tensor.dtype) for tensor in batch) for batch in batches)

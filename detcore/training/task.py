@@ -1,7 +1,6 @@
 """What the training loop needs to know of a benchmark: values and functions, nothing else."""
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from detcore import cli
 from detcore.data.batch import Batch
-from detcore.device.backend import Backend
+from detcore.device.base import Backend
 from detcore.processes.launcher import World
-from detcore.training.progress import duration
 
 Beat = Callable[[str, int], None]
 
@@ -58,33 +55,62 @@ class Data:
 class Task:
     """One benchmark, as values and functions.
 
-    model: on its device. lr(step, steps_per_epoch): learning rate of a global step. loss(model, batch): named scalar
-    terms, each a mean over the batch, whose sum is minimised. open_data: called after RUN_START. target: the run ends
-    with success when `metric` reaches it; None trains all epochs. eval_epochs(completed): whether to evaluate then.
-    hyperparameters: MLPerf event names and values, logged before INIT_STOP. example: a synthetic batch of the shapes of
-    training, on which a step is warmed up before RUN_START; without it steps are not recorded. prepare_evaluation: does
-    the same for evaluations; called before RUN_START, too. observe(kind, fields):
-    called on rank 0 with each record of progress.jsonl; "epoch" (epoch, from 1; time_s: seconds of its steps in this
-    process) when its last step is done; and "saved" (path, epoch_file) when a checkpoint is written. epoch_file(epochs
-    completed): made the same file as the checkpoint written then, in a folder that exists; None: no further file.
-    warmup_option: the option that lengthens the warm-up, for the advice on a loss that is not finite; "": none.
+    model: on its device. lr(step, steps_per_epoch, base): the learning rate, at a global step from 0, of a parameter
+    group whose own is `base` (the optimizer's at the start). loss(model, batch): named scalar terms, each a mean over
+    the batch, whose sum is minimised. open_data: called after RUN_START.
+
+    targets: names of metrics and what they must reach; the first is the primary one, which decides what best.pt is. The
+    run ends with success when an evaluation reaches all of them; None instead of a number: no target. Without any
+    number the run trains to its end. total_steps: the run ends after so many optimizer steps, however many epochs they
+    are (the last one may be cut short); None: after the config's epochs. eval_epochs(completed, epochs): whether to
+    evaluate after so many epochs of so many.
+
+    hyperparameters: MLPerf event names and values, logged before INIT_STOP. examples: synthetic batches of the shapes
+    of training, one for each canvas, on which a step is warmed up before RUN_START; without them it is not, and not
+    recorded. prepare_evaluation: does the same for evaluations; called before RUN_START, too. judge(epochs completed,
+    metrics): a warning to the person at the console about an evaluation's result, such as one that comes too late;
+    None: nothing to say. observe(kind, fields): called on rank 0 with each record of progress.jsonl; with "epoch"
+    (epoch, from 1; time_s: seconds of its steps in this process) when its last step is done; and with "saved" (path,
+    step, file) when a checkpoint is written. checkpoint_file(step, epochs completed, None within an epoch): made the
+    same file as the checkpoint written then, in a folder that exists; None: no further file. warmup_option: the option
+    that lengthens the warm-up, for the advice on a loss that is not finite; "": none.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr: Callable[[int, int], float]
+    lr: Callable[[int, int, float], float]
     loss: Callable[[nn.Module, Batch], dict[str, Tensor]]
     open_data: Callable[[], Data]
-    metric: str
-    target: float | None
-    eval_epochs: Callable[[int], bool]
-    hyperparameters: dict[str, Any]
+    targets: Mapping[str, float | None]
+    eval_epochs: Callable[[int, int], bool]
+    hyperparameters: Mapping[str, Any]
+    total_steps: int | None = None
     notes: tuple[str, ...] = ()
-    example: Callable[[], Batch] | None = None
+    examples: Callable[[], Sequence[Batch]] | None = None
     prepare_evaluation: Callable[[], None] = lambda: None
+    judge: Callable[[int, dict[str, Any]], str | None] = lambda epoch, metrics: None
     observe: Callable[[str, dict[str, Any]], None] | None = None
-    epoch_file: Callable[[int], Path | None] = lambda completed: None
+    checkpoint_file: Callable[[int, int | None], Path | None] = lambda step, completed: None
     warmup_option: str = ""
+
+    @property
+    def metric(self) -> str:
+        """The primary metric."""
+        return next(iter(self.targets))
+
+    @property
+    def goals(self) -> dict[str, float]:
+        """The metrics that must reach a number, and it."""
+        return {name: value for name, value in self.targets.items() if value is not None}
+
+    def accuracy(self, metrics: Mapping[str, Any]) -> float | dict[str, float]:
+        """The value of EVAL_ACCURACY: the primary metric, or all of `targets` by name where there are several."""
+        values = {name: metrics[name] for name in self.targets}
+        return values if len(values) > 1 else values[self.metric]
+
+    def reached(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether an evaluation ends the run with success."""
+        return bool(self.goals) and all(metrics[name] >= value for name, value in self.goals.items())
 
 
 @dataclass(frozen=True)
@@ -105,21 +131,3 @@ class Outcome:
     best: float | None
     best_epoch: int | None
     seconds: float
-
-
-def summary(outcome: Outcome, task: Task, folder: Path, epochs: int, number: int) -> str:
-    """The closing words of a run of so many epochs at most; number: of the signal that ended it."""
-    where = f"after {duration(outcome.seconds)}; the log, the checkpoints and progress.jsonl lie in {folder}"
-    best = "no evaluation yet"
-    if outcome.best is not None:
-        best = f"best {task.metric} {outcome.best:.4f} after epoch {outcome.best_epoch}"
-    match outcome.code:
-        case cli.OK if task.target is not None:
-            return f"Target {task.target:g} reached: {best}, {where}"
-        case cli.OK:
-            return f"Done: {best}, {where}"
-        case cli.TARGET_NOT_REACHED:
-            return f"Target {task.target:g} NOT reached in {epochs} epochs: {best}, {where}"
-        case cli.STOPPED:
-            return f"Stopped by {signal.Signals(number).name}: {best}, {where}. Go on with --resume."
-    return f"Aborted at step {outcome.step}: {best}, {where}"

@@ -1,8 +1,0 @@
-"""The detector's own operations: each a plain PyTorch reference, and a native op that does the same faster."""
-
-import torch
-
-
-def work_elements(device: torch.device) -> int:
-    """Elements of one intermediate of a reference: few for the caches of a CPU, many to fill an accelerator."""
-    return 2**18 if device.type == "cpu" else 2**25

@@ -37,7 +37,7 @@ def box_loss(
     deltas: [N, R, 4], the rows of the anchors first..first + R. anchors: [A, 4]. boxes: [N, M, 4], padded.
     matched: int64 [N, A], what `match` gave for all anchors. labels: int64 [N, M]. weight: [N], float32 at least, the
     factor of all terms of an image; 0..1. Gradients for deltas only, and 0 where a delta is met exactly.
-    Of the native op holds what `single_stage_detector.ops.focal.focal_loss` says: one backward pass.
+    Of the native op holds what `detcore.ops.focal.focal_loss` says: one backward pass.
     """
     if native.runs(OP, deltas, matched, labels, weight) and anchors.dtype == boxes.dtype == torch.float32:
         arguments = (x.contiguous() for x in (deltas, anchors, boxes, matched, labels, weight))

@@ -101,7 +101,7 @@ def candidates(
     -1. anchors count through all levels.
     Of equal logits at the limit of a level, and of equal scores in the result, the lowest level, anchor and class comes
     first. An anchor with a NaN among its logits has no pair. No gradients.
-    bias: [C * K], float32, is added to the logits in float32, as `single_stage_detector.ops.focal.focal_loss` has it.
+    bias: [C * K], float32, is added to the logits in float32, as `detcore.ops.focal.focal_loss` has it.
     """
     floor = _floor(score_thresh)
     if native.runs(OP, *logits, *deltas, *([] if bias is None else [bias])):

@@ -14,7 +14,7 @@ import pytest
 from dataprep import verify_images
 from dataprep.download_sets import METADATA
 from dataprep.interpreter import command
-from dataprep.jpeg_header import read_header
+from detcore.data.jpeg_header import read_header
 from tests.dataprep.download_server import run, running
 from tools import make_openimages
 

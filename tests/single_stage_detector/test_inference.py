@@ -130,5 +130,5 @@ def test_evaluation_on_other_classes_is_refused(state, data, tmp_path, capsys):
     checkpoint.save(tmp_path / "x.pt", {**state, "classes": [[1, "circle"], [2, "ring"]]})
     assert run(tmp_path, "--mode", "evaluate", "--dataset-path", data) == 2
     err = capsys.readouterr().err
-    assert "x.pt was trained on other classes than" in err and "'ring' where this file has 'star'" in err
+    assert "x.pt was trained on other classes than" in err and "'ring' (id 2) is 'star' (id 2) there" in err
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Matcher and losses against golden values, torchvision and float64 derivatives."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,19 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
+from detcore import ops
 from detcore.data.synthetic import synthetic_batches
 from detcore.device import native
-from single_stage_detector import ops
+from detcore.ops.match import IGNORED, UNMATCHED
+from detcore.ops.match import match as detcore_match
 from single_stage_detector.anchors import anchors, grids
-from single_stage_detector.loss import losses
+from single_stage_detector.loss import MATCH, losses
 from single_stage_detector.model import RetinaNet
-from single_stage_detector.ops.match import IGNORED, UNMATCHED, match
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "retinanet.json").read_text())
 CHECK = GOLDEN["match_and_loss_check"]
 SIZE = (160, 224)
+match = partial(detcore_match, **MATCH)
 
 
 @pytest.fixture(params=["auto", "reference"], autouse=True)

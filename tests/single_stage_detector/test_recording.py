@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection.detector import detect
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.cuda import CudaBackend
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from tests.detcore.device.streams import told
+from tests.detcore.device.streams import logged_streams
 from tests.detcore.device.tape import TapeRecorder
 
 SIZE, CLASSES = (128, 128), 5
@@ -44,7 +45,7 @@ def fakes(backbone: str, norm: str, trainable_layers: int) -> Iterator[tuple]:
         with torch.device("cuda"):
             model = RetinaNet(backbone, CLASSES, SIZE, norm, trainable_layers, 32, 1, (16, 32, 64, 128, 256))
         batch = on_cpu.map(lambda t: torch.empty_like(t, device="cuda"))
-        yield model, batch, backend.Backend(torch.device("cuda"), "fp32")
+        yield model, batch, CudaBackend(torch.device("cuda"), "fp32")
 
 
 @pytest.fixture(params=["", "class_bias", "residual_gradient", "multi_cast", "small_levels"])
@@ -52,7 +53,7 @@ def setting(request, monkeypatch):
     """(model, batch, backend), fake: with batch statistics as it is, with frozen ones in each variant."""
     variants = [request.param] if request.param else []
     norm, layers = ("frozen", 3) if variants else ("batch", 5)
-    with fakes("resnet18", norm, layers) as made, told(monkeypatch), native.using("auto", *variants):
+    with fakes("resnet18", norm, layers) as made, logged_streams(monkeypatch), native.using("auto", *variants):
         yield made
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from detcore.data import dali, nvjpeg, torch_loader
 from detcore.data.ahead import one_ahead
 from detcore.detection import detector as detection
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
+from detcore.device.cuda import CudaBackend
 from detcore.processes.launcher import World
 from detcore.training.task import Context
 from single_stage_detector import data
@@ -20,7 +21,7 @@ from single_stage_detector.config import Config
 from single_stage_detector.model import RetinaNet
 from tests.detcore.device.tape import TapeRecorder
 
-CPU = backend.Backend(torch.device("cpu"), "fp32")
+CPU = CpuBackend(torch.device("cpu"), "fp32")
 ALONE = World(0, 1, 0, 1)
 SIZE = (64, 64)
 
@@ -48,7 +49,7 @@ def model() -> RetinaNet:
     return RetinaNet("resnet18", 1, SIZE, "batch", 5, 16, 1, (8, 16, 24, 32, 48)).eval()
 
 
-class Ahead(backend.Backend):
+class Ahead(CpuBackend):
     """A CPU on which the next batch is on its way as on a GPU."""
 
     def ahead(self, batches):
@@ -85,7 +86,7 @@ def test_the_gpu_of_a_loader_is_the_backends_also_where_each_process_sees_one_on
     """The process with local rank 3 then computes on device 0."""
     asked = []
     monkeypatch.setattr(module, "batches", lambda plan, keys, options: asked.append(options.device))
-    gpu, world = backend.Backend(torch.device("cuda", 0), "bf16"), World(3, 4, 3, 4)
+    gpu, world = CudaBackend(torch.device("cuda", 0), "bf16"), World(3, 4, 3, 4)
     config, index = (
         dataclasses.replace(config, loader=module.__name__.rpartition(".")[2]),
         detection.open_index(config, "train"),
@@ -99,10 +100,10 @@ def test_a_stream_one_ahead_goes_on_exactly_from_any_step(config):
     index, ahead = detection.open_index(config, "train"), Context(Ahead(CPU.device, "fp32"), ALONE, 3)
     whole = list(islice(train_stream(config, index, ahead, 0, 0), 12))
     for used in (1, 4, 5):
-        first = ahead.backend.ahead(train_stream(config, index, ahead, 0, 0))
+        first = ahead.backend.prefetch(train_stream(config, index, ahead, 0, 0))
         assert equal(list(islice(first, used)), whole[:used])
         first.close()  # the run ends; one batch more had been fetched
-        again = ahead.backend.ahead(train_stream(config, index, ahead, *divmod(used, 5)))
+        again = ahead.backend.prefetch(train_stream(config, index, ahead, *divmod(used, 5)))
         assert equal(list(islice(again, 12 - used)), whole[used:])
 
 
@@ -114,7 +115,7 @@ def test_detections_are_the_same_one_ahead(config, model):
     index = detection.open_index(config, "val")
     found = [
         detection.detect_all(
-            detection.finder(data.DETECTOR, model, index.category_ids.tolist(), device),
+            detection.compiled_detect(data.DETECTOR, model, index.category_ids.tolist(), device),
             eval_stream(config, index, ALONE, device, 4),
             device,
             lambda *told: None,
@@ -142,7 +143,7 @@ class TestEvalBatchSize:
     def test_what_fits_on_all_ranks(self, config, model, monkeypatch, world, limit):
         asked: list = []
 
-        class Doubles(backend.Backend):
+        class Doubles(CpuBackend):
             def largest_batch(self, try_batch, start, limit):
                 asked.append((start, limit))
                 for size in (2, 4, 8):
@@ -152,7 +153,7 @@ class TestEvalBatchSize:
         seen: list[tuple] = []
         model.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
         monkeypatch.setattr(
-            detection.distributed, "agree", lambda values, device: [max(*values, -4)]
+            detection.distributed, "all_reduce_max", lambda values, device: [max(*values, -4)]
         )  # another rank's is 4
         gpu = Doubles(torch.device("cpu"), "fp32")
         assert (
@@ -164,9 +165,7 @@ class TestEvalBatchSize:
     def test_never_more_than_the_largest(self, config, model, monkeypatch):
         monkeypatch.setattr(detection, "LARGEST_EVAL_BATCH", 4)
         limits = []
-        monkeypatch.setattr(
-            backend.Backend, "largest_batch", lambda self, tried, start, limit: limits.append(limit) or 1
-        )
+        monkeypatch.setattr(CpuBackend, "largest_batch", lambda self, tried, start, limit: limits.append(limit) or 1)
         detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, CPU)
         assert limits == [4]
 
@@ -174,8 +173,8 @@ class TestEvalBatchSize:
     def test_no_tensor_is_larger_than_a_gpu_takes(self, config, model, monkeypatch, elements, limit):
         limits = []
 
-        class Gpu(backend.Backend):
-            is_gpu = True
+        class Gpu(CpuBackend):
+            probes_batch_size = True
 
             def largest_batch(self, try_batch, start, limit):
                 limits.append(limit)
@@ -184,7 +183,7 @@ class TestEvalBatchSize:
         gpu = Gpu(torch.device("cpu"), "fp32")
         monkeypatch.setattr(detection, "widest", lambda *given: 8)
         monkeypatch.setattr(detection, "LARGEST_TENSOR", elements)
-        monkeypatch.setattr(detection.distributed, "agree", lambda values, device: values)
+        monkeypatch.setattr(detection.distributed, "all_reduce_max", lambda values, device: values)
         detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, gpu)
         assert limits == [limit]
 
@@ -227,7 +226,7 @@ def test_inference_is_made_before_there_is_data(config, model, images):
 
 
 def test_a_recording_takes_no_memory_from_steps_that_are_not(config, model, monkeypatch):
-    monkeypatch.setattr(backend.Backend, "largest_batch", None)
+    monkeypatch.setattr(CpuBackend, "largest_batch", None)
     device = dataclasses.replace(CPU, recorder=TapeRecorder(), eager="several GPUs")
     assert (
         detection.eval_batch_size(data.DETECTOR, config, model, detection.open_index(config, "val"), ALONE, device) == 2

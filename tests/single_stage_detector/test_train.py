@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from detcore.config import load
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
 from detcore.processes.launcher import World
 from detcore.training.task import Context
 from single_stage_detector import train
@@ -217,7 +217,7 @@ def test_missing_imagenet_weights_name_the_script(scenes, tmp_path):
 
 def test_the_advice_on_a_loss_that_is_not_finite_names_an_option():
     config, _, _ = load(Config, [*SMALL, "--synthetic", "--num-classes", "3"], {}, {})
-    place = backend.Backend(torch.device("cpu"), "fp32")
+    place = CpuBackend(torch.device("cpu"), "fp32")
     option = train.build_task(config, Context(place, World(), 1)).warmup_option
     assert load(Config, [option, "7"], {}, {})[0].warmup_epochs == 7
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detcore.data.batch import Batch
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection.detector import detect
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.cpu import CpuBackend
 from detcore.nn.resnet import FrozenNorm
 from single_stage_detector import model as module
 from single_stage_detector import train
@@ -16,7 +17,7 @@ from single_stage_detector.config import Config
 from single_stage_detector.data import DETECTOR
 from single_stage_detector.loss import losses
 from single_stage_detector.model import RetinaNet
-from tests.detcore.device.streams import told
+from tests.detcore.device.streams import logged_streams
 from tests.detcore.device.tape import TapeRecorder
 
 SIZE, CLASSES = (96, 96), 5
@@ -58,7 +59,7 @@ def a_batch(seed: int = 0) -> Batch:
 
 def results(model: RetinaNet, variants: tuple[str, ...], precision: str = "fp32", batch: Batch | None = None):
     """(losses, gradients by name, rows of detections) of a batch."""
-    device, batch = backend.Backend(torch.device("cpu"), precision), batch or a_batch()
+    device, batch = CpuBackend(torch.device("cpu"), precision), batch or a_batch()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with native.using("native", *variants):
         with device.autocast():
@@ -130,7 +131,7 @@ def test_several_processes_exchange_every_gradient(model, variants):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        parallel = backend.Backend(torch.device("cpu"), "fp32").parallel(model, world_size=2)
+        parallel = CpuBackend(torch.device("cpu"), "fp32").parallel(model, world_size=2)
         with native.using("auto", *variants):
             for step in range(2):
                 model.zero_grad(set_to_none=True)
@@ -182,10 +183,10 @@ def test_small_levels_run_beside_the_large_ones(model, monkeypatch):
     """After the copies of the weights that both read, with one fork and one join for both heads."""
     batch, copies = a_batch(), module.narrow_copies
     weights = [p for p in model.head.parameters() if p.dim() == 4]
-    with told(monkeypatch) as device:
+    with logged_streams(monkeypatch) as device:
 
         def spy(parameters):
-            device.told.append("copies")
+            device.log.append("copies")
             return copies(parameters)
 
         monkeypatch.setattr(module, "narrow_copies", spy)
@@ -193,14 +194,14 @@ def test_small_levels_run_beside_the_large_ones(model, monkeypatch):
 
         def on_stream(x, conv, *rest):
             if conv.out_channels in (9 * CLASSES, 36):
-                device.told.append(f"{tuple(x.shape[-2:])} on {device.now}")
+                device.log.append(f"{tuple(x.shape[-2:])} on {device.now}")
             return convolve(x, conv, *rest)
 
         monkeypatch.setattr(module, "_convolve", on_stream)
         with native.using("auto", "small_levels"), torch.autocast("cpu", torch.bfloat16), Conversions(weights) as seen:
             model(batch.images)
         large, small = [(12, 12), (6, 6)], [(3, 3), (2, 2), (1, 1)]
-        assert device.told == [
+        assert device.log == [
             "copies",
             "second waits for main",
             f"second uses {3 + len(weights) + 2}",  # the levels, and copies of weights and of two biases
@@ -215,7 +216,7 @@ def test_small_levels_run_beside_the_large_ones(model, monkeypatch):
 @pytest.mark.parametrize("variant", ["class_bias", "residual_gradient", *EXACT])
 def test_a_recorded_step_follows_weights_and_batches(model, path, variant):
     """What a replay computes from new weights, statistics and images is what the step would have computed."""
-    batch, device = a_batch(), backend.Backend(torch.device("cpu"), "bf16")
+    batch, device = a_batch(), CpuBackend(torch.device("cpu"), "bf16")
     learns = [p for p in model.parameters() if p.requires_grad]
 
     def step():

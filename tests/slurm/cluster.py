@@ -167,6 +167,11 @@ class Cluster:
                 daemon.kill()
             time.sleep(0.01)
 
+    def kill_slurmd(self, node: str) -> None:
+        """Kills the node's slurmd alone: what runs there runs on, nothing new starts. power_off ends the rest."""
+        (pid,) = [pid for pid, words in self.processes(node).items() if words[:1] == ["slurmd"]]
+        os.kill(pid, signal.SIGKILL)
+
     def _wait_idle(self, timeout: float = 20) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and all(daemon.poll() is None for daemon in self.daemons.values()):

@@ -59,7 +59,7 @@ ConstrainSwapSpace=no
 
 # In the new namespaces of one node: $1 its name, $2 the cluster's folder, $3 a folder that other users can't enter and
 # that this Python ($4) lies in, if there is one. bash stays the first process because it reaps orphans, which slurmd
-# would not.
+# would not, and lives on where slurmd alone is killed.
 BOOT = """
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
@@ -75,7 +75,7 @@ if [[ -d $2/containers ]]; then
     mount -t tmpfs -o mode=1777 tmpfs "$2/containers"
     mount -t overlay -o "lowerdir=$2/bin:/usr/local/bin" overlay /usr/local/bin
 fi
-slurmd -D -N "$1"
+slurmd -D -N "$1" || (($? != 137)) || sleep infinity
 exit
 """
 

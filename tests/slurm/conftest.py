@@ -64,6 +64,20 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "the scenes")
 
 
+@pytest.fixture(scope="module")
+def submit_for_module(cluster, data, tmp_path_factory):
+    """As submit, for jobs that several tests look at; they are cancelled after the module."""
+    jobs = []
+
+    def submit(*words, **environ):
+        jobs.append(start(cluster, data, tmp_path_factory.mktemp("jobs") / "user", *words, **environ))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        job.end()
+
+
 @pytest.fixture
 def submit_to(data, tmp_path):
     """submit_to(cluster)(*words, **environ) submits a job of run.sub (jobs.start); all are cancelled after the test."""

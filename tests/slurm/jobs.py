@@ -12,16 +12,21 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from tests.slurm.cluster import USER, Cluster, children
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "source configs/config_cpu_demo_002x02x004.sh"
+ONE_RANK = f"{CONFIG}; export DGXNGPU=1 DGXSYSTEM=small"  # a node, where a test wants no more
+SHARED = ("--oversubscribe", "--mem=1500", "--ntasks-per-node=2")  # words of jobs that run side by side
 TINY = (
     "--dataset custom --backbone resnet18 --norm batch --trainable-backbone-layers 5 --no-pretrained --fpn-channels 16 "
     "--head-convs 1 --image-size 64 64 --anchor-sizes 16,32,64,128,256 --max-boxes 32 --workers 1 --device cpu "
     "--ema-decay 0.9 --target-map"
 )
-SUCCESS, NEVER = f"{TINY} 0", f"{TINY} 1"
+SUCCESS, NEVER = f"{TINY} 0", f"{TINY} 1".replace("--workers 1", "--workers 0")  # a process less to start a rank
+LONG = {"EXTRA_PARAMS": NEVER, "NUMEPOCHS": 500}
 WHOLE = re.compile(r':::MLLOG \{"namespace": .*"metadata": \{.*\}\}')
 
 
@@ -56,11 +61,15 @@ class Submission:
     def said(self) -> str:
         return self.cluster.output(self.id)
 
-    def wait(self, timeout=240) -> int:
+    def steps(self, k=1) -> int:
+        """Training steps of trial k so far."""
+        return (self.trial(k) / "progress.jsonl").read_text().count('"kind": "step"')
+
+    def wait(self, timeout=420) -> int:
         """The job's exit code."""
         return int(self.cluster.wait(self.id, timeout)["ExitCode"].split(":")[0])
 
-    def until(self, condition, what: str, timeout=180):
+    def until(self, condition, what: str, timeout=420):
         deadline = time.monotonic() + timeout
         while True:
             state = self.cluster.job(self.id)["JobState"]
@@ -74,12 +83,12 @@ class Submission:
     def until_step(self, steps=1, k=1):
         def trained():
             with contextlib.suppress(StopIteration, FileNotFoundError):
-                return (self.trial(k) / "progress.jsonl").read_text().count('"kind": "step"') >= steps
+                return self.steps(k) >= steps
             return False
 
         self.until(trained, f"training step {steps}")
 
-    def until_end(self, timeout=60):
+    def until_end(self, timeout=180):
         """Until run.sub has said its last line; Slurm itself waits for lost nodes before the job has ended."""
         self.until(lambda: re.search(r"^\d of \d trials ended", self.said(), re.MULTILINE), "last line", timeout)
 
@@ -103,6 +112,12 @@ class Submission:
         """Nothing of it runs any more."""
         self.cluster.run("scancel", self.id, check=False)
         self.cluster.wait(self.id, 60)
+
+
+def weights(folder: Path) -> dict:
+    """What a checkpoint holds of the model and its average."""
+    saved = torch.load(folder / "last.pt", weights_only=False)
+    return saved["model"] | {f"ema {name}": value for name, value in saved["ema"].items()}
 
 
 def start(cluster: Cluster, data: Path, folder: Path, *words, config=CONFIG, **environ) -> Submission:

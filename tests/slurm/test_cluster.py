@@ -240,12 +240,13 @@ def test_variables_of_the_image_and_of_the_pytorch_hook_win(container_cluster, i
         (["--container-image=/etc/hosts"], "Invalid image format"),
         (["--container-image={image}", "--container-mounts=/none:/x"], "No such file or directory: /none"),
         (["--container-image={image}", "--container-mounts=data:/x"], "mount source must be"),
-        (["--container-image={image}", "--container-workdir=/none"], "couldn't chdir to /none"),
+        (["--container-image={image}", "--container-mounts={host}", "--container-workdir=/none"], "chdir to /none"),
+        (["--container-image={image}"], "no login shell in the container"),
         (["--container-name=never"], 'a container with name "never" does not exist'),
     ],
 )
 def test_what_is_missing_fails_and_the_command_does_not_run(container_cluster, image, words, message):
-    words = [word.format(image=image) for word in words]
+    words = [word.format(image=image, host=host_mounts()) for word in words]
     answer = srun(container_cluster, *words, "bash", "-c", "echo ran", check=False)
     assert answer.returncode and message in answer.stderr and "ran" not in answer.stdout
     assert container_cluster.run("srun", "-N2", "enroot", "list").stdout.count("pyxis_") <= 2  # recorded's
@@ -281,7 +282,8 @@ def test_a_step_attaches_to_a_running_container_unless_told_not_to(container_clu
         (tmp_path / folder).mkdir()
     script, step = tmp_path / "job.sub", "srun -N1 -n1 --overlap --container-name=one"
     a, b = (f"--container-mounts={host_mounts()},{tmp_path / folder}:/{folder}" for folder in ("a", "b"))
-    lines = [f"{step} --container-image={image} {a} sleep 600 &", "sleep 3", f"{step} {b} ls -d /a /b"]
+    lines = [f"{step} --container-image={image} {a} bash -c 'touch /a/in; sleep 600' &"]
+    lines += [f"until [[ -e {tmp_path}/a/in ]]; do sleep 0.1; done", f"{step} {b} ls -d /a /b"]
     lines += [f"{step}:no_exec {b} ls -d /a /b", "scancel $SLURM_JOB_ID"]
     script.write_text("\n".join(["#!/bin/bash", *lines, ""]))
     job = container_cluster.submit(f"--output={tmp_path}/out", script)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.slurm.cluster import USER, Cluster, environment
 from tests.slurm.containers import host_mounts, make_image, records
-from tests.slurm.jobs import NEVER, ROOT, start
+from tests.slurm.jobs import LONG, ONE_RANK, ROOT, SHARED
 
 pytestmark = pytest.mark.slurm
 FLAGS = dict.fromkeys(("no-container-mount-home", "container-remap-root", "container-writable"), True)
@@ -26,7 +26,7 @@ DATA, WEIGHTS = "/datasets/open-images-v6", "/torch-home"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """KillWait is what a rank has to write its checkpoint when the job is cancelled."""
-    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", kill_wait=20) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), containers="0.24.0", cpus=8, kill_wait=20) as running:
         yield running
 
 
@@ -53,11 +53,10 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, data, foreign, inside, exported, tmp_path_factory):
+def whole(submit_for_module, foreign, inside, exported):
     """A job of two trials that has ended, for several tests."""
-    job = start(cluster, data, tmp_path_factory.mktemp("whole") / "user", NEXP=2, SEED=5, DROPCACHE_CMD="true drop",
-                **inside, **exported)  # fmt: skip
-    job.until_end(180)
+    job = submit_for_module(NEXP=2, SEED=5, DROPCACHE_CMD="true drop", **inside, **exported)
+    job.until_end(420)
     began = time.monotonic()
     assert job.wait() == 0, job.said()
     assert time.monotonic() - began < 12, "no step is left that Slurm must kill after KillWait"
@@ -169,7 +168,7 @@ def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_r
 ):
     last = int(cluster.run("srun", "bash", "-c", 'echo "$SLURM_JOB_ID"').stdout)
     stale = make_container(cluster, image, f"my_odd_job__1_____a_-{last + 2}", "n2")
-    job = submit('--job-name=my odd,job: 1/$()"a"', EXTRA_PARAMS=NEVER, NUMEPOCHS=500, **inside)
+    job = submit('--job-name=my odd,job: 1/$()"a"', **LONG, **inside)
     job.until_step()
     assert job.id == last + 2
     assert containers(cluster) == {"n1": [foreign, stale], "n2": [foreign, stale]}
@@ -185,19 +184,31 @@ def test_a_job_with_an_odd_name_and_a_stale_container_of_its_name_and_a_killed_r
         assert (values["MASTER_ADDR"], values["MASTER_PORT"]) == ("n1", str(61000 + job.id % 4536))
         assert values["DATASET_DIR"] == DATA and values["OUTPUT_DIR"] == f"/results/{job.stem}_1"
     os.kill(job.program(3), signal.SIGKILL)
-    assert job.wait(90) == 137
+    assert job.wait() == 137
     said = job.said()
     assert re.search(r"trial.*rank 3.*n2.*(SIGKILL|signal 9)", said), said
     assert job.status() == "aborted" and "0 of 1 trials" in said
     assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}
 
 
-def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, foreign):
-    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, NEXP=2, FROM_IMAGE="no", **inside)
-    job.until_step()
-    cluster.run("scancel", job.id)
-    job.wait(60)
-    assert cluster.job(job.id)["JobState"] == "CANCELLED"
+@pytest.fixture(scope="module")
+def cancelled(cluster, submit_for_module, foreign, inside):
+    """Two jobs side by side that have been cancelled; the ranks of the second can't end before they are killed."""
+    more = LONG | inside | {"NEXP": 2, "FROM_IMAGE": "no", "config": ONE_RANK}
+    jobs = [submit_for_module(*SHARED, **more) for _ in range(2)]
+    for job in jobs:
+        job.until_step()
+    for rank in range(2):
+        os.kill(jobs[1].program(rank), signal.SIGSTOP)
+    cluster.run("scancel", *(job.id for job in jobs))
+    for job in jobs:
+        job.wait()
+        assert cluster.job(job.id)["JobState"] == "CANCELLED"
+    return jobs
+
+
+def test_scancel_leaves_a_checkpoint_and_no_container(cancelled, cluster, foreign):
+    job = cancelled[0]
     assert job.status() == "aborted" and (job.trial() / "last.pt").exists()
     assert "Stopped by SIGTERM" in job.rank(0)
     assert (
@@ -207,19 +218,14 @@ def test_scancel_leaves_a_checkpoint_and_no_container(submit, cluster, inside, f
     assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
 
 
-def test_containers_are_removed_also_where_ranks_do_not_end_before_they_are_killed(submit, cluster, inside, foreign):
-    job = submit(EXTRA_PARAMS=NEVER, NUMEPOCHS=500, **inside)
-    job.until_step()
-    for rank in range(4):
-        os.kill(job.program(rank), signal.SIGSTOP)
-    cluster.run("scancel", job.id)
-    job.wait(90)
-    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, job.said()
+def test_containers_are_removed_also_where_ranks_do_not_end_before_they_are_killed(cancelled, cluster, foreign):
+    assert "Stopped by SIGTERM" not in cancelled[1].rank(0)
+    assert containers(cluster) == {"n1": [foreign], "n2": [foreign]}, cancelled[1].said()
 
 
 def test_an_image_whose_login_shell_finds_no_python(submit, inside, tmp_path):
     job = submit(**inside | {"CONT": make_image(tmp_path / "debian.sqsh", python=False)})
-    assert job.wait(60) == 2 and "/etc/profile.d" in job.said() and "activate" not in job.said(), job.said()
+    assert job.wait() == 2 and "/etc/profile.d" in job.said() and "activate" not in job.said(), job.said()
 
 
 def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
@@ -227,7 +233,7 @@ def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
         submit = submit_to(cluster)
         job = submit(**inside)
         assert (
-            job.wait(60) == 2
+            job.wait() == 2
             and "my logs holds a blank, which Pyxis can mount from 0.24 on; here it is 0.20" in job.said()
         )
         plain = tmp_path / "logs"
@@ -238,11 +244,11 @@ def test_an_older_pyxis_and_a_wrong_folder(submit_to, inside, image, tmp_path):
         (data / "train").mkdir(parents=True)
         plain = {"LOGDIR": plain, "BACKBONE_DIR": weights, "DATADIR": data, "WORK_DIR": "/elsewhere"}
         job = submit(**inside | plain)
-        assert job.wait(60) == 2, job.said()
+        assert job.wait() == 2, job.said()
         assert "holds no /elsewhere/run_and_time.sh" in job.said()
         cluster.run("srun", "-w", "n2", "mount", "--bind", "/dev/null", "/usr/local/bin/enroot")
         job = submit(**inside | plain)
-        assert job.wait(60) == 2 and "enroot is not on PATH on n2" in job.said(), job.said()
+        assert job.wait() == 2 and "enroot is not on PATH on n2" in job.said(), job.said()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +261,7 @@ def test_what_a_node_lacks_is_named_before_any_trial(submit, cluster, image, ins
     path = only_on(cluster, node, source, tmp_path / f"only {node}") if node else tmp_path / "no where"
     value = f"{inside['EXTRA_MOUNTS']},{path}:/more" if variable == "EXTRA_MOUNTS" else path
     job = submit(**inside | {variable: value})
-    assert job.wait(60) == 2, job.said()
+    assert job.wait() == 2, job.said()
     said = job.said()
     assert str(path) in said and ("n2" if node == "n1" else "on n1") in said
     assert said.rstrip().endswith("no trial was started" if node == "n1" else "nothing was started")

@@ -8,11 +8,11 @@ import torch
 from detcore import UserError
 from detcore.config import load, to_dict
 from ssd300 import train
-from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, own_words
+from ssd300.config import ADOPTED, IGNORED_FLAGS, Config, translate_flags
 
 
 def read(line: str, **environ: str):
-    return load(Config, own_words(line.split()), environ, IGNORED_FLAGS)
+    return load(Config, translate_flags(line.split()), environ, IGNORED_FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_flags_without_a_meaning_here_are_taken_and_said(line):
 
 def test_evaluation_after_the_listed_epochs_and_the_last():
     config = read("--epochs 30").config
-    assert [n for n in range(1, 31) if config.evaluates(n)] == [22, 30]
-    assert not read("--fake-data").config.evaluates(65)
+    assert [n for n in range(1, 31) if config.evaluates(n, 30)] == [22, 30]
+    assert not read("--fake-data").config.evaluates(65, 65)
 
 
 def test_bare_lists_are_empty():
     config = read("--epochs 3 --evaluation --multistep").config
-    assert [n for n in range(1, 4) if config.evaluates(n)] == [3] and config.decay_epochs == ()
+    assert [n for n in range(1, 4) if config.evaluates(n, 3)] == [3] and config.decay_epochs == ()
     with pytest.raises(UserError, match="--evaluation: '-3'"):
         read("--evaluation -3")
 
@@ -136,7 +136,7 @@ def test_evaluation_takes_the_model_and_the_data_over_from_the_checkpoint(tmp_pa
         f"{split}_{kind}": f"/d/{split}" for split in ("train", "val") for kind in ("data_path", "annotations_file")
     }
     stored = {"backbone": "resnet34", "predictor_norm": True, "antialias": False, "dataset": "custom", **paths}
-    stored |= {"dataset_path": "/d", "shards": "/s"}
+    stored |= {"dataset_path": "/d", "shards": "/s", "exif": "ignore", "num_classes": 7}
     assert set(stored) == set(ADOPTED) and all(to_dict(Config())[name] != value for name, value in stored.items())
     torch.save({"model": {}, "config": stored | {"lr": 1.0}}, tmp_path / "epoch_0.pt")
     words = ["--mode", "evaluation", "--checkpoint", str(tmp_path / "epoch_0.pt"), "--print-config"]

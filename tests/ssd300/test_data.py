@@ -15,13 +15,13 @@ from detcore.data import transforms
 from detcore.data.batch import Batch
 from detcore.data.recipes import central_square
 from detcore.detection import detector as detection
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
 from detcore.processes.launcher import World
 from detcore.training.task import Context
 from ssd300 import data
 from ssd300.config import Config
 
-CPU = backend.Backend(torch.device("cpu"), "fp32")
+CPU = CpuBackend(torch.device("cpu"), "fp32")
 ALONE = World(0, 1, 0, 1)
 CONTEXT = Context(CPU, ALONE, 3)
 

@@ -13,7 +13,7 @@ from ssd300.anchors import encode, priors
 from ssd300.data import DETECTOR
 from ssd300.ops import candidates as module
 from ssd300.postprocess import postprocess
-from tools.bench_ssd_postprocess import baseline, differences, outputs
+from tools.bench.ssd_postprocess import baseline, differences, outputs
 
 PRIORS = priors()
 

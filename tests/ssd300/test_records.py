@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from detcore import UserError
-from detcore.device import backend
+from detcore.device import select
 from detcore.evaluation.coco import METRICS
+from detcore.training.records import JsonSummary
 from ssd300 import train
 from ssd300.config import Config
-from ssd300.records import Records, Summary
+from ssd300.records import Records
 
 
 def lines(path: Path) -> list[dict]:
@@ -20,7 +21,7 @@ def lines(path: Path) -> list[dict]:
 
 def summary(config: Config, best: float | None = None) -> list[dict]:
     """Data of the lines of a run that ends after its only evaluation."""
-    records = Records(config, Summary(config.json_summary))
+    records = Records(config, JsonSummary(config.json_summary))
     records("start", {"config": {"seed": 77}})
     records("end", {"time_s": 1.0, "best": best})
     return [line["data"] for line in lines(config.json_summary)]
@@ -39,7 +40,7 @@ def test_settings_are_those_in_use(tmp_path, precision, amp, used):
     ("device", "given", "said"), [("cuda", 0, "auto"), ("cuda", 8, 8), ("tpu", 0, 32), ("tpu", 8, 8)]
 )
 def test_the_batch_of_evaluations_is_the_gpus_to_find(tmp_path, monkeypatch, device, given, said):
-    monkeypatch.setattr(backend, "resolve", lambda *_: (device, "bf16"))
+    monkeypatch.setattr(select, "resolve", lambda *_: (device, "bf16"))
     data = summary(Config(json_summary=tmp_path / "s.json", eval_batch_size=given))[0]
     assert data["eval batch size"] == said and data["no cuda"] is (device == "tpu") and data["AMP"] is True
 
@@ -51,23 +52,23 @@ def test_the_best_is_that_of_the_whole_run(tmp_path, best):
 
 def test_an_earlier_summary_stays_until_the_first_line(tmp_path):
     path = tmp_path / "new/s.json"
-    Summary(path).log((), {"run": 1})
-    Summary(path)
+    JsonSummary(path).log((), {"run": 1})
+    JsonSummary(path)
     assert [line["data"] for line in lines(path)] == [{"run": 1}]
-    both = Summary(path)
+    both = JsonSummary(path)
     both.log((), {"run": 2})
     both.log((), {"run": 3})
-    Summary(path, append=True).log((), {"run": 4})
+    JsonSummary(path, append=True).log((), {"run": 4})
     assert [line["data"]["run"] for line in lines(path)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
 def test_the_summary_may_be_a_device(path):
     if path == "/dev/null":
-        Summary(Path(path)).log((), {"run": 1})
+        JsonSummary(Path(path)).log((), {"run": 1})
         return
     with pytest.raises(UserError, match=r"--json-summary /dev/full can't be written: No space left"):
-        Summary(Path(path)).log((), {"run": 1})
+        JsonSummary(Path(path)).log((), {"run": 1})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,6 @@ def test_evaluation_opens_its_summary_at_the_start(tmp_path, monkeypatch):
 def test_auto_is_what_the_gpu_computes_in(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
-    assert backend.resolve("auto", "auto") == ("cuda", expected)
-    assert backend.resolve("cuda", "tf32") == ("cuda", "tf32")
-    assert backend.resolve("cpu", "auto") == ("cpu", "fp32")
+    assert select.resolve("auto", "auto") == ("cuda", expected)
+    assert select.resolve("cuda", "tf32") == ("cuda", "tf32")
+    assert select.resolve("cpu", "auto") == ("cpu", "fp32")

@@ -1,8 +1,8 @@
-"""Runs small worlds of tools/preflight.py, real processes each, all at once; see test_preflight.py.
+"""Runs small worlds of tools.preflight, real processes each, all at once; see test_preflight.py.
 
-`python preflight_worlds.py FOLDER`: FOLDER/worlds.json says {world: [[node, folder to be in, code to run first,
-options] for each rank]}; a rank without a node is not started. Forks them after one import of torch. What a rank says
-goes to FOLDER/<world>.<rank>.out and .err, the exit codes to FOLDER/codes.json.
+`python -m tests.tools.preflight_worlds FOLDER`, in the checkout: FOLDER/worlds.json says {world: [[node, folder to be
+in, code to run first, options] for each rank]}; a rank without a node is not started. Forks them after one import of
+torch. What a rank says goes to FOLDER/<world>.<rank>.out and .err, the exit codes to FOLDER/codes.json.
 """
 
 import json
@@ -11,13 +11,9 @@ import socket
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import preflight
-import preflight_checks
-import preflight_team
-
 from detcore.cli import run_main
+from tools.preflight import __main__ as preflight
+from tools.preflight import checks, job, team
 
 
 def run_rank(name: str, rank: int, size: int, port: int, folder: Path, setting: list) -> None:
@@ -28,7 +24,7 @@ def run_rank(name: str, rank: int, size: int, port: int, folder: Path, setting: 
     names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()})
     socket.gethostname = lambda: node
-    exec(code, {"team": preflight_team, "checks": preflight_checks, "preflight": preflight, "os": os})
+    exec(code, {"team": team, "checks": checks, "job": job, "os": os})
     code = run_main(preflight.main, options)
     sys.stdout.flush()
     sys.stderr.flush()

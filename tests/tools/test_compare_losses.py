@@ -1,4 +1,4 @@
-"""tools/compare_losses.py: the loss curves of two runs beside each other."""
+"""tools.compare_losses: the loss curves of two runs beside each other."""
 
 import json
 import subprocess
@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tools.compare_losses import __main__ as losses
+
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def losses(load_tool):
-    return load_tool("compare_losses")
-
-
 def run(*words: str | Path, code: int = 0) -> str:
-    """compare_losses.py as a user calls it; its output."""
-    command = [sys.executable, "tools/compare_losses.py", *map(str, words)]
+    """tools.compare_losses as a user calls it; its output."""
+    command = [sys.executable, "-m", "tools.compare_losses", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -31,7 +28,7 @@ def curve(path: Path, values: dict[int, float]) -> Path:
     return path
 
 
-def test_within_and_over_the_tolerance(losses, tmp_path, capsys):
+def test_within_and_over_the_tolerance(tmp_path, capsys):
     a = curve(tmp_path / "a", {1: 1.0, 2: 0.9, 3: 0.8})
     b = curve(tmp_path / "b", {1: 1.0, 2: 0.909, 3: 0.4, 4: 0.1})
     assert losses.main([str(a), str(b), "--steps", "2"]) == 0
@@ -43,13 +40,13 @@ def test_within_and_over_the_tolerance(losses, tmp_path, capsys):
     assert found["largest"] == 0.5 and found["at_step"] == 3 and found["steps"] == 3 and not found["within"]
 
 
-def test_a_loss_that_is_not_finite_in_one_run_is_over_any_tolerance(losses):
+def test_a_loss_that_is_not_finite_in_one_run_is_over_any_tolerance():
     finite, broken = {1: {"loss": 1.0}}, {1: {"loss": float("nan")}}
     assert losses.compare(finite, broken)["largest"] == float("inf")
     assert losses.compare(broken, broken)["largest"] == 0
 
 
-def test_draws_both_curves(losses, tmp_path):
+def test_draws_both_curves(tmp_path):
     a, b = (curve(tmp_path / n, {1: 1.0, 2: 0.9}) for n in "ab")
     losses.main([str(a), str(b), "--figure", str(tmp_path / "both.html")])
     page = (tmp_path / "both.html").read_text()
@@ -64,7 +61,7 @@ def test_nothing_to_compare(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "fails"), [(0, False), (3, False), (1, True)])
-def test_a_run_may_miss_the_target(losses, tmp_path, monkeypatch, code, fails):
+def test_a_run_may_miss_the_target(tmp_path, monkeypatch, code, fails):
     """So few steps reach none; none is asked for unless the options do."""
     called = []
     result = subprocess.CompletedProcess([], code, "", "what was wrong")
@@ -90,7 +87,7 @@ def test_a_run_may_miss_the_target(losses, tmp_path, monkeypatch, code, fails):
         ),
     ],
 )
-def test_b_may_have_options_of_its_own(losses, tmp_path, monkeypatch, own, expected):
+def test_b_may_have_options_of_its_own(tmp_path, monkeypatch, own, expected):
     trained = []
 
     def train(folder, steps, options, how, apart=0):
@@ -105,7 +102,7 @@ def test_b_may_have_options_of_its_own(losses, tmp_path, monkeypatch, own, expec
     assert trained == [("a", 2, given, first, 0), ("b", 2, given, second, 0), ("c", 2, given, first, losses.APART)]
 
 
-def test_options_of_b_want_a_run(losses, tmp_path, capsys):
+def test_options_of_b_want_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         losses.main([str(tmp_path), str(tmp_path), "--b-options", "--seed 2"])
     assert "--b-options is for --run" in capsys.readouterr().err

@@ -1,6 +1,5 @@
-"""tools/compare_losses.py --control: the tolerance that two runs measure which differ by rounding alone."""
+"""tools.compare_losses --control: the tolerance that two runs measure which differ by rounding alone."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,14 +9,9 @@ import pytest
 import torch
 
 from single_stage_detector import train as program
+from tools.compare_losses import __main__ as losses
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    losses = importlib.import_module("compare_losses")
-finally:
-    sys.path.remove(str(ROOT / "tools"))
-
 A = {step: {"loss": 1.0, "cls": 0.5} for step in range(1, 5)}
 
 

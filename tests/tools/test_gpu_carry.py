@@ -1,20 +1,16 @@
-"""tools/gpu_carry.py: what is taken along, and its way to its place on the other side."""
+"""tools.gpu_carry: what is taken along, and its way to its place on the other side."""
 
-import importlib
+import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tools import gpu_carry as carry
+from tools.gpu_check import programs, state
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-try:
-    carry, core = importlib.import_module("gpu_carry"), importlib.import_module("gpu_check_core")
-    runs = importlib.import_module("gpu_check_runs")
-finally:
-    sys.path.remove(str(ROOT / "tools"))
 
 
 @pytest.fixture
@@ -36,7 +32,7 @@ def checkout(tmp_path, monkeypatch):
         "libraries": libraries,
         "commit": "abc",
     }
-    (carried / carry.NAME).write_text(core.json.dumps(about))
+    (carried / carry.NAME).write_text(json.dumps(about))
     return root, carried
 
 
@@ -76,18 +72,20 @@ def test_a_checkout_without_git_tells_its_code_from_that_which_was_carried(check
 def test_the_part_build_takes_them_only_for_the_card_they_are_for(checkout, tmp_path, monkeypatch):
     _, carried = checkout
     carry.put_in_place(carried, tmp_path)
-    context = core.Context(tmp_path, True, True, None, 60.0, 0.0, work=tmp_path, carried=carried)
-    monkeypatch.setattr(runs.torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert runs.unfit(context) == ""
-    monkeypatch.setattr(runs.native, "describe", lambda program, device: "ops: _kernels.so")
-    [(_, build)] = runs.build(context)
+    context = state.Context(tmp_path, True, True, None, 60.0, 0.0, work=tmp_path, carried=carried)
+    monkeypatch.setattr(programs.torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert programs.unfit(context) == ""
+    monkeypatch.setattr(programs.native, "describe", lambda program, device: "ops: _kernels.so")
+    [(_, build)] = programs.build(context)
     row = build()
     assert row["architectures"] == "9.0, carried" and row["libraries"] == "one, two"
     assert "error" not in row
-    monkeypatch.setattr(runs.native, "describe", lambda program, device: "ops: some of the references, because no code")
+    monkeypatch.setattr(
+        programs.native, "describe", lambda program, device: "ops: some of the references, because no code"
+    )
     assert build()["error"].startswith("no code for this GPU")
-    monkeypatch.setattr(runs.torch.cuda, "get_device_capability", lambda: (10, 0))
-    assert runs.unfit(context) == "they are for 9.0, this card is 10.0"
+    monkeypatch.setattr(programs.torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert programs.unfit(context) == "they are for 9.0, this card is 10.0"
 
 
 def wheel(folder: Path, name: str) -> None:
@@ -133,7 +131,7 @@ def test_too_much_to_carry_is_refused(tmp_path, monkeypatch, capsys):
     first, *_, last = told.splitlines()
     assert first == "wheels for Python 3.12: mlperf-logging, msgspec, pycocotools, hotcoco"
     assert "compiling takes about two minutes" in told and "the data set bccd: copied" in told
-    assert last.endswith("python3 tools/gpu_check.py --out results/gpu --carried build/carry --go-on gpu_check.json")
+    assert last.endswith("python3 -m tools.gpu_check --out results/gpu --carried build/carry --go-on gpu_check.json")
     assert f"Copy the checkout, and {tmp_path / 'carry'}, which git does not list, to build/carry" in told
     assert "--carried x/y --go-on" in carry.what_next(carry.ROOT / "x" / "y")
     assert carry.data(tmp_path / "carry") == tmp_path / "carry" / "bccd"

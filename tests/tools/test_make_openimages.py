@@ -5,13 +5,15 @@ import json
 
 import pytest
 
+from tools import make_openimages
+from tools.bench import openimages
+
 
 @pytest.fixture(scope="module")
-def made(load_tool, tmp_path_factory):
-    tool = load_tool("make_openimages")
+def made(tmp_path_factory):
     folders = [tmp_path_factory.mktemp(name) for name in "ab"]
     for folder in folders:
-        tool.make(folder, "train", 30, 12.5, 10, 24, seed=5)
+        make_openimages.make(folder, "train", 30, 12.5, 10, 24, seed=5)
     return folders
 
 
@@ -33,19 +35,18 @@ def test_the_same_seed_gives_the_same_files(made):
     assert all((made[0] / path).read_bytes() == (made[1] / path).read_bytes() for path in first)
 
 
-def test_both_splits_by_default(load_tool, tmp_path, monkeypatch, capsys):
+def test_both_splits_by_default(tmp_path, monkeypatch, capsys):
     words = ["make_openimages.py", "--out", str(tmp_path), "--images", "5", "--headers", "3", "--pixels", "8"]
     monkeypatch.setattr("sys.argv", words)
-    load_tool("make_openimages").main()
+    make_openimages.main()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         str(tmp_path / split) for split in ("train", "validation")
     ]
 
 
-def test_the_comparison_sees_what_differs(load_tool, tmp_path, made):
-    bench = load_tool("bench_openimages")
+def test_the_comparison_sees_what_differs(tmp_path, made):
     images = sorted((made[0] / "train" / "data").iterdir())
-    name = next(path.name for path in images if bench.read_header(path).orientation < 5)
+    name = next(path.name for path in images if openimages.read_header(path).orientation < 5)
     flags = dict.fromkeys(("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside", "iscrowd"), False)
     a = {
         "images": [{"id": 1, "file_name": name, "width": 9, "height": 5}],
@@ -59,7 +60,7 @@ def test_the_comparison_sees_what_differs(load_tool, tmp_path, made):
 
     def found():
         (tmp_path / "b.json").write_text(json.dumps(b))
-        return bench.differences(tmp_path / "a.json", tmp_path / "b.json", made[0] / "train" / "data")
+        return openimages.differences(tmp_path / "a.json", tmp_path / "b.json", made[0] / "train" / "data")
 
     assert found()["annotations equal to the last bit"] == 1
     b["annotations"][0]["bbox"][3] = 3.3

@@ -1,35 +1,24 @@
 """The demo's scenes: the same everywhere, and annotations that say what was drawn."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-TOOL = Path(__file__).resolve().parents[2] / "tools/make_scenes.py"
+from tools import make_scenes
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("make_scenes", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_same_seed_gives_the_same_files(tool, tmp_path):
+def test_the_same_seed_gives_the_same_files(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        tool.main(["--out", str(tmp_path / name), "--train", "4", "--val", "2", "--seed", str(seed)])
+        make_scenes.main(["--out", str(tmp_path / name), "--train", "4", "--val", "2", "--seed", str(seed)])
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert len(files) == 8
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     assert not any((tmp_path / "a" / f).read_bytes() == (tmp_path / "c" / f).read_bytes() for f in files)
 
 
-def test_annotations_agree_with_themselves_and_the_images(tool, tmp_path):
-    tool.main(["--out", str(tmp_path), "--train", "40", "--val", "1"])
+def test_annotations_agree_with_themselves_and_the_images(tmp_path):
+    make_scenes.main(["--out", str(tmp_path), "--train", "40", "--val", "1"])
     path = tmp_path / "annotations/instances_train.json"
     coco = COCO(str(path))
     sizes, classes, counts = set(), set(), []
@@ -50,22 +39,22 @@ def test_annotations_agree_with_themselves_and_the_images(tool, tmp_path):
     assert len(sizes) > 5 and classes == set(range(1, 7)) and max(counts) >= 4 and min(counts) <= 1
 
 
-def test_fewer_and_larger_shapes_on_request(tool, tmp_path):
-    tool.main(["--out", str(tmp_path), "--train", "20", "--val", "1", "--most", "2", "--radius", "30", "32"])
+def test_fewer_and_larger_shapes_on_request(tmp_path):
+    make_scenes.main(["--out", str(tmp_path), "--train", "20", "--val", "1", "--most", "2", "--radius", "30", "32"])
     coco = COCO(str(tmp_path / "annotations/instances_train.json"))
     assert max(len(coco.getAnnIds(image)) for image in coco.imgs) == 2
     sides = [max(annotation["bbox"][2:]) for annotation in coco.anns.values()]
     assert max(sides) <= 64 and sorted(sides)[len(sides) // 2] > 40
     for wrong in (["--most", "0"], ["--radius", "9", "8"], ["--radius", "1", "8"]):
         with pytest.raises(SystemExit):
-            tool.main(["--out", str(tmp_path), *wrong])
+            make_scenes.main(["--out", str(tmp_path), *wrong])
 
 
-def test_shapes_that_others_hide_are_not_labelled(tool):
+def test_shapes_that_others_hide_are_not_labelled():
     def square(shift: float):
         outline = np.array([(10.0, 10), (30, 10), (30, 30), (10, 30)]) + np.array([shift, 0])
-        return tool.Item(outline, tool.fill(outline, 40, 40), 2)
+        return make_scenes.Item(outline, make_scenes.fill(outline, 40, 40), 2)
 
     below, near, far = square(0), square(4), square(8)
-    assert tool.visible_shapes([below, near]) == [near]  # a fifth of the lower one is left to see
-    assert len(tool.visible_shapes([below, far])) == 2  # two fifths
+    assert make_scenes.visible_shapes([below, near]) == [near]  # a fifth of the lower one is left to see
+    assert len(make_scenes.visible_shapes([below, far])) == 2  # two fifths

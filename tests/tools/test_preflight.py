@@ -1,6 +1,5 @@
 """The preflight: alone in this process; worlds of real processes, of which some misbehave; under torchrun."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,19 +12,14 @@ import pytest
 from detcore import UserError
 from detcore.cli import run_main
 from detcore.data import manifest
+from tools.preflight import __main__ as preflight
+from tools.preflight import checks, team
+from tools.preflight.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180
 SLEEP = "import time\nwhile True: time.sleep(3600)\n"
 HANG = f"def hang(*_):\n    {SLEEP.replace(chr(10), chr(10) + '    ', 1)}\nteam.GRACE_S = 4.0\n"
-
-
-@pytest.fixture(scope="module")
-def tools():
-    sys.path.insert(0, str(ROOT / "tools"))
-    names = ("preflight", "preflight_team", "preflight_checks", "preflight_summary")
-    yield SimpleNamespace(**{name.removeprefix("preflight_"): importlib.import_module(name) for name in names})
-    sys.path.remove(str(ROOT / "tools"))
 
 
 def make_node(folder: Path, files: int = 3) -> Path:
@@ -38,7 +32,7 @@ def make_node(folder: Path, files: int = 3) -> Path:
 
 
 @pytest.fixture
-def alone(tools, tmp_path, monkeypatch, capsys):
+def alone(tmp_path, monkeypatch, capsys):
     """Calls the tool without a launcher; returns exit code, stdout, stderr."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "MLPERF_")) or name in ("RANK", "WORLD_SIZE", "SYSTEM_DESCRIPTION"):
@@ -47,7 +41,7 @@ def alone(tools, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> tuple[int, str, str]:
-        code = run_main(tools.preflight.main, ["--device", "cpu", *words])
+        code = run_main(preflight.main, ["--device", "cpu", *words])
         return code, *capsys.readouterr()
 
     return call
@@ -140,8 +134,8 @@ def test_a_full_and_a_read_only_file_system(alone, tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def test_gpus_are_demanded(alone, tools, monkeypatch):
-    monkeypatch.setattr(tools.checks.torch.cuda, "is_available", lambda: False)
+def test_gpus_are_demanded(alone, monkeypatch):
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: False)
     code, _, err = alone("--device", "auto")
     assert code == 2 and "sees 0 GPUs for 1 ranks" in err and "--device cpu" in err
 
@@ -153,35 +147,35 @@ def told(gpu: tuple[str, str, int] | None = None, **facts) -> dict:
     return {"problems": [], "warnings": [], "facts": {"versions": {"torch": "2"}, **facts}}
 
 
-def summary_of(tools, hosts: list[str], reports: list[dict]):
-    team = SimpleNamespace(world=SimpleNamespace(size=len(hosts), rank=0), hosts=hosts, silent={}, timeout_s=1)
-    summary = tools.summary.Summary(team)
+def summary_of(hosts: list[str], reports: list[dict]):
+    ours = SimpleNamespace(world=SimpleNamespace(size=len(hosts), rank=0), hosts=hosts, silent={}, timeout_s=1)
+    summary = Summary(ours)
     summary.take_reports(dict(enumerate(reports)), None)
     return summary
 
 
-def test_gpus_of_ranks(tools):
+def test_gpus_of_ranks():
     # One GPU visible to each of several ranks is right, as long as it is not the same one.
     hosts = ["n1", "n1", "n2", "n2"]
-    summary = summary_of(tools, hosts, [told(("H100", name, 1)) for name in "abab"])
+    summary = summary_of(hosts, [told(("H100", name, 1)) for name in "abab"])
     assert summary.problems == summary.warnings == {} and summary.all_have_gpus
-    summary = summary_of(tools, hosts, [told(("H100", name, 1)) for name in "abcc"])
+    summary = summary_of(hosts, [told(("H100", name, 1)) for name in "abcc"])
     assert [(words[:40], who) for words, who in summary.problems.items()] == [
         ("ranks 2, 3 on n2 got the same GPU (c): g", {2, 3})
     ]
     gpus = [("H100", "a", 4), ("H100", "b", 4), ("A100", "c", 2), ("A100", "d", 2)]
-    summary = summary_of(tools, hosts, [told(gpu) for gpu in gpus])
+    summary = summary_of(hosts, [told(gpu) for gpu in gpus])
     assert summary.problems == {}
     assert summary.warnings == {
         "4 GPUs for 2 ranks: the rest stays idle": {0, 1},
         "not the same everywhere: GPU H100": {0, 1},
         "not the same everywhere: GPU A100": {2, 3},
     }
-    assert not summary_of(tools, hosts, [told(("H100", "a", 1))] * 3 + [told()]).all_have_gpus
+    assert not summary_of(hosts, [told(("H100", "a", 1))] * 3 + [told()]).all_have_gpus
 
 
-def test_bandwidth_formula_and_clock_limits(tools):
-    summary = summary_of(tools, ["n1", "n1", "n2", "n2"], [told(free_shm_gib=3.0)] * 4)
+def test_bandwidth_formula_and_clock_limits():
+    summary = summary_of(["n1", "n1", "n2", "n2"], [told(free_shm_gib=3.0)] * 4)
     figures = {"bytes": 26_214_400, "backend": "nccl", "dtype": "float16", "seconds": 0.001}
     clocks = {"0": [0, 0], "2": [-1.25, 0.25]}  # may be 1 s: not too much
     results = {rank: {"clocks": {}, "reduce": {**figures, "seconds": 0.001 * (rank + 1)}} for rank in range(4)}
@@ -200,14 +194,14 @@ def test_bandwidth_formula_and_clock_limits(tools):
     assert words.startswith("the clock of n2 is 1.250 s (± 0.250 s) behind that of n1, --max-clock-skew allows 0.999 s")
 
 
-def test_ranks_in_words(tools):
-    assert [tools.team.ranks(r) for r in ([3], [0, 1], range(4), [7, 0, 1, 2, 5, 6])] == [
+def test_ranks_in_words():
+    assert [team.ranks(r) for r in ([3], [0, 1], range(4), [7, 0, 1, 2, 5, 6])] == [
         "rank 3",
         "ranks 0, 1",
         "ranks 0-3",
         "ranks 0-2, 5, 6, 7".replace("5, 6, 7", "5-7"),
     ]
-    names = summary_of(tools, [f"n{i // 2}" for i in range(40)], [])._names(range(1, 40))
+    names = summary_of([f"n{i // 2}" for i in range(40)], [])._names(range(1, 40))
     assert names.startswith("rank 1 on n0, ranks 2, 3 on n1, ") and names.endswith("and on 12 more nodes")
 
 
@@ -240,16 +234,16 @@ def worlds(tmp_path_factory):
         "sum": world([*says[:3], ["n3", good]], codes={3: zero}),
         "missing": world([["n1", good], ["n2", good], ["", ""]], timeout=3),
         "no_rank0": world([["", ""], ["n2", good]], timeout=3),
-        "dies": world(pair, timeout=3, codes={1: "preflight.look = lambda *_: os._exit(9)"}),
+        "dies": world(pair, timeout=3, codes={1: "job.look = lambda *_: os._exit(9)"}),
         "dies_later": world(pair, timeout=5, codes={1: "checks.all_reduce = lambda *_: os._exit(9)"}),
         "hangs": world(pair, *paths, timeout=3, codes={1: HANG + "checks._check_readable = hang"}),
-        "rank0_dies": world(pair, timeout=3, codes={0: "preflight.look = lambda *_: os._exit(9)"}),
+        "rank0_dies": world(pair, timeout=3, codes={0: "job.look = lambda *_: os._exit(9)"}),
         "rank0_hangs": world(stuck, *paths, timeout=2, codes={
             0: HANG + "checks._check_readable = hang", 1: HANG}),
     }  # fmt: skip
     (folder / "worlds.json").write_text(json.dumps(settings))
-    program = [sys.executable, str(Path(__file__).with_name("preflight_worlds.py")), str(folder)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE)
+    program = [sys.executable, "-m", "tests.tools.preflight_worlds", str(folder)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     codes = json.loads((folder / "codes.json").read_text())
 
@@ -360,13 +354,13 @@ def test_torchrun_starts_it(tmp_path):
     assert "1,048,576 bytes of float32 over gloo, 2 ranks, sums right" in done.stdout
 
 
-def test_bad_launcher_variables(tools):
+def test_bad_launcher_variables():
     with pytest.raises(UserError, match="WORLD_SIZE missing"):
-        tools.team.join(1, {"RANK": "0", "LOCAL_RANK": "0"})
+        team.join(1, {"RANK": "0", "LOCAL_RANK": "0"})
 
 
-def test_misspelt_variables_of_the_launchers(tools, alone, monkeypatch):
-    known = tools.preflight.launcher_variables()
+def test_misspelt_variables_of_the_launchers(alone, monkeypatch):
+    known = preflight.launcher_variables()
     assert {"CLEAR_CACHES", "DATADIR", "LOGDIR", "VERIFY_MOUNTS", "MLPERF_RULESET"} <= known
     assert not {name for name in known if name.startswith(("SLURM", "BASH", "OMPI"))}
     for name in ("SLURM_JOB_UID", "SLURM_JOB_NODES", "OMPI_COMM_WORLD_NODE_RANK", "VIRTUAL_ENV_PROMPT"):

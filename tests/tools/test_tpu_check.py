@@ -1,11 +1,8 @@
-"""What tools/tpu_check.py makes of the runs that it compares; the runs themselves are tests/test_tpu.py's."""
+"""What tools.tpu_check makes of the runs that it compares; the runs themselves are tests/test_tpu.py's."""
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def check(load_tool):
-    return load_tool("tpu_check")
+from tools import tpu_check
 
 
 def seen(**changes) -> dict:
@@ -17,12 +14,12 @@ def seen(**changes) -> dict:
     } | changes  # fmt: skip
 
 
-def bad(check, precision="fp32", **changes) -> list[str]:
-    return [what for what, _, right in check.compare(precision, seen(**changes), seen()) if not right]
+def bad(precision="fp32", **changes) -> list[str]:
+    return [what for what, _, right in tpu_check.compare(precision, seen(**changes), seen()) if not right]
 
 
-def test_equal_runs_are_right(check):
-    assert bad(check) == bad(check, "bf16") == bad(check, compiled=[None] * 3) == []
+def test_equal_runs_are_right():
+    assert bad() == bad("bf16") == bad(compiled=[None] * 3) == []
 
 
 @pytest.mark.parametrize(
@@ -41,22 +38,22 @@ def test_equal_runs_are_right(check):
         ({"on_the_host": ["aten::nonzero"]}, "operations left to the CPU"),
     ],
 )
-def test_each_difference_is_found(check, changes, words):
-    (found,) = bad(check, **changes)
+def test_each_difference_is_found(changes, words):
+    (found,) = bad(**changes)
     assert found.startswith(words)
 
 
-def test_report_and_exit_code(check, monkeypatch, tmp_path, capsys):
+def test_report_and_exit_code(monkeypatch, tmp_path, capsys):
     def steps(kind, python, device, precision, *more):
         return seen(losses=[17.0, 16.0, 14.0 if (device, precision) == ("tpu", wrong) else 15.0])
 
-    monkeypatch.setattr(check, "steps", steps)
+    monkeypatch.setattr(tpu_check, "steps", steps)
     words = ["--python", "xla=a", "--python", "tpu=b", "--json", str(tmp_path / "report.json")]
     wrong = ""
-    assert check.main(words) == 0
+    assert tpu_check.main(words) == 0
     assert capsys.readouterr().out.count("4 steps of 2 micro-batches") == 1
     wrong = "bf16"
-    assert check.main([*words, "--only", "tpu"]) == 1
+    assert tpu_check.main([*words, "--only", "tpu"]) == 1
     said = capsys.readouterr().out
     assert "BAD losses of 3 steps" in said and "NOT as it must be" in said
     assert (tmp_path / "report.json").is_file()

@@ -11,7 +11,10 @@ from detcore import UserError
 from detcore.data.ahead import one_ahead
 from detcore.data.batch import Batch, whole_images
 from detcore.data.synthetic import synthetic_batches
-from detcore.device import backend
+from detcore.device.base import MAX_IN_FLIGHT
+from detcore.device.cpu import CpuBackend
+from detcore.device.cuda import CudaBackend
+from detcore.device.select import select_backend
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -136,7 +139,7 @@ def test_closing_waits_for_the_batch_under_way():
 
 def test_the_cpu_gets_the_stream_itself():
     source = Source(3)
-    assert backend.select("cpu", "fp32").ahead(source) is source
+    assert select_backend("cpu", "fp32").prefetch(source) is source
 
 
 @pytest.fixture
@@ -182,10 +185,6 @@ def told(monkeypatch):
     return told
 
 
-class StandIn(backend.Backend):
-    is_gpu = True
-
-
 def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(told):
     threads = []
 
@@ -195,7 +194,7 @@ def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(tol
             told.append(f"fetch {value}")
             yield batch(value)
 
-    stream = StandIn(torch.device("cpu"), "fp32").ahead(source())
+    stream = CudaBackend(torch.device("cpu"), "fp32").prefetch(source())
     assert told == []
     aside = ("own device", "in side", "fetch", "pinned", "side records", "out of side")
     of = lambda side: [words for words in told if words.startswith(aside) == side]  # noqa: E731
@@ -213,8 +212,8 @@ def test_fetching_and_copying_on_the_side_waiting_and_use_on_the_main_stream(tol
 
 
 def test_the_host_is_no_more_than_three_batches_ahead(told):
-    waits = [(n, f"host waits for {n - backend.LEAD}") for n in range(backend.LEAD, 6)]
-    stream = StandIn(torch.device("cpu"), "fp32").ahead(iter([batch(n) for n in range(6)]))
+    waits = [(n, f"host waits for {n - MAX_IN_FLIGHT}") for n in range(MAX_IN_FLIGHT, 6)]
+    stream = CudaBackend(torch.device("cpu"), "fp32").prefetch(iter([batch(n) for n in range(6)]))
     for _ in stream:
         pass
     kept = [words for words in told if words.startswith(("host", "main asked"))]
@@ -228,10 +227,10 @@ def test_the_host_is_no_more_than_three_batches_ahead(told):
 @needs_gpu
 def test_batches_on_a_gpu_are_those_of_the_source_though_it_is_busy():
     """Each is read only after a long computation, and dropped before that has run, while the next ones are copied."""
-    device = backend.select("cuda", "fp32")
+    device = select_backend("cuda", "fp32")
     values = [torch.randint(0, 256, (4, 256, 256, 3), dtype=torch.uint8) for _ in range(12)]
     one = next(synthetic_batches(5, (256, 256), 4, 40, seed=0))
-    stream = device.ahead(one._replace(images=pixels.pin_memory().permute(0, 3, 1, 2)) for pixels in values)
+    stream = device.prefetch(one._replace(images=pixels.pin_memory().permute(0, 3, 1, 2)) for pixels in values)
     load, sums, copies = torch.randn(4096, 4096, device="cuda"), [], []
     for got in stream:
         assert got.images.is_contiguous(memory_format=torch.channels_last) and got.labels.is_cuda
@@ -247,9 +246,9 @@ def test_batches_on_a_gpu_are_those_of_the_source_though_it_is_busy():
 @pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_gets_the_same_values_as_without_ahead():
-    device = backend.select("cuda", "fp32")
+    device = select_backend("cuda", "fp32")
     plain = [device.to_device(batch(n)) for n in range(5)]
-    for a, b in zip(plain, device.ahead(batch(n) for n in range(5)), strict=True):
+    for a, b in zip(plain, device.prefetch(batch(n) for n in range(5)), strict=True):
         assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(a, b, strict=True))
 
 
@@ -270,7 +269,8 @@ class TestLargestBatch:
             if size > most:
                 raise error or torch.OutOfMemoryError("CUDA out of memory")
 
-        return backend.Backend(torch.device(device), "fp32").largest_batch(try_batch, start, limit), sizes
+        kind = CudaBackend if device == "cuda" else CpuBackend
+        return kind(torch.device(device), "fp32").largest_batch(try_batch, start, limit), sizes
 
     def test_doubles_until_memory_ends(self, given_back, capsys):
         assert self.tried("cuda", 2, 128, most=40) == (32, [4, 8, 16, 32, 64])
@@ -334,7 +334,7 @@ class TestLargestBatch:
     @needs_gpu
     def test_on_a_gpu(self):
         """Within a tenth of its memory, since other processes may use it as well."""
-        device = backend.select("cuda", "fp32")
+        device = select_backend("cuda", "fp32")
         unit = torch.cuda.mem_get_info()[1] // 200
         torch.cuda.set_per_process_memory_fraction(0.1)
         try:

@@ -5,12 +5,10 @@ Bounds of the statistics: `distance` is Kolmogorov and Smirnov's between two sam
 1.95 * sqrt(2 / n) once in 1,000 cases. All seeds are fixed, so each test always has the same outcome.
 """
 
-import importlib.util
 import itertools
 import json
 import pickle
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,12 +22,8 @@ from detcore.data.coco import CocoIndex
 from detcore.data.plan import TrainPlan
 from detcore.data.recipes import ssd_crop
 from tests.detcore.data.streams import train_batches
+from tools.bench import ssd_augment as original
 
-_SPEC = importlib.util.spec_from_file_location(
-    "bench_ssd_augment", Path(__file__).resolve().parents[3] / "tools" / "bench_ssd_augment.py"
-)
-original = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(original)
 original.SIZE = 96  # of the pictures here: 300 takes nine times as long and has the same moments
 
 WIDTH, HEIGHT = 640, 480

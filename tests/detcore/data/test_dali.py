@@ -99,9 +99,11 @@ class TestWithDali:
         for image_id, mode in ((3, "L"), (4, "CMYK")):
             path = coco.add_image(image_id, 40, 30)
             Image.open(path).convert(mode).save(path)
+        coco.add_image(5, 40, 30, exif=exif)
+        coco.content["images"][-1] |= {"width": 30, "height": 40}  # upright: it is turned
         coco.write()
         index = CocoIndex.open(coco.file, coco.images)
-        arguments = {"image_size": SIZE, "batch_size": 4, "rank": 0, "world_size": 1, "workers": 1}
+        arguments = {"image_size": SIZE, "batch_size": 5, "rank": 0, "world_size": 1, "workers": 1}
         ours, theirs = (list(eval_batches(index, by=by, **arguments | {"workers": 0})) for by in (torch_loader, dali))
         assert_close(ours, theirs)
 

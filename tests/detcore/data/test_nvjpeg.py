@@ -8,9 +8,12 @@ from PIL import Image
 
 from dataprep import shard_writer
 from detcore import UserError
-from detcore.data import nvjpeg
+from detcore.data import nvjpeg, torch_loader
 from detcore.data.coco import CocoIndex
 from detcore.data.pace import Pace
+from detcore.data.plan import EvalPlan
+from detcore.data.recipes import stretch
+from detcore.data.torch_loader import Options
 from tests.detcore.data.streams import eval_batches, train_batches
 
 CPU, SIZE = torch.device("cpu"), (48, 64)
@@ -105,6 +108,24 @@ def test_other_formats_go_the_common_way(coco, decoded):
     assert decoded == [1, 3]
 
 
+@pytest.mark.parametrize("turn", ["auto", "apply", "ignore"])
+def test_exif_turns_the_same_images(coco, decoded, turn):
+    """Listed upright, listed as stored, a half turn and a square."""
+    coco.categories(1)
+    for number, (size, orientation, listed) in enumerate(
+        [((40, 30), 6, (30, 40)), ((40, 30), 6, (40, 30)), ((40, 30), 3, (40, 30)), ((32, 32), 8, (32, 32))]
+    ):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        coco.add_image(number, *size, exif=exif)
+        coco.content["images"][-1] |= dict(zip(("width", "height"), listed, strict=True))
+    coco.write()
+    plan = EvalPlan(CocoIndex.open(coco.file, coco.images), stretch((24, 24)), 4)
+    ours, theirs = (list(by.batches(plan, plan.keys(), Options(turn=turn))) for by in (nvjpeg, torch_loader))
+    assert_same(ours, theirs)
+    assert decoded == [1, 1 if turn == "apply" else 3], "only what is not turned goes to the list decoder"
+
+
 @pytest.mark.parametrize("mistake", ["truncated", "text", "empty", "gone", "size", "rotated"])
 def test_a_bad_image_is_named_in_the_same_words(coco, mistake):
     coco.categories(1)
@@ -173,7 +194,7 @@ def test_a_torchvision_that_cannot_says_so_before_training(index, monkeypatch):
 def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
     """More where colours have half the resolution: nvJPEG repeats them, libjpeg interpolates. On these pictures, of
     random colours every 8 pixels, that is 4.5 levels in the mean."""
-    from detcore.device import backend
+    from detcore.device.select import select_backend
 
     coco.categories(1)
     for image_id in range(24):
@@ -181,10 +202,10 @@ def test_on_a_gpu_the_pixels_are_within_a_few_levels(coco, antialias):
     grey = coco.add_image(24, 200, 100)
     Image.open(grey).convert("L").save(grey)
     coco.write()
-    index, device = CocoIndex.open(coco.file, coco.images), backend.select("cuda", "fp32")
+    index, device = CocoIndex.open(coco.file, coco.images), select_backend("cuda", "fp32")
     arguments = {**TRAIN, "image_size": (320, 320), "batch_size": 5, "rank": 0, "world_size": 1, "step": 0}
     arguments["antialias"] = antialias
-    ours = device.ahead(itertools.islice(train_batches(index, by=nvjpeg, device=device.device, **arguments), 10))
+    ours = device.prefetch(itertools.islice(train_batches(index, by=nvjpeg, device=device.device, **arguments), 10))
     theirs = itertools.islice(train_batches(index, **arguments | {"workers": 0}), 10)
     for a, b in zip(ours, theirs, strict=True):
         assert a.images.device == device.device and a.images.stride() == b.images.stride()

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detcore import UserError
 from detcore.data import files, transforms
@@ -71,18 +71,70 @@ def test_progressive_jpeg(picture):
     assert torch.equal(decode(plain), decode(progressive))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_never_rotates(picture, orientation):
+def oriented(picture: Image.Image, orientation: int, form="JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x112] = orientation
-    assert torch.equal(decode(encoded(picture, "JPEG", exif=exif)), decode(encoded(picture, "JPEG")))
+    return encoded(picture, form, exif=exif)
 
 
-def test_size_made_from_the_rotated_image_is_explained(picture):
+def turned(data: bytes, size=None, turn="auto") -> torch.Tensor:
+    array = np.frombuffer(bytearray(data), np.uint8)
+    assert transforms.is_turned(array, size=size, turn=turn) in (True, False)
+    return transforms.decode(array, path="some/picture.jpg", image_id=42, size=size, turn=turn)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_listed_size_decides_whether_exif_turns(picture, orientation, form):
+    """Pillow's exif_transpose is the truth of what an orientation means."""
+    data = oriented(picture, orientation, form)
+    stored = decode(encoded(picture, form))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    upright = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    for turn in ("auto", "apply", "ignore"):
+        if orientation >= 5:  # the sides tell, whatever --exif says
+            assert torch.equal(turned(data, (HEIGHT, WIDTH), turn), stored)
+            assert torch.equal(turned(data, (WIDTH, HEIGHT), turn), upright)
+        else:
+            applied = turned(data, (HEIGHT, WIDTH), turn)
+            assert torch.equal(applied, upright if turn == "apply" else stored)
+        without = turned(data, None, turn)
+        assert torch.equal(without, stored if turn == "ignore" else upright)
+        assert without.permute(1, 2, 0).is_contiguous()
+
+
+def test_a_square_is_turned_when_told(picture):
+    data = oriented(picture.resize((40, 40)), 6)
+    assert not torch.equal(turned(data, (40, 40), "apply"), turned(data, (40, 40)))
+    assert torch.equal(turned(data, (40, 40), "apply"), turned(data, None))
+
+
+def test_exchanged_sides_are_recognised(picture):
     data = encoded(picture, "JPEG")
-    assert "EXIF" in refusal(data, height=WIDTH, width=HEIGHT)
+    assert "width and height are exchanged there" in refusal(data, height=WIDTH, width=HEIGHT)
     other = refusal(data, height=HEIGHT, width=WIDTH + 1)
-    assert "is 61x47 pixels, but the annotation file says 62x47" in other and "EXIF" not in other
+    assert "is 61x47 pixels, but the annotation file says 62x47; correct one of them" in other
+
+
+def test_a_huge_header_is_explained_in_our_words(monkeypatch):
+    """Pillow's own sentence speaks of a denial of service attack."""
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "BMP"))
+    data[18:26] = (30000).to_bytes(4, "little") * 2
+    words = refusal(bytes(data))
+    assert "900,000,000 pixels; 178,956,970 are the most" in words and "bomb" not in words and "attack" not in words
+
+
+def test_prediction_gets_advice_that_fits(tmp_path):
+    data = np.frombuffer(b"<html>404</html>", np.uint8)
+    with pytest.raises(UserError) as caught:
+        transforms.decode(data, path="a.jpg", image_id=None)
+    assert str(caught.value).startswith("a.jpg: it does not decode") and "leave it out" in str(caught.value)
+    assert "annotation" not in str(caught.value) and "BytesIO" not in str(caught.value)
+    (tmp_path / "b.jpg").touch()
+    for path in (tmp_path / "b.jpg", tmp_path / "c.jpg"):
+        with pytest.raises(UserError, match="leave it out") as caught:
+            files.read_bytes(path, None)
+        assert "None" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})])

@@ -1,4 +1,4 @@
-"""A device without streams of its own, whose streams write down what they are told."""
+"""A device without streams of its own, whose streams log what is asked of them."""
 
 from contextlib import contextmanager
 
@@ -9,7 +9,7 @@ class Device:
     """A device module whose streams write their waits down, with the stream that each operation was asked for on."""
 
     def __init__(self):
-        self.told, self.made = [], 0
+        self.log, self.made = [], 0
         self.now = self._stream("main")
 
     def _stream(self, name: str):
@@ -17,7 +17,7 @@ class Device:
 
         class Stream:
             def wait_stream(self, other):
-                device.told.append(f"{self} waits for {other}")
+                device.log.append(f"{self} waits for {other}")
 
             def __repr__(self):
                 return name
@@ -39,14 +39,14 @@ class Device:
 
 
 @contextmanager
-def told(monkeypatch):
+def logged_streams(monkeypatch):
     """While it is open, `detcore.device.streams` takes every device for one `Device`, which is given."""
     device = Device()
-    streams._second.cache_clear()
+    streams._side_stream.cache_clear()
     monkeypatch.setattr(streams, "get_device_module", lambda of: device)
     monkeypatch.setattr(
-        streams, "_used_on", lambda stream, tensors: device.told.append(f"{stream} uses {len(list(tensors))}")
+        streams, "_record_use", lambda stream, tensors: device.log.append(f"{stream} uses {len(list(tensors))}")
     )
     yield device
     monkeypatch.undo()
-    streams._second.cache_clear()
+    streams._side_stream.cache_clear()

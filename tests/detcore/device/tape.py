@@ -44,7 +44,7 @@ class TapeRecorder:
     def __init__(self):
         self.recordings, self.replays, self.closed = 0, 0, False
 
-    def aside(self):
+    def side_stream(self):
         return nullcontext()
 
     def record(self, work):

@@ -8,7 +8,7 @@ import torch
 
 from detcore.data.synthetic import synthetic_batches
 from detcore.detection.detector import detect
-from detcore.device import backend
+from detcore.device.select import select_backend
 from detcore.nn import optim
 from detcore.training import checkpoint, engine
 from detcore.training.config import RunConfig
@@ -45,7 +45,7 @@ class Run:
     last name."""
 
     def __init__(self, graphs: str, precision: str = "fp32", optimizer: str = ADAM, scored: bool = False, **options):
-        self.device = backend.select("cuda", precision, graphs=graphs)
+        self.device = select_backend("cuda", precision, graphs=graphs)
         torch.backends.cudnn.benchmark = False
         torch.manual_seed(0)
         # Only the last stages train: the gradient of the pooling after the first adds in any order.
@@ -66,8 +66,8 @@ class Run:
         def loss(network, batch):
             return losses(network(batch.images), anchors, batch.boxes, batch.labels)
 
-        rest = dict.fromkeys(("lr", "open_data", "metric", "target", "eval_epochs", "hyperparameters"))
-        task = Task(self.model, self.state.optimizer, loss=loss, example=lambda: batch_of(images, 10**6), **rest)
+        rest = dict.fromkeys(("lr", "open_data", "targets", "eval_epochs", "hyperparameters"))
+        task = Task(self.model, self.state.optimizer, loss=loss, examples=lambda: [batch_of(images, 10**6)], **rest)
         self.model.train()
         self.step = engine.make_train_step(task, self.state, self.model, self.config, self.device)
 
@@ -177,12 +177,12 @@ def test_memory_does_not_grow_and_comes_back():
         gc.enable()
 
 
-def test_recorded_batches_keep_their_padding_and_marks_tell_seconds():
+def test_recorded_batches_keep_their_padding_and_events_give_seconds():
     given = next(synthetic_batches(CLASSES, SIZE, 2, 100, 0))
-    recording, plain = (backend.select("cuda", "fp32", graphs=g) for g in ("on", "off"))
-    start = plain.mark()
+    recording, plain = (select_backend("cuda", "fp32", graphs=g) for g in ("on", "off"))
+    start = plain.record_event()
     assert recording.to_device(given).boxes.shape[1] == plain.to_device(given).boxes.shape[1] == 100
     torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")
-    end = plain.mark()
+    end = plain.record_event()
     plain.synchronize()
-    assert 0 < plain.seconds([(start, end)]) < 60
+    assert 0 < plain.seconds_between([(start, end)]) < 60

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from detcore.data.synthetic import synthetic_batches
-from detcore.device import backend, native
+from detcore.device import native
+from detcore.device.base import Backend
+from detcore.device.cpu import CpuBackend
+from detcore.device.select import select_backend
 from detcore.nn import optim
 from detcore.training import engine
 from detcore.training.config import RunConfig
@@ -42,10 +45,10 @@ def device(request) -> Iterator[str]:
     cudnn.deterministic, cudnn.benchmark = before
 
 
-def opened(device: str, recorded: bool, exact: bool) -> backend.Backend:
+def opened(device: str, recorded: bool, exact: bool) -> Backend:
     if device == "cpu":
-        return backend.Backend(torch.device("cpu"), "fp32", TapeRecorder() if recorded else None)
-    chosen = backend.select("cuda", "bf16", graphs="on" if recorded else "off")
+        return CpuBackend(torch.device("cpu"), "fp32", TapeRecorder() if recorded else None)
+    chosen = select_backend("cuda", "bf16", graphs="on" if recorded else "off")
     torch.backends.cudnn.benchmark = False  # it may choose otherwise for the second run
     torch.backends.cudnn.deterministic = exact
     return chosen
@@ -69,8 +72,8 @@ def train(device: str, backbone: str, exact: bool, recorded: bool, *variants: st
         def batch(number: int):
             return next(synthetic_batches(CLASSES, SIZE, 1, 10, number))
 
-        rest = dict.fromkeys(("lr", "open_data", "metric", "target", "eval_epochs", "hyperparameters"))
-        task = Task(model, optimizer, loss=loss, example=lambda: batch(10**6), **rest)
+        rest = dict.fromkeys(("lr", "open_data", "targets", "eval_epochs", "hyperparameters"))
+        task = Task(model, optimizer, loss=loss, examples=lambda: [batch(10**6)], **rest)
         model.train()
         step = engine.make_train_step(task, state, model, config, chosen)
         terms = [step([chosen.to_device(batch(number))]) for number in range(STEPS[device])]

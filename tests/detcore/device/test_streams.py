@@ -1,29 +1,29 @@
-"""Work on a second stream: the order of fork, work and join, by streams that only write down what they are told."""
+"""Work on a second stream: the order of fork, work and join, by streams that only log."""
 
 import pytest
 import torch
 
 from detcore.device.streams import side_by_side
-from tests.detcore.device.streams import told
+from tests.detcore.device.streams import logged_streams
 
 
 @pytest.fixture
 def device(monkeypatch):
-    with told(monkeypatch) as device:
+    with logged_streams(monkeypatch) as device:
         yield device
 
 
 def test_the_second_stream_waits_and_is_waited_for(device):
     def work(name, *made):
-        device.told.append(f"{name} on {device.now}")
+        device.log.append(f"{name} on {device.now}")
         return made
 
     x = torch.ones(2)
     for _ in range(2):
-        device.told.clear()
+        device.log.clear()
         result = side_by_side(lambda: work("large", x), lambda: work("small", x, [x, x]), [x, x])
         assert result == ((x,), (x, [x, x]))
-        assert device.told == [
+        assert device.log == [
             "second waits for main",
             "second uses 2",
             "large on main",

@@ -14,8 +14,8 @@ from torch import nn
 from detcore import UserError
 from detcore.data.batch import Batch, whole_images
 from detcore.detection.program import spread
-from detcore.device import backend
-from detcore.device import tpu as backend_tpu
+from detcore.device import tpu
+from detcore.device.select import select_backend
 
 ROOT = Path(__file__).parents[3]
 GRADIENTS = """
@@ -26,7 +26,7 @@ from detcore.device.tpu import TpuBackend
 
 
 class OnTheHost(TpuBackend):
-    def add_up(self, values):
+    def all_reduce_sum(self, values):
         dist.all_reduce(values)
 
 
@@ -49,9 +49,9 @@ dist.destroy_process_group()
 
 
 @pytest.fixture
-def core() -> backend_tpu.TpuBackend:
+def core() -> tpu.TpuBackend:
     """A TPU's backend whose tensors lie on the CPU."""
-    return backend_tpu.TpuBackend(torch.device("cpu"), "bf16")
+    return tpu.TpuBackend(torch.device("cpu"), "bf16")
 
 
 @pytest.fixture
@@ -69,27 +69,27 @@ def nothing_installed(monkeypatch):
 def test_without_either_package_the_user_is_told_what_to_install(nothing_installed):
     missing = r"--device tpu: torch-tpu is not installed, torch-xla is not installed"
     with pytest.raises(UserError, match=missing + r"\. Install torch-tpu .*\.\[tpu\].*torch-xla 2\.9"):
-        backend.select("tpu", "auto")
+        select_backend("tpu", "auto")
 
 
 def test_torch_tpu_without_a_tpu_is_named(nothing_installed, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"torch-tpu": "0.2.0"}.get(name) or "2.9.0")
     with pytest.raises(UserError, match=r"torch-tpu is 0\.2\.0 and sees no TPU, torch-xla is 2\.9\.0"):
-        backend.select("tpu", "auto")
+        select_backend("tpu", "auto")
 
 
 def test_what_a_tpu_cannot_do_is_refused():
     with pytest.raises(UserError, match="fp16 wants a GPU; on a TPU use bf16 or fp32"):
-        backend.select("tpu", "fp16")
+        select_backend("tpu", "fp16")
     with pytest.raises(UserError, match="--graphs on: only a GPU"):
-        backend.select("tpu", "bf16", graphs="on")
+        select_backend("tpu", "bf16", graphs="on")
 
 
 @pytest.mark.parametrize("seen, expected", [("tpu", True), ("cuda", False), (None, False)])
 def test_auto_asks_torch_for_a_tpu(monkeypatch, seen, expected):
     accelerator = type("Device", (), {"type": seen})
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: seen and accelerator)
-    assert backend_tpu.found() is expected
+    assert tpu.found() is expected
 
 
 def normalised(core, values: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -121,16 +121,16 @@ def test_statistics_that_a_device_forgets_are_learned_as_torch_does(core, monkey
     for _ in range(3):
         values = torch.randn(4, 3, 5, 5) * 3 + 1
         plain(values)
-        backend_tpu._learn_statistics(ours, (values,))
+        tpu._learn_statistics(ours, (values,))
     torch.testing.assert_close(ours.running_mean, plain.running_mean)
     torch.testing.assert_close(ours.running_var, plain.running_var)
     ours.eval()
     before = ours.running_mean.clone()
-    backend_tpu._learn_statistics(ours, (torch.ones(4, 3, 5, 5),))
+    tpu._learn_statistics(ours, (torch.ones(4, 3, 5, 5),))
     assert torch.equal(ours.running_mean, before)
     assert core._learns_statistics(), "the CPU keeps them up, so that nothing is added there"
     assert len(core.place(nn.BatchNorm2d(3))._forward_pre_hooks) == 1
-    monkeypatch.setattr(backend_tpu.TpuBackend, "_learns_statistics", lambda self: False)
+    monkeypatch.setattr(tpu.TpuBackend, "_learns_statistics", lambda self: False)
     assert len(core.place(nn.BatchNorm2d(3))._forward_pre_hooks) == 2
 
 
@@ -145,7 +145,7 @@ def batch(images: int = 2, boxes: int = 4) -> Batch:
 
 
 def test_a_step_keeps_the_shape_of_its_first_batch(core):
-    step = core.ready(lambda batches: len(batches), None)
+    step = core.prepare_eager_step(lambda batches: len(batches), None)
     assert step([batch(), batch()]) == 2
     assert step([batch()]) == 1, "the tail of an epoch"
     with pytest.raises(
@@ -164,7 +164,7 @@ def test_batches_go_to_the_device_whole_and_one_ahead(core):
             asked.append(number)
             yield batch()
 
-    ahead = core.ahead(stream())
+    ahead = core.prefetch(stream())
     assert asked == []
     first = next(ahead)
     assert asked == [0, 1] and first.images.dtype == torch.uint8 and first.boxes.shape == (2, 4, 4)
@@ -180,7 +180,7 @@ def test_a_checkpoint_holds_tensors_of_the_host(core):
         "state": {0: torch.ones(1)},
     }
     assert repr(core.to_host(given)) == repr(given)
-    assert core.exchange == torch.device("cpu") and core.own is None
+    assert core.collective_device == core.loader_device == torch.device("cpu")
 
 
 def test_cores_take_the_mean_of_their_gradients():

@@ -71,18 +71,20 @@ def oracle(truth, detections):
         run.evaluate()
         run.accumulate()
         run.summarize()
-    per_class = {}
+    per_class, by_iou = {}, {}
     for k, category_id in enumerate(run.params.catIds):
         precision = run.eval["precision"][:, :, k, 0, 2]
+        by_iou[int(category_id)] = near(precision.mean(1).tolist())  # a class has ground truth at all IoU or at none
         precision = precision[precision > -1]
         per_class[int(category_id)] = precision.mean() if precision.size else -1
-    return dict(zip(METRICS, run.stats, strict=True)), per_class
+    return dict(zip(METRICS, run.stats, strict=True)), per_class, by_iou
 
 
 def assert_equals_oracle(truth, detections, backend):
-    wanted, wanted_classes = oracle(truth, detections)
+    wanted, wanted_classes, by_iou = oracle(truth, detections)
     got = evaluate(truth, detections, per_class=True, backend=backend)
     classes = got.pop("per_class")
+    assert got.pop("per_class_by_iou") == by_iou
     assert list(got) == list(METRICS)
     assert got == near(wanted)
     assert classes == near(wanted_classes)
@@ -224,7 +226,7 @@ class TestByHand:
 
     def test_no_ground_truth(self, backend):
         got = evaluate(truth_of([]), rows([1, 0, 0, 9, 9, 0.9, 1]), per_class=True, backend=backend)
-        assert got == {**dict.fromkeys(METRICS, -1.0), "per_class": {1: -1.0}}
+        assert got == {**dict.fromkeys(METRICS, -1.0), "per_class": {1: -1.0}, "per_class_by_iou": {1: [-1.0] * 10}}
 
     def test_no_images_and_no_categories(self, backend):
         truth = truth_of([], image_ids=[], category_ids=[])

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from detcore.detection.detector import LARGEST_TENSOR
-from detcore.device import backend
+from detcore.device.cpu import CpuBackend
 from detcore.nn.widest import widest
 from single_stage_detector.model import RetinaNet
 from ssd300.model import SSD300
 
-CPU = backend.Backend(torch.device("cpu"), "fp32")
+CPU = CpuBackend(torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ CPU = backend.Backend(torch.device("cpu"), "fp32")
 def test_retinanet_at_its_own_size(backbone, classes, elements):
     model = RetinaNet(backbone, classes).eval()
     assert widest(model, (800, 800), CPU) == elements
-    assert widest(model, (800, 800), backend.Backend(torch.device("cpu"), "bf16")) == elements
+    assert widest(model, (800, 800), CpuBackend(torch.device("cpu"), "bf16")) == elements
 
 
 def test_openimages_fits_up_to_90_images_and_ssd300_always():

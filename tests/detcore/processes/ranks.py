@@ -44,7 +44,7 @@ def misbehave(scenario: str, rank: int, dog) -> None:
             ctypes.PyDLL(None).sleep(3600)  # holds the interpreter's lock
     elif what == "behind":
         dog.beat("evaluation", 0)
-        distributed.agree([0])
+        distributed.all_reduce_max([0])
 
 
 def sleeping_for_ever() -> None:
@@ -68,13 +68,13 @@ def work(scenario: str, world, folder: Path) -> int:
             if world.rank == int(scenario[-1]):
                 sleeping_for_ever()
             dog.beat("other", 60)  # never seen before: 1000 s for it
-            distributed.agree([0])
+            distributed.all_reduce_max([0])
         for step in range(BAD_STEP + 1):
             dog.beat("data", step)
             if step == BAD_STEP:
                 misbehave(scenario, world.rank, dog)
             dog.beat("step", step)
-            distributed.agree([step])
+            distributed.all_reduce_max([step])
         if world.size > 1:
             dist.all_reduce(torch.ones(1))
     return 0

@@ -26,7 +26,7 @@ def test_alone_everything_works_without_a_group():
     assert distributed.init("gloo", 5, {}) == World(0, 1, 0, 1)
     assert not torch.distributed.is_initialized()
     distributed.barrier()
-    assert distributed.agree([3, -4]) == [3, -4]
+    assert distributed.all_reduce_max([3, -4]) == [3, -4]
     rows = torch.rand(3, 2)
     assert torch.equal(distributed.gather_rows(rows), rows)
     assert distributed.choose_seed(2**40) == 2**40
@@ -79,7 +79,7 @@ r = next((rank for rank in (1, 2) if os.fork() == 0), 0)
 world = distributed.init('gloo', 60, places[r])
 if r == 2:
     os.kill(os.getpid(), signal.SIGQUIT)
-assert distributed.agree([r, -r, 5]) == [2, 0, 5]
+assert distributed.all_reduce_max([r, -r, 5]) == [2, 0, 5]
 os.write(1, b'%d\\n' % distributed.choose_seed(None if r != 1 else 99))
 assert distributed.choose_seed(7 + r) == 7
 model = torch.nn.BatchNorm1d(2)
@@ -117,7 +117,7 @@ def test_torchrun_starts_a_world(tmp_path):
     program.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom detcore.processes import distributed, watchdog\n"
         "world = distributed.init('gloo', 60)\n"
-        "assert distributed.agree([world.rank]) == [1] and world.local_size == world.size == 2\n"
+        "assert distributed.all_reduce_max([world.rank]) == [1] and world.local_size == world.size == 2\n"
         "with watchdog.Watchdog(world, 60, 30) as dog:\n    dog.beat('x', 1)\n"
         "os.write(1, b'rank %d ok\\n' % world.rank)\ndistributed.shutdown()\n"
     )
@@ -135,12 +135,12 @@ def test_four_processes_resume_to_the_same_weights():
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from detcore.device import backend
+from detcore.device.select import select_backend
 from detcore.processes import distributed
 places = {places}
 r = next((rank for rank in (1, 2, 3) if os.fork() == 0), 0)
 distributed.init('gloo', 60, places[r])
-device = backend.select('cpu', 'fp32')
+device = select_backend('cpu', 'fp32')
 def train(parts):
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])

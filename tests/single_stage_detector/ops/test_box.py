@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from detcore.boxes import encode
+from detcore.ops.match import IGNORED, UNMATCHED
 from single_stage_detector.ops.box import KEPT_IN_FLOAT16, box_loss, box_reference
-from single_stage_detector.ops.match import IGNORED, UNMATCHED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

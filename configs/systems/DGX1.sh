@@ -1,0 +1,2 @@
+# DGX-1 with eight V100: two CPUs of 20 cores.
+export DGXNGPU=8 DGXNSOCKET=2 DGXSOCKETCORES=20 DGXHT=2

@@ -1,0 +1,2 @@
+# DGX A100: eight GPUs, two CPUs of 64 cores.
+export DGXNGPU=8 DGXNSOCKET=2 DGXSOCKETCORES=64 DGXHT=2

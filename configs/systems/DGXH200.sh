@@ -1,0 +1,2 @@
+# DGX H200: eight GPUs, two CPUs of 56 cores.
+export DGXNGPU=8 DGXNSOCKET=2 DGXSOCKETCORES=56 DGXHT=2

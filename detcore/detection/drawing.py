@@ -1,0 +1,101 @@
+"""Boxes with class names and scores on an image, in whatever script the names are written.
+
+Pillow's own font knows English letters alone. Others are looked for in the fonts of this machine; Debian's
+fonts-unifont alone has nearly all of Unicode's first 65,536 characters. Letters that no font has are drawn as boxes,
+which is said.
+"""
+
+import functools
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
+_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+_FIRST = ("NotoSans-Regular", "NotoSansCJK-Regular", "DejaVuSans.", "DroidSansFallback", "unifont", "NotoSans")
+_ABSENT = "\U0010fffd"  # the last private character, which fonts draw as they draw all that they lack
+
+
+def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
+    """A copy of a uint8 image [3, h, w] with what was found in it.
+
+    found: float64 [d, 6] x, y, w, h in pixels, score, category id. names: of the categories by id.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    pen, order = ImageDraw.Draw(picture), list(names)
+    width, size = max(1, picture.width // 300), max(11, min(picture.size) // 40)
+    last = torch.tensor([picture.width - 1, picture.height - 1])
+    corners = torch.stack([found[:, :2], found[:, :2] + found[:, 2:4]], 1).clamp(min=0).minimum(last)  # [d, 2, 2]
+    for (x, y, right, low), (score, category) in zip(corners.flatten(1).tolist(), found[:, 4:].tolist(), strict=True):
+        colour = COLOURS[order.index(int(category)) % len(COLOURS)]
+        pen.rectangle((x, y, max(right, x), max(low, y)), outline=colour, width=width)
+        name = "".join(c if c.isprintable() else " " for c in names[int(category)])
+        text, font = f"{name} {score:.2f}", font_for(name, size)
+        at = (x + width, y + width)
+        left, top, right, low = pen.textbbox(at, text, font)
+        up = max(0.0, low - picture.height)
+        pen.rectangle((left - 1, top - 1 - up, right + 1, low + 1 - up), fill=colour)
+        pen.text((at[0], at[1] - up), text, "white", font)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first font of this machine that has all letters of a text, else the one that lacks the fewest, which is said
+    on stderr."""
+    best, fewest = None, ""
+    for font in _fonts(size):
+        lacks = lacking(text, font)
+        if not lacks:
+            return font
+        if best is None or len(lacks) < len(fewest):
+            best, fewest = font, lacks
+    print(
+        f"no font here has the letters {fewest[:20]!r} of {text!r}, drawn as boxes: install one, such as Debian's "
+        "fonts-unifont",
+        file=sys.stderr,
+    )
+    return best
+
+
+def lacking(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The letters of a text that a font has no picture of."""
+    absent = _picture(font, _ABSENT)
+    seen = (c for c in dict.fromkeys(text) if not c.isspace() and unicodedata.category(c)[0] not in "CM")
+    return "".join(c for c in seen if _picture(font, c) == absent)
+
+
+def _picture(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    yield ImageFont.load_default(size)
+    for path in _files():
+        try:
+            yield ImageFont.truetype(path, size)
+        except OSError:  # bitmap fonts of other sizes, damaged files
+            continue
+
+
+@functools.cache
+def _files() -> tuple[str, ...]:
+    """The font files of this machine, those with most scripts first."""
+    found = []
+    for folder in _FOLDERS:
+        for place, _, names in os.walk(Path(folder).expanduser()):
+            found += [os.path.join(place, name) for name in names if name.lower().endswith((".ttf", ".otf", ".ttc"))]
+
+    def rank(path: str) -> tuple[int, str]:
+        name = os.path.basename(path)
+        return next((k for k, first in enumerate(_FIRST) if name.startswith(first)), len(_FIRST)), path
+
+    return tuple(sorted(found, key=rank))
