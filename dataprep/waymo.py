@@ -12,10 +12,10 @@ the data set. images: in the order of segment, time and camera, ids 1..N; annota
 pixels; categories 1 vehicle, 2 pedestrian, 3 cyclist; each annotation with its difficulty (1 or 2) and track_id. The
 bytes are the same for v1 and v2 of the same content, for any --workers and however often the run was interrupted.
 
-How: a segment at a time for each process, one frame at a time; a finished segment leaves a piece in
-OUT/.waymo_to_coco, some 2 MB. Give the same command again after a kill and it goes on; with more files it adds
-them; a file that was copied anew is converted anew; one that you removed meanwhile stays in the result, so the
-data set may come in parts. When you are done, the folder may be removed.
+How: each process reads one segment, a frame at a time, and takes some 50 MB for v1 (v2: up to 0.4 GB), whatever the
+size of the data set. A finished segment leaves a piece in OUT/.waymo_to_coco, some 2 MB. Give the same command again
+after a kill and it goes on; with more files it adds them; a file that was copied anew is converted anew; one that you
+removed meanwhile stays in the result, so the data set may come in parts. When you are done, the folder may be removed.
 
 What happens when things are wrong:
 
