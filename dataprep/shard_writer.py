@@ -97,7 +97,7 @@ def pack(
                 at += len(part.hashes)
         _forget(folder, keep=len(parts))
         content_hash = _write_index(folder, index, order, parts)
-        for path in folder.glob(".*.part"):
+        for path in folder.glob(".*.part*"):
             path.unlink()
     size = sum(_path(folder, k).stat().st_size for k in range(len(parts)))
     return Packed(len(order), len(parts), written, size, content_hash)
@@ -232,7 +232,7 @@ def _forget(folder: Path, keep: int) -> None:
     """Remove the shards from number `keep` on; all of them: the index first, which must not outlive one."""
     if not keep:
         (folder / INDEX).unlink(missing_ok=True)
-        for path in folder.glob(".[0-9]*.part"):
+        for path in folder.glob(".[0-9]*.part*"):
             path.unlink()
     for path in folder.glob("[0-9]*.tar"):
         if path.stem.isdecimal() and int(path.stem) >= keep:

@@ -173,6 +173,7 @@ def test_archives_that_hold_no_state(tmp_path, value):
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
+        self.num_classes = 3
         for i in range(4):
             self.add_module(f"layer{i}", nn.Linear(4, 9, bias=False))
 

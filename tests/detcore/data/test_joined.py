@@ -59,12 +59,14 @@ def test_an_epoch_takes_every_image_of_a_joined_set_once(thirteen, other, worker
 def test_sets_of_other_categories_are_not_joined(thirteen, other):
     other.content["categories"][1]["name"] = "horse"
     other.write()
-    with pytest.raises(UserError, match=r"other/annotations.json: category 5 is 'horse', but 'class 5' in "):
+    with pytest.raises(
+        UserError, match=r"other/annotations.json list different categories: id 5 is 'class 5' in .* and 'horse' in "
+    ):
         JoinedIndex([thirteen.open(), other.open()])
     other.categories(3, 5)
     other.content["annotations"] = []
     other.write()
-    with pytest.raises(UserError, match="category 9 is None, but 'class 9'"):
+    with pytest.raises(UserError, match=r"id 9 \('class 9'\) is only in "):
         JoinedIndex([thirteen.open(), other.open()])
 
 

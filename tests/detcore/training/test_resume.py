@@ -54,11 +54,11 @@ def test_a_rank_whose_signal_comes_late_stops_with_the_others(tmp_path, monkeypa
     """It has none of its own when the others tell it of theirs."""
     asked = []
 
-    def agree(values, device="cpu"):
+    def all_reduce_max(values, device="cpu"):
         asked.append(values)
         return [*values[:2], signal.SIGUSR1] if len(values) == 3 and len(asked) > 2 else list(values)
 
-    monkeypatch.setattr(distributed, "agree", agree)
+    monkeypatch.setattr(distributed, "all_reduce_max", all_reduce_max)
     outcome, _ = run(tmp_path, make_task(target=0.9))
     assert outcome.code == cli.STOPPED and "Stopped by SIGUSR1" in capsys.readouterr().err
 

@@ -116,7 +116,7 @@ def test_the_sanitizer_goes_through_each_tool_and_file(tmp_path, monkeypatch):
     assert list(rows) == [f"{tool} {file}" for tool in ("memcheck", "racecheck", "synccheck") for file in files]
     bad = [key for key, row in rows.items() if "error" in row]
     assert bad == ["racecheck detcore/ops/test_nms.py"] and rows[bad[0]]["errors"] == 1
-    assert "does not support this device" in rows["synccheck single_stage_detector/ops/test_match.py"]["skipped"]
+    assert "does not support this device" in rows["synccheck detcore/ops/test_match.py"]["skipped"]
 
 
 def test_unknown_parts_are_refused(tmp_path):
