@@ -104,7 +104,7 @@ def test_weights_only_trains_other_classes(folder, name, capsys):
     assert len(model.conf[0].bias) == 4 * 6 and "start anew" in capsys.readouterr().err
     same = train.build_model(config(folder, name, weights_only=True), 2).state_dict()
     assert all(torch.equal(same[key], saved[key]) for key in saved) and capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="knows 2 classes, the data set has 5: .* --weights-only"):
+    with pytest.raises(UserError, match=r"knows 2 classes, the data set has 5: .* --weights-only"):
         train.build_model(config(folder, name), 5)
 
 
