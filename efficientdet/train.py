@@ -110,7 +110,7 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
     rate = schedule(config, context.seed)
     ranks = context.world.size
     together = ranks > 1 and not config.legacy
-    over_ranks = partial(distributed.average, device=context.backend.collective_device) if together else None
+    over_ranks = partial(distributed.all_reduce_mean, device=context.backend.collective_device) if together else None
 
     def loss(network, batch: Batch) -> dict:
         outputs = network(batch.images)

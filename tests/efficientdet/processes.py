@@ -30,7 +30,7 @@ def main(folder: str, rank: int, size: int, port: str) -> None:
     batch = next(synthetic_batches(3, (64, 64), 4, 5, 0))
     own = slice(0, 1) if rank == 0 else slice(1, 4)
     own = own if size > 1 else slice(None)
-    over_ranks = partial(distributed.average, device="cpu") if size > 1 else None
+    over_ranks = partial(distributed.all_reduce_mean, device="cpu") if size > 1 else None
     outputs = model.predict(batch.images[own].double() / 255)
     terms = losses(
         outputs, model.anchors, batch.boxes[own].double(), batch.labels[own], 0.1, over_ranks, size

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from detcore.detection.detector import drawing
+from detcore.detection import drawing
 
 NAMES = {1: "circle", 7: "звезда", 9: "猫"}
 
