@@ -4,5 +4,5 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/systems/DGX1.sh"
 export DGXNNODES=1 DGXNGPU=1 WALLTIME_RUNANDTIME=60
-source "$(dirname "${BASH_SOURCE[0]}")/../efficientdet/recipes/d0_checkpoint.sh" --precision fp16 --workers 4 --mode evaluate --inference --results {output}/results.json
+source "$(dirname "${BASH_SOURCE[0]}")/../efficientdet/recipes/d0_checkpoint.sh" --precision fp16 --workers 4 --mode evaluate --inference --results '{output}/results.json'
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -4,5 +4,5 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/systems/DGXA100.sh"
 export DGXNNODES=1 DGXNGPU=1 WALLTIME_RUNANDTIME=60
-source "$(dirname "${BASH_SOURCE[0]}")/../efficientdet/recipes/d0_checkpoint.sh" --precision tf32 --workers 14 --mode evaluate --inference --results {output}/results.json
+source "$(dirname "${BASH_SOURCE[0]}")/../efficientdet/recipes/d0_checkpoint.sh" --precision tf32 --workers 14 --mode evaluate --inference --results '{output}/results.json'
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"
