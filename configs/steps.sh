@@ -212,7 +212,7 @@ watch() {
             # slurmctld kill the step, also on that node once it is back, even if it then runs the job's next start.
             pkill -KILL -P "$trial" -x srun || true
             kill -KILL "$trial" 2>/dev/null || true
-            wait "$trial" 2>/dev/null || true       # without the shell's own words about it
+            wait "$trial" 2>/dev/null || true # without the shell's own words about it
         fi
     done
     wait "$trial" || status=$?
