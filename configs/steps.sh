@@ -208,8 +208,11 @@ watch() {
             lost=$(awk '$3 { print $3; exit }' "$folder/exits.txt" || true) # the code of the first that failed
             signal KILL && sleep 3
             limit=$((SECONDS + 10))
-            kill -KILL "$trial" 2>/dev/null || true # srun itself waits minutes for a node that is gone
-            wait "$trial" 2>/dev/null || true       # without the shell's own words about it
+            # srun itself waits minutes for a node that is gone. Its child first: where srun is killed, that one has
+            # slurmctld kill the step, also on that node once it is back, even if it then runs the job's next start.
+            pkill -KILL -P "$trial" -x srun || true
+            kill -KILL "$trial" 2>/dev/null || true
+            wait "$trial" 2>/dev/null || true # without the shell's own words about it
         fi
     done
     wait "$trial" || status=$?
