@@ -17,7 +17,7 @@ from detcore.cli import run_main
 from detcore.data.batch import Batch
 from detcore.detection import inference
 from detcore.detection.benchmark import PARTS, benchmark
-from detcore.detection.config import adopt
+from detcore.detection.config import adopt_checkpoint
 from detcore.detection.detector import Inference, class_count, examples, open_data
 from detcore.detection.program import draw_gallery, program
 from detcore.nn import optim
@@ -199,10 +199,7 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
     if config.validation_batch_size_multiplier and not config.eval_batch_size:
         images = config.batch_size * config.validation_batch_size_multiplier
         config = dataclasses.replace(config, eval_batch_size=images)
-    if not config.checkpoint or config.mode == "train":
-        return config
-    known = load_checkpoint(config.checkpoint).get("config")
-    return adopt(config, known, ADOPTED, sources) if known else config
+    return adopt_checkpoint(config, ADOPTED, sources)
 
 
 def main(argv: Sequence[str]) -> int:

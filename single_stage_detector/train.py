@@ -8,7 +8,7 @@ from mlperf_logging.mllog import constants as keys
 
 from detcore.cli import run_main
 from detcore.data.batch import Batch
-from detcore.detection.config import adopt
+from detcore.detection.config import adopt_checkpoint
 from detcore.detection.detector import Inference, class_count, examples, open_data
 from detcore.detection.program import program
 from detcore.nn import optim
@@ -122,18 +122,6 @@ def idle_variants(config: Config) -> list[str]:
     return [name for name in config.variants if name in for_nothing]
 
 
-def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
-    """The config with the model and the data set of its checkpoint, wherever the user said nothing else.
-
-    So `--mode evaluate --checkpoint best.pt` needs no further option. A checkpoint of another program has no config.
-    Training takes the weights alone.
-    """
-    if not config.checkpoint or config.mode == "train":
-        return config
-    known = load_checkpoint(config.checkpoint).get("config")
-    return adopt(config, known, ADOPTED, sources) if known else config
-
-
 def main(argv: Sequence[str]) -> int:
     return program(
         argv,
@@ -146,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
         build_task=build_task,
         ignored_flags=IGNORED_FLAGS,
         translate=translate_flags,
-        complete=adopt_checkpoint,
+        complete=lambda config, sources: adopt_checkpoint(config, ADOPTED, sources),
     )
 
 

@@ -2,23 +2,10 @@
 #include <vector>
 
 #include "match.h"
+#include "planes.h"
 #include "vectors.h"
 
 namespace detcore {
-
-constexpr int64_t kTile = 1024;  // anchors that are handled at once: their state stays in the first cache
-
-// The anchors, coordinate by coordinate, with their areas.
-struct Planes {
-  std::vector<float> x1, y1, x2, y2, area;
-
-  Planes(const Corners* anchors, int64_t count) : x1(count), y1(count), x2(count), y2(count), area(count) {
-    for (int64_t i = 0; i < count; ++i) {
-      x1[i] = anchors[i].x1, y1[i] = anchors[i].y1, x2[i] = anchors[i].x2, y2[i] = anchors[i].y2;
-      area[i] = detcore::area(anchors[i]);
-    }
-  }
-};
 
 // overlap(box, ...) of the anchors begin..begin+n.
 WIDE_VECTORS static void overlaps(const Planes& anchors, int64_t begin, int64_t n, Corners box, float* out) {
@@ -93,7 +80,7 @@ static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& l
                     int64_t low_quality) {
   const Match a(anchors_, boxes, labels, high, low, low_quality);
   const bool ties = a.low_quality == LowQuality::kTies, best = a.low_quality == LowQuality::kBest;
-  const Planes anchors(a.anchors, a.count);
+  const Planes anchors(a.count, [&](int64_t i) { return a.anchors[i]; });
   const int64_t tiles = ceil_div(a.count, kTile);
   for (int64_t image = 0; image < a.images; ++image) {
     const Corners* own = a.boxes + image * a.most;

@@ -10,6 +10,7 @@ from detcore import UserError
 from detcore.config import DEFAULT, at_least, between, from_dict, option, to_dict
 from detcore.data import exif
 from detcore.data.layouts import LAYOUTS, Layout
+from detcore.training.checkpoint import load_checkpoint
 from detcore.training.config import RunConfig
 
 
@@ -171,3 +172,14 @@ def adopt(config: Any, known: Mapping[str, Any], names: Collection[str], sources
         return from_dict(type(config), to_dict(config) | adopted)
     except UserError as error:
         raise UserError(f"{config.checkpoint}: {error}") from error
+
+
+def adopt_checkpoint(config: Any, names: Collection[str], sources: dict[str, str]) -> Any:
+    """`adopt` from the config in --checkpoint, so that evaluation and prediction with it need no further option.
+
+    Training takes the weights alone. A checkpoint of another program has no config: then nothing is adopted.
+    """
+    if not config.checkpoint or config.mode == "train":
+        return config
+    known = load_checkpoint(config.checkpoint).get("config")
+    return adopt(config, known, names, sources) if known else config

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from detcore.device import native
+from detcore.ops.largest import largest_places
 
 OP = "single_stage_detector::candidates"
 
@@ -63,10 +64,7 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     length = values.shape[1]
     count = min(count, _fullest(values > -torch.inf))
-    bits = (values + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the values
-    places = torch.arange(length, device=values.device)
-    at = ((rising.long() << 32) - places).topk(count, 1, sorted=False).indices  # all different, so topk has no choice
+    at = largest_places(values, count, sorted=False)
     at = at.masked_fill(values.gather(1, at).isneginf(), length).sort(1).values
     none = at == length
     at = at.masked_fill(none, 0)

@@ -2,24 +2,10 @@
 #include <vector>
 
 #include "multibox_match.h"
+#include "planes.h"
 #include "vectors.h"
 
 namespace detcore {
-
-constexpr int64_t kTile = 1024;  // priors that are handled at once: their state stays in the first cache
-
-// The priors' corners, coordinate by coordinate, with their areas.
-struct Planes {
-  std::vector<float> x1, y1, x2, y2, area;
-
-  Planes(const Prior* priors, int64_t count) : x1(count), y1(count), x2(count), y2(count), area(count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const Corners at = corners(priors[i]);
-      x1[i] = at.x1, y1[i] = at.y1, x2[i] = at.x2, y2[i] = at.y2;
-      area[i] = detcore::area(at);
-    }
-  }
-};
 
 // A box of one image that takes part, and the prior that it overlaps most.
 struct Claim {
@@ -86,7 +72,7 @@ static void match_image(const MultiboxMatch& a, const Planes& priors, int64_t im
 
 static Tensor multibox_match(const Tensor& priors_, const Tensor& boxes, const Tensor& labels) {
   const MultiboxMatch a(priors_, boxes, labels);
-  const Planes priors(a.priors, a.count);
+  const Planes priors(a.count, [&](int64_t i) { return corners(a.priors[i]); });
   int64_t* out = static_cast<int64_t*>(a.out.data_ptr());
   torch::stable::parallel_for(0, a.images, 1, [&](int64_t first, int64_t last) {
     for (int64_t image = first; image < last; ++image) match_image(a, priors, image, out + image * a.count);
