@@ -28,12 +28,14 @@ from efficientdet.postprocess import postprocess  # noqa: E402
 from efficientdet.weights import load_original_state  # noqa: E402
 
 SIZE, IMAGES, BOXES = (128, 256), 2, 5
+SIZE_8_LEVELS = (256, 512)
+"""With level 8 the original wants multiples of 256: it repeats a level of one row instead of halving its columns."""
 
 
-def original(name: str) -> Original:
+def original(name: str, size: tuple[int, int]) -> Original:
     """Random weights, and statistics as after some training."""
     config = get_efficientdet_config(name)
-    config.image_size = list(SIZE)
+    config.image_size = list(size)
     config.backbone_args = {"drop_path_rate": 0.0}
     model = Original(config, pretrained_backbone=False)
     for key, value in model.state_dict().items():
@@ -53,11 +55,11 @@ def rows(level: torch.Tensor, values: int) -> torch.Tensor:
 
 
 class Answers(torch.nn.Module):
-    """Outputs as a network would give them that has learnt something: without scores that are all 1, or huge boxes."""
+    """A network that gives these outputs."""
 
     def __init__(self, config, logits: list[torch.Tensor], deltas: list[torch.Tensor]):
         super().__init__()
-        self.config, self.logits, self.deltas = config, tempered(logits, 8.0), tempered(deltas, 2.0)
+        self.config, self.logits, self.deltas = config, logits, deltas
 
     def forward(self, _) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         return self.logits, self.deltas
@@ -67,19 +69,27 @@ def tempered(levels: list[torch.Tensor], largest: float) -> list[torch.Tensor]:
     return [x * (largest / max(level.abs().max() for level in levels)) for x in levels]
 
 
-def ground_truth() -> tuple[torch.Tensor, torch.Tensor]:
-    corners = torch.rand(IMAGES, BOXES, 2) * torch.tensor(SIZE[::-1]) * 0.6
+def apart_by_score(levels: list[torch.Tensor], lowest: float, highest: float) -> list[torch.Tensor]:
+    """The values in their order at equal distances: no two scores are equal, so that no choice between two is open."""
+    values = torch.cat([x.flatten() for x in levels])
+    places = torch.empty_like(values).scatter_(0, values.argsort(), torch.linspace(lowest, highest, len(values)))
+    return [x.view_as(level) for x, level in zip(places.split([x.numel() for x in levels]), levels, strict=True)]
+
+
+def ground_truth(size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    corners = torch.rand(IMAGES, BOXES, 2) * torch.tensor(size[::-1]) * 0.6
     boxes = torch.cat((corners, corners + 8 + torch.rand(IMAGES, BOXES, 2) * 80), 2)
     return boxes, torch.randint(90, (IMAGES, BOXES))
 
 
 def compare(name: str) -> dict:
     torch.manual_seed(0)
-    theirs = original(name)
-    ours = EfficientDet({"efficientdet_d4": "efficientdet_d4_legacy"}.get(name, name), image_size=SIZE, drop_path=0)
+    size = SIZE_8_LEVELS if name.endswith("d7x") else SIZE
+    theirs = original(name, size)
+    ours = EfficientDet({"efficientdet_d4": "efficientdet_d4_legacy"}.get(name, name), image_size=size, drop_path=0)
     load_original_state(ours, {f"model.{k}": v.clone() for k, v in theirs.state_dict().items()})
-    pixels, (boxes, labels) = torch.randn(IMAGES, 3, *SIZE), ground_truth()
-    extent = torch.tensor([SIZE] * IMAGES)
+    pixels, (boxes, labels) = torch.randn(IMAGES, 3, *size), ground_truth(size)
+    extent = torch.tensor([size] * IMAGES)
     found = {"model": name}
 
     ours.eval(), theirs.eval()
@@ -89,17 +99,18 @@ def compare(name: str) -> dict:
         found["logits"] = max(apart(a, rows(b, 90)) for a, b in zip(logits, wide, strict=True))
         swapped = [rows(b, 4)[..., [1, 0, 3, 2]] for b in narrow]
         found["deltas"] = max(apart(a, b) for a, b in zip(deltas, swapped, strict=True))
+        # Detections from the same outputs, boxes that are not huge: a last digit may decide which box drops another.
+        wide, narrow = apart_by_score(wide, -8.0, 2.0), tempered(narrow, 2.0)
+        scores, swapped = [rows(x, 90) for x in wide], [rows(x, 4)[..., [1, 0, 3, 2]] for x in narrow]
         for soft in (False, True):
             info = {"img_scale": torch.ones(IMAGES), "img_size": extent.flip(1)}
             bench = DetBenchPredict(Answers(theirs.config, wide, narrow))
             bench.soft_nms = soft
             rows_of = bench(pixels, info)
-            at, scores, classes = postprocess(
-                tempered(logits, 8.0), tempered(deltas, 2.0), ours.anchors, extent, soft=soft
-            )
+            at, scored, classes = postprocess(scores, swapped, ours.anchors, extent, soft=soft)
             # An order among scores that differ by rounding is no difference: images are compared box by box.
-            mine = torch.cat((at / max(SIZE), scores[..., None], (classes[..., None] + 1) / 90), 2)
-            other = torch.cat((rows_of[..., :4] / max(SIZE), rows_of[..., 4:5], rows_of[..., 5:] / 90), 2)
+            mine = torch.cat((at / max(size), scored[..., None], (classes[..., None] + 1) / 90), 2)
+            other = torch.cat((rows_of[..., :4] / max(size), rows_of[..., 4:5], rows_of[..., 5:] / 90), 2)
             near = torch.cdist(mine, other, p=float("inf")).amin(2)
             found["soft" if soft else "detections"] = float(near.max())
 
