@@ -199,9 +199,10 @@ def _options(cls) -> list[_Option]:
         kind, count, optional = _resolve(hints[field.name], f"{cls.__name__}.{field.name}")
         flags = (*meta["flags"], "--" + field.name.replace("_", "-"))
         options.append(_Option(field.name, kind, count, optional, **{**meta, "flags": flags}, default=field.default))
-    names = [spelling for opt in options for spelling in _spellings(opt)] + [opt.env for opt in options if opt.env]
-    if len(set(names)) != len(names):
-        raise TypeError(f"{cls.__name__}: named twice: {sorted({n for n in names if names.count(n) > 1})}")
+    flags, variables = [flag for opt in options for flag in _spellings(opt)], [opt.env for opt in options if opt.env]
+    for names in (flags, variables):
+        if len(set(names)) != len(names):
+            raise TypeError(f"{cls.__name__}: named twice: {sorted({n for n in names if names.count(n) > 1})}")
     return options
 
 
