@@ -1,4 +1,4 @@
-"""A program's settings: a frozen dataclass whose defaults the environment and then the command line override.
+"""A program's settings: a frozen dataclass whose defaults a file, the environment and the command line override.
 
 A field made by `option` is everything there is to a setting: its default, its meaning, its flag (the field's name with
 dashes), the one variable that sets it, its aliases and its limits. The field's annotation decides how text is read:
@@ -41,6 +41,14 @@ class Loaded(NamedTuple):
     config: Any
     sources: dict[str, str]
     notices: list[str]
+
+
+class Words(NamedTuple):
+    """A command line, and what the file `name` says in such words, which the environment overrides."""
+
+    argv: Sequence[str]
+    file: Sequence[str] = ()
+    name: str = ""
 
 
 class Spelling(NamedTuple):
@@ -111,24 +119,31 @@ def between(low, high) -> Callable[[Any], str | None]:
     return lambda value: None if all(low <= v <= high for v in _each(value)) else f"between {low} and {high}"
 
 
-def load(cls, argv: Sequence[str], environ: Mapping[str, str], ignored: Mapping | None = None) -> Loaded:
-    """Settings from the defaults of `cls`, then `environ`, then the words of `argv` (without the program's name).
+def load(cls, argv: Sequence[str] | Words, environ: Mapping[str, str], ignored: Mapping | None = None) -> Loaded:
+    """Settings from the defaults of `cls`, then a file's, then `environ`, then the words of `argv` (without the
+    program's name).
 
     `ignored` maps a flag that means nothing here to (number of its values, reason): it is accepted with a notice, so
     that option strings written for the original programs still run. Raises `UserError` for an unknown flag, a variable
     that looks like a misspelt one of ours, and a value of the wrong kind.
     """
     ignored = ignored or {}
+    words = argv if isinstance(argv, Words) else Words(argv)
     options = _options(cls)
     values, sources = {}, dict.fromkeys((o.name for o in options), DEFAULT)
+    notices = {}
+    try:
+        notices |= _read_words(options, list(words.file), ignored, values, sources, "file")
+    except UserError as error:
+        raise UserError(f"{words.name}: {error}") from error
     refuse_near_misses([o.env for o in options if o.env], environ)
     for opt in options:
         text = environ.get(opt.env, "").strip() if opt.env else ""
         if text:
             values[opt.name] = _from_text(opt, [text], f"environment variable {opt.env}")
             sources[opt.name] = f"environment {opt.env}"
-    notices = _read_argv(options, list(argv), ignored, values, sources)
-    return Loaded(cls(**values), sources, notices)
+    notices |= _read_words(options, list(words.argv), ignored, values, sources, "command line")
+    return Loaded(cls(**values), sources, list(notices.values()))
 
 
 def spellings(cls) -> dict[str, Spelling]:
@@ -199,9 +214,10 @@ def _options(cls) -> list[_Option]:
         kind, count, optional = _resolve(hints[field.name], f"{cls.__name__}.{field.name}")
         flags = (*meta["flags"], "--" + field.name.replace("_", "-"))
         options.append(_Option(field.name, kind, count, optional, **{**meta, "flags": flags}, default=field.default))
-    names = [spelling for opt in options for spelling in _spellings(opt)] + [opt.env for opt in options if opt.env]
-    if len(set(names)) != len(names):
-        raise TypeError(f"{cls.__name__}: named twice: {sorted({n for n in names if names.count(n) > 1})}")
+    flags, variables = [flag for opt in options for flag in _spellings(opt)], [opt.env for opt in options if opt.env]
+    for names in (flags, variables):
+        if len(set(names)) != len(names):
+            raise TypeError(f"{cls.__name__}: named twice: {sorted({n for n in names if names.count(n) > 1})}")
     return options
 
 
@@ -229,7 +245,7 @@ def _spellings(opt: _Option) -> dict[str, bool | None]:
     return dict.fromkeys(opt.flags, True) | negated
 
 
-def _read_argv(options, argv: list[str], ignored: Mapping, values: dict, sources: dict) -> list[str]:
+def _read_words(options, argv: list[str], ignored: Mapping, values: dict, sources: dict, source: str) -> dict[str, str]:
     """Put what `argv` says into `values` and `sources`; return the notices about ignored flags."""
     known = {flag: (opt, value) for opt in options for flag, value in _spellings(opt).items()}
     notices: dict[str, str] = {}
@@ -268,8 +284,8 @@ def _read_argv(options, argv: list[str], ignored: Mapping, values: dict, sources
             if opt.count is not None and not equals and "," not in words[0] and _is_number(words[0]):
                 words += take(opt.count - 1 if opt.count else None, _is_number)
             values[opt.name] = _from_text(opt, words, flag)
-        sources[opt.name] = f"command line {flag}"
-    return list(notices.values())
+        sources[opt.name] = f"{source} {flag}"
+    return notices
 
 
 def _refuse_word(word: str, flag: str, known: list[str]) -> typing.NoReturn:

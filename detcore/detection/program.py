@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from detcore import UserError
-from detcore.config import describe, format_config, load
+from detcore.config import Words, describe, format_config, load
 from detcore.detection import inference
 from detcore.detection.benchmark import benchmark as measure
 from detcore.detection.detector import Detector
@@ -31,24 +31,23 @@ def program(
     build_model: Callable[[Any, int], nn.Module],
     build_task: Callable[[Any, Context], Task],
     ignored_flags: Mapping[str, tuple[int, str]],
-    translate: Callable[[Sequence[str]], list[str]] = list,
+    translate: Callable[[Sequence[str]], list[str] | Words] = list,
     complete: Callable[[Any, dict[str, str]], Any] = lambda config, sources: config,
     modes: Mapping[str, Mode] | None = None,
 ) -> int:
     """The program `python -m module` of a benchmark with the words of its command line; returns the exit code.
 
     intro: for --help. benchmark: its name in the MLPerf log. build_model(config, number of classes): the model with its
-    starting weights, on the CPU. ignored_flags: see `detcore.config.load`. translate: words for the original programs
-    into words for this one. complete(config, sources): the config with what a checkpoint knows, and the sources with
-    where that came from; may refuse the config with UserError. modes: what a benchmark does for a --mode in place of
-    what all do, or beyond; mode(config, world) returns the exit code.
+    starting weights, on the CPU. ignored_flags: see `detcore.config.load`. translate: words for the original programs,
+    and files that they name, into words for this one. complete(config, sources): the config with what a checkpoint
+    knows, and the sources with where that came from; may refuse the config with UserError. modes: what a benchmark does
+    for a --mode in place of what all do, or beyond; mode(config, world) returns the exit code.
     """
     if {"-h", "--help"} & set(argv):
         print(describe(config_class, f"python -m {module}", intro))
         return 0
-    words = translate(argv)
-    printing = "--print-config" in words
-    words = [word for word in words if word != "--print-config"]
+    printing = "--print-config" in argv
+    words = translate([word for word in argv if word != "--print-config"])
     config, sources, notices = load(config_class, words, os.environ, ignored_flags)
     config = complete(config, sources)
     if not printing:
