@@ -17,9 +17,10 @@ class Batch(NamedTuple):
     size: int64 [N, 2], height and width of the original image in pixels; 1, 1 for a padding image.
     extent: int64 [N, 2], height and width of what the image covers of the canvas, from its top left corner; the rest
         is fill. 1, 1 for a padding image.
-    edges: float32 [N, E, 4], x1, y1, x2, y2 of the polygons' edges in pixels of the canvas; E = 0 where nobody asks
-        for masks.
-    edge_of: int64 [N, E, 2], the edge's box and which of the box's polygons it belongs to; -1 marks padding.
+    edges: float32 [N, E, 4], x1, y1, x2, y2 of the edges of the masks' outlines (`detcore.data.segmentations`) in
+        pixels of the canvas, not clipped; those straight down are left out. E = 0 where nobody asks for masks.
+    edge_of: int64 [N, E, 2], the edge's box and which part of the box's mask it belongs to; box after box and part
+        after part, then -1, which marks padding.
     """
 
     images: Tensor

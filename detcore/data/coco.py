@@ -14,6 +14,9 @@ Treatments, each with its count in `CocoIndex.counts`:
 * box narrower or lower than a pixel: kept ("boxes under one pixel"). Area below 0: kept; evaluation ignores such truth
   as COCO's does ("areas below 0").
 * crowd box: kept, with its flag ("crowd boxes"). Area missing or null: width * height. `iscrowd` missing: 0.
+* only where masks are asked for (`CocoIndex.open`): a polygon of fewer than three points is left out ("polygons under
+  three points left out"), and so is in training a box without any mask, unless it is crowd ("boxes without a mask left
+  out"). A polygon with an odd number of coordinates, an RLE of another size than its image: error.
 * image listed but not in the folder ("missing images"): the folder is read once, when the cache is built, and again
   at each start while images are missing; the loaders refuse to start. All of them missing: error at once.
 * image in the folder but not listed: not used ("unlisted files").
@@ -28,6 +31,7 @@ stands in it. The image folder may hold shards instead of files (`detcore.data.s
 import contextlib
 import copy
 import fcntl
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -36,8 +40,9 @@ from pathlib import Path
 import numpy as np
 
 from detcore import UserError
-from detcore.data import coco_json, exif, image_names, shards, signs
 from detcore.data import columns as columns_file
+from detcore.data import exif, image_names, segmentations, shards, signs
+from detcore.data.collect import collect, training_boxes
 from detcore.data.files import read_bytes
 
 _MAGIC = b"detcore index 2\n"
@@ -76,13 +81,15 @@ class CocoIndex:
         *,
         cache_dir: str | Path | None = None,
         expected_classes: int | None = None,
+        masks: str | None = None,
     ) -> "CocoIndex":
         """Open the cache of an annotation file, building it first if it is absent, stale or damaged.
 
         The cache lies in cache_dir; without one next to the annotation file or, where that cannot be written, in
         $XDG_CACHE_HOME/detcore (~/.cache/detcore). Processes that start together wait for the one that builds.
-        expected_classes: refuse category ids other than 0..n-1 or 1..n. Raises UserError for files that are not
-        what they should be, naming the file and the place.
+        expected_classes: refuse category ids other than 0..n-1 or 1..n. masks: `segmentations.EDGES` to train with,
+        RLE to score against; each has a cache of its own. None: masks are passed over, and cost nothing. Raises
+        UserError for files that are not what they should be, naming the file and the place.
         """
         file, images = Path(annotation_file).absolute(), Path(image_dir).absolute()
         try:
@@ -99,9 +106,10 @@ class CocoIndex:
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
             "shards": pack.content_hash if pack else None,
-        }
+        } | ({"masks": masks} if masks else {})
         places = [Path(cache_dir).absolute()] if cache_dir is not None else [file.parent, _user_cache()]
-        name = f".{file.name}.{hashlib.sha256(f'{file}|{images}'.encode()).hexdigest()[:12]}.index"
+        content = f"{masks}.index" if masks else "index"
+        name = f".{file.name}.{hashlib.sha256(f'{file}|{images}'.encode()).hexdigest()[:12]}.{content}"
         index = next(filter(None, (_load(place / name, key) for place in places)), None)
         if index is None:
             index = _build(places, name, key)
@@ -173,11 +181,45 @@ class CocoIndex:
 
         Returns float32 [n, 4] x1, y1, x2, y2 in pixels of the original image; int64 [n] class index; bool [n] crowd.
         """
+        rows, boxes = self._training_rows(i)
+        return boxes, self._class_of[self._columns["ann_class"][rows]], self._columns["iscrowd"][rows] != 0
+
+    def _training_rows(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """int [n], which annotations are the boxes of image i, and the boxes."""
         starts = self._columns["starts"]
         rows = self._columns["order"][starts[i] : starts[i + 1]]
         boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[i], self.widths[i])
-        rows = rows[keep]
-        return boxes[keep], self._class_of[self._columns["ann_class"][rows]], self._columns["iscrowd"][rows] != 0
+        if self.has_edges:
+            keep &= (self._columns["iscrowd"][rows] != 0) | (self._columns["edge_counts"][rows] > 0)
+        return rows[keep], boxes[keep]
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether the index was opened with the edges of the masks."""
+        return self._key.get("masks") == segmentations.EDGES
+
+    def edges(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The edges of the masks of image i's boxes, as the file has them, box after box and part after part.
+
+        Returns float32 [e, 4] x1, y1, x2, y2 in pixels of the original image, not clipped, and int64 [e, 2]: the
+        position of the box in `boxes(i)`, and which of its parts the edge belongs to.
+        """
+        rows, _ = self._training_rows(i)
+        counts, ends = self._columns["edge_counts"][rows], self._edge_ends[rows]
+        box = np.repeat(np.arange(len(rows)), counts)
+        at = np.arange(len(box)) + np.repeat(ends - np.cumsum(counts), counts)
+        part = self._columns["edge_parts"][at].astype(np.int64)
+        return self._columns["edges"][at], np.stack([box, part], 1)
+
+    @functools.cached_property
+    def _edge_ends(self) -> np.ndarray:
+        return np.cumsum(self._columns["edge_counts"])
+
+    def edge_count(self, crowd: str) -> np.ndarray:
+        """int64 [I]: the edges of each image's masks. crowd: "keep" or "drop" those of crowds."""
+        counts = self._columns["edge_counts"]
+        counts = counts if crowd == "keep" else np.where(self._columns["iscrowd"], 0, counts)
+        return np.bincount(self._columns["ann_image"], counts, len(self)).astype(np.int64)
 
     def annotations(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The annotations of images first..last-1 as the file has them, image after image.
@@ -265,24 +307,6 @@ class CocoIndex:
         )
 
 
-def training_boxes(
-    bbox: np.ndarray, height: int | np.ndarray, width: int | np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The training treatment of float64 [n, 4] x, y, w, h boxes in images of height and width pixels (scalars or [n]).
-
-    Returns float32 [n, 4] x1, y1, x2, y2 clipped to the image, bool [n] whether an area is left, and bool [n] whether
-    clipping moved an edge by more than 0.01 pixel.
-    """
-    corners = bbox.copy()
-    with np.errstate(over="ignore"):  # an edge beyond the largest number is outside the image all the same
-        corners[:, 2:] += bbox[:, :2]
-    clipped = np.empty((len(bbox), 4), np.float32)
-    for axis, side in ((0, width), (1, height)):
-        clipped[:, axis::2] = np.clip(corners[:, axis::2], 0, np.reshape(side, (-1, 1)))
-    keep = (clipped[:, 2:] > clipped[:, :2]).all(1) & (bbox[:, 2:] > 0).all(1)
-    return clipped, keep, (np.abs(corners - clipped) > 0.01).any(1)
-
-
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "detcore"
 
@@ -306,7 +330,7 @@ def _build(places: list[Path], name: str, key: dict) -> CocoIndex:
             with _only_one_builder(place):
                 index = _load(place / name, key)
                 if index is None:
-                    columns_file.save(place / name, _MAGIC, *_collect(key))
+                    columns_file.save(place / name, _MAGIC, *collect(key))
                     index = _load(place / name, key)
         except OSError as error:
             refusals.append(str(error))
@@ -330,56 +354,6 @@ def _only_one_builder(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
-    """Header and columns of the cache, from the annotation file and the image folder."""
-    file = Path(key["annotation_file"])
-    try:
-        parsed = coco_json.parse(file)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot read the annotation file ({error.strerror}); check its permissions."
-        ) from error
-    columns, counts = parsed.columns, parsed.counts
-    order = np.argsort(columns["ann_image"], kind="stable")
-    per_image = np.bincount(columns["ann_image"], minlength=len(columns["image_ids"]))
-    columns["order"] = order.astype(np.int32 if len(order) < 2**31 else np.int64)
-    columns["starts"] = np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64)
-    del order
-    counts |= {"images without annotations": int((per_image == 0).sum())}
-    told = _count_boxes(columns, counts)
-    found = image_names.scan(parsed.file_names, Path(key["image_dir"]), shards.open_folder(Path(key["image_dir"])))
-    counts |= {
-        "missing images": len(found.missing),
-        "unlisted files": found.unlisted,
-        "names of another spelling": len(found.renamed),
-    }
-    names = [found.renamed.get(i, name) for i, name in enumerate(parsed.file_names)]
-    seen = {} if key["shards"] else exif.survey(key["image_dir"], names, columns["heights"], columns["widths"])
-    encoded = [name.encode() for name in names]
-    columns["names"] = np.frombuffer(b"".join(encoded), np.uint8)
-    columns["name_ends"] = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-    header = {"category_names": parsed.category_names, "counts": counts, "content_hash": parsed.content_hash}
-    return {"key": key, **header, "signs": told, "exif": seen}, columns
-
-
-def _count_boxes(columns: dict[str, np.ndarray], counts: dict[str, int]) -> dict[str, int]:
-    """The boxes' signs; adds how they were treated to the counts."""
-    totals: dict[str, int] = {}
-    treated = dict.fromkeys(("boxes dropped", "boxes clipped", "boxes under one pixel", "areas below 0"), 0)
-    for first in range(0, max(len(columns["bbox"]), 1), 1 << 20):
-        rows = slice(first, first + (1 << 20))
-        at, bbox, area = columns["ann_image"][rows], columns["bbox"][rows], columns["area"][rows]
-        size = np.stack([columns["widths"][at], columns["heights"][at]], 1)
-        clipped, keep, moved = training_boxes(bbox, size[:, 1], size[:, 0])
-        told = signs.count(bbox, area, columns["iscrowd"][rows] != 0, size, clipped, keep)
-        totals = {name: totals.get(name, 0) + value for name, value in told.items()}
-        treated["boxes dropped"] += int((~keep).sum())
-        treated["boxes clipped"] += int((moved & keep).sum())
-        treated["areas below 0"] += int((area < 0).sum())
-    counts |= treated | {"boxes under one pixel": totals["under one pixel"]}
-    return totals
 
 
 def _load(path: Path, key: dict) -> CocoIndex | None:

@@ -19,6 +19,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from detcore import UserError
+from detcore.data import segmentations
 
 _PIECE = 8 << 20
 _CUT = re.compile(rb"\}\s*(,)\s*\{")
@@ -70,7 +71,7 @@ class Parsed(NamedTuple):
 
     columns: image_ids int64 [I], heights and widths int32 [I], category_ids int64 [K] ascending, ann_image int32 [B]
     (position of the image), ann_class int32 [B] (position of the category), bbox float64 [B, 4] x, y, w, h in pixels,
-    area float64 [B], iscrowd uint8 [B].
+    area float64 [B], iscrowd uint8 [B]; with masks those of `segmentations.masks`.
     """
 
     columns: dict[str, np.ndarray]
@@ -80,8 +81,11 @@ class Parsed(NamedTuple):
     content_hash: str
 
 
-def parse(file: Path) -> Parsed:
-    """Read and check one annotation file. Raises UserError naming the file and the place; OSError if unreadable."""
+def parse(file: Path, masks: str | None = None) -> Parsed:
+    """Read and check one annotation file. Raises UserError naming the file and the place; OSError if unreadable.
+
+    masks: one of `segmentations.KINDS`; None: they are passed over.
+    """
     with open(file, "rb") as handle:
         if not handle.seek(0, 2):
             raise UserError(f"{file}: the annotation file is empty; download or write it again.")
@@ -92,13 +96,13 @@ def parse(file: Path) -> Parsed:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _parse(file, data, digest)
+        return _parse(file, data, digest, masks)
     finally:
         if collecting:
             gc.enable()
 
 
-def _parse(file: Path, data: mmap.mmap, digest: str) -> Parsed:
+def _parse(file: Path, data: mmap.mmap, digest: str, masks: str | None) -> Parsed:
     start = len(_BOM) if data[: len(_BOM)] == _BOM else 0
     try:
         lists = msgspec.json.decode(memoryview(data)[start:], type=_File)
@@ -108,7 +112,7 @@ def _parse(file: Path, data: mmap.mmap, digest: str) -> Parsed:
     image_columns, file_names, image_counts = _images(file, images)
     del images
     category_ids, category_names, category_counts = _categories(file, lists.categories)
-    annotations, annotation_counts = _annotations(file, lists.annotations, image_columns["image_ids"], category_ids)
+    annotations, annotation_counts = _annotations(file, lists.annotations, image_columns, category_ids, masks)
     counts = {
         "images": len(file_names),
         "annotations": len(annotations["bbox"]),
@@ -247,44 +251,68 @@ def _categories(file: Path, raw: msgspec.Raw) -> tuple[np.ndarray, list[str], di
 
 
 def _annotations(
-    file: Path, raw: msgspec.Raw, image_ids: np.ndarray, category_ids: np.ndarray
+    file: Path, raw: msgspec.Raw, images: dict[str, np.ndarray], category_ids: np.ndarray, masks: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    by_id = np.argsort(image_ids)
-    ascending = image_ids[by_id]
-    pieces: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("ids", "ann_image", "ann_class", "bbox", "area", "iscrowd")
+    by_id = np.argsort(images["image_ids"])
+    ascending = images["image_ids"][by_id]
+    kind = segmentations.annotation_type(_Annotation) if masks else _Annotation
+    columns: dict[str, list[np.ndarray]] = {"ids": [np.empty(0, np.int64)]} | {
+        name: [np.empty(0, np.int32)] for name in ("ann_image", "ann_class")
     }
-    for items in _objects(file, "annotations", raw, _Annotation):
-        n = len(items)
-        ids = np.fromiter((a.id for a in items), np.int64, n)
-        of_image = np.fromiter((a.image_id for a in items), np.int64, n)
-        of_category = np.fromiter((a.category_id for a in items), np.int64, n)
-        bbox = np.fromiter(itertools.chain.from_iterable(a.bbox for a in items), np.float64, 4 * n).reshape(n, 4)
-        area = np.fromiter((a.bbox[2] * a.bbox[3] if a.area is None else a.area for a in items), np.float64, n)
-        pieces["ids"].append(ids)
-        pieces["ann_image"].append(by_id[_positions(file, "image", of_image, ascending, ids)].astype(np.int32))
-        pieces["ann_class"].append(_positions(file, "category", of_category, category_ids, ids).astype(np.int32))
-        pieces["bbox"].append(bbox)
-        pieces["area"].append(area)
-        pieces["iscrowd"].append(np.fromiter((a.iscrowd for a in items), np.uint8, n))
-        bad = ~(np.isfinite(bbox).all(1) & np.isfinite(area))
-        if bad.any():
-            row = int(bad.argmax())
-            raise UserError(
-                f"{file}: annotation {ids[row]} of image {of_image[row]} has bbox {bbox[row].tolist()} and area "
-                f"{area[row]}: they must be finite numbers; correct or remove it."
-            )
-    empty = {"bbox": np.empty((0, 4)), "area": np.empty(0), "iscrowd": np.empty(0, np.uint8)}
-    columns = {}
-    for name in list(pieces):  # one at a time, so that only one column exists twice
-        parts = pieces.pop(name)
-        columns[name] = np.concatenate(parts) if parts else empty.get(name, np.empty(0, np.int32))
-    ids = np.sort(columns.pop("ids"))
+    columns |= {"bbox": [np.empty((0, 4))], "area": [np.empty(0)], "iscrowd": [np.empty(0, np.uint8)]}
+    columns |= {name: [column] for name, column in segmentations.empty(masks).items()} if masks else {}
+    parts_left_out = 0
+    for items in _objects(file, "annotations", raw, kind):
+        piece, of_image = _piece(file, items, by_id, ascending, category_ids)
+        if masks:
+            sizes = np.stack([images["heights"], images["widths"]], 1)[piece["ann_image"]]
+
+            def refuse(k: int, words: str, ids: np.ndarray = piece["ids"], of: np.ndarray = of_image) -> UserError:
+                return UserError(f"{file}: annotation {ids[k]} of image {of[k]} {words}; correct or remove it.")
+
+            found = segmentations.masks(masks, [a.segmentation for a in items], sizes, refuse)
+            piece |= found.columns
+            parts_left_out += found.parts_left_out
+        for name, column in piece.items():
+            columns[name].append(column)
+    # one at a time, so that only one column exists twice
+    joined = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
+    ids = np.sort(joined.pop("ids"))
     counts = {
         "duplicate annotation ids": int((ids[1:] == ids[:-1]).sum()),
-        "crowd boxes": int(columns["iscrowd"].sum()),
+        "crowd boxes": int(joined["iscrowd"].sum()),
     }
-    return columns, counts
+    if masks:
+        counts["polygons under three points left out"] = parts_left_out
+    return joined, counts
+
+
+def _piece(
+    file: Path, items: list[_Annotation], by_id: np.ndarray, ascending: np.ndarray, category_ids: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The columns of some annotations, and int64 [n], the ids of their images."""
+    n = len(items)
+    ids = np.fromiter((a.id for a in items), np.int64, n)
+    of_image = np.fromiter((a.image_id for a in items), np.int64, n)
+    of_category = np.fromiter((a.category_id for a in items), np.int64, n)
+    bbox = np.fromiter(itertools.chain.from_iterable(a.bbox for a in items), np.float64, 4 * n).reshape(n, 4)
+    area = np.fromiter((a.bbox[2] * a.bbox[3] if a.area is None else a.area for a in items), np.float64, n)
+    piece = {
+        "ids": ids,
+        "ann_image": by_id[_positions(file, "image", of_image, ascending, ids)].astype(np.int32),
+        "ann_class": _positions(file, "category", of_category, category_ids, ids).astype(np.int32),
+        "bbox": bbox,
+        "area": area,
+        "iscrowd": np.fromiter((a.iscrowd for a in items), np.uint8, n),
+    }
+    bad = ~(np.isfinite(bbox).all(1) & np.isfinite(area))
+    if bad.any():
+        row = int(bad.argmax())
+        raise UserError(
+            f"{file}: annotation {ids[row]} of image {of_image[row]} has bbox {bbox[row].tolist()} and area "
+            f"{area[row]}: they must be finite numbers; correct or remove it."
+        )
+    return piece, of_image
 
 
 def _positions(file: Path, what: str, wanted: np.ndarray, ascending: np.ndarray, ids: np.ndarray) -> np.ndarray:

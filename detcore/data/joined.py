@@ -59,6 +59,20 @@ class JoinedIndex:
         part, at = self._at(i)
         return part.boxes(at)
 
+    @property
+    def has_edges(self) -> bool:
+        """As `CocoIndex.has_edges`."""
+        return self.parts[0].has_edges
+
+    def edges(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `CocoIndex.edges`: float32 [e, 4] and int64 [e, 2], box and part."""
+        part, at = self._at(i)
+        return part.edges(at)
+
+    def edge_count(self, crowd: str) -> np.ndarray:
+        """As `CocoIndex.edge_count`, of all parts."""
+        return np.concatenate([part.edge_count(crowd) for part in self.parts])
+
     def box_count(self) -> np.ndarray:
         """int64 [I]: the number of annotations of each image as the files list them."""
         return np.concatenate([part.box_count() for part in self.parts])

@@ -16,6 +16,7 @@ import torch
 
 from detcore import UserError
 from detcore.data.augment import has_centre
+from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
 from detcore.data.recipes import Draws, Recipe
 from detcore.data.view import View
@@ -88,13 +89,15 @@ class _Plan:
 class TrainPlan(_Plan):
     """Which images a training micro-batch takes, what is done to each, and what their boxes become.
 
-    crowd: "keep" crowd boxes as ordinary ones or "drop" them. All loaders read it, so that they agree on everything but
-    the pixels. Raises UserError for missing images, more boxes than max_boxes and too few images for a batch.
+    crowd: "keep" crowd boxes as ordinary ones or "drop" them. max_edges: to how many edges the masks of an image are
+    padded, where the index has them; 0: as many as the fullest image of the annotations has. All loaders read the plan,
+    so that they agree on everything but the pixels. Raises UserError for missing images, more boxes than max_boxes,
+    more edges than max_edges, masks that are all missing, and too few images for a batch.
     """
 
     def __init__(
         self, index: CocoIndex, recipe: Recipe, batch_size: int, max_boxes: int, seed: int, rank: int = 0,
-        world_size: int = 1, drop_last: bool = True, crowd: str = "keep",
+        world_size: int = 1, drop_last: bool = True, crowd: str = "keep", max_edges: int = 0,
     ) -> None:  # fmt: skip
         if crowd not in ("keep", "drop"):
             raise ValueError(f"crowd is {crowd!r}, neither keep nor drop")
@@ -111,6 +114,7 @@ class TrainPlan(_Plan):
         suspects = np.flatnonzero(index.box_count() > max_boxes).tolist()
         counts = [(self._whole_count(i), i) for i in suspects]
         self._refuse(*max(counts, default=(0, 0), key=lambda found: found[0]))  # the fullest: one error tells enough
+        self.max_edges = self._edges_wanted(max_edges) if index.has_edges else 0
 
     def choose(self, epoch: int, step: int) -> Choice:
         """What batch_size images are taken, and what is done to each."""
@@ -143,22 +147,30 @@ class TrainPlan(_Plan):
         images = choice.images
         boxes = np.zeros((len(images), self.max_boxes, 4), np.float32)
         labels = np.full((len(images), self.max_boxes), -1, np.int64)
+        edges = np.zeros((len(images), self.max_edges, 4), np.float32)
+        edge_of = np.full((len(images), self.max_edges, 2), -1, np.int64)
         for row, i in enumerate(images.tolist()):
-            kept, classes = self._kept_boxes(i, choice.view, row)
+            kept, classes, places = self._kept_boxes(i, choice.view, row)
             self._refuse(len(kept), i)
             boxes[row, : len(kept)], labels[row, : len(kept)] = kept, classes
+            if self.max_edges:
+                found, of = self._kept_edges(i, places)
+                edges[row, : len(found)], edge_of[row, : len(of)] = choice.view.edges(row, found), of
         facts = self.index.image_ids[images], self._sizes(images), choice.view.extents
-        return _targets(boxes, labels, *facts)
+        return _targets(boxes, labels, *facts, edges, edge_of)
 
-    def _boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def _boxes(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes of an image that may be trained with, their labels and their places in `CocoIndex.boxes`."""
         boxes, labels, crowd = self.index.boxes(i)
-        return (boxes[~crowd], labels[~crowd]) if self.crowd == "drop" else (boxes, labels)
+        places = np.flatnonzero(~crowd) if self.crowd == "drop" else np.arange(len(boxes))
+        return boxes[places], labels[places], places
 
-    def _kept_boxes(self, i: int, view: View, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The boxes of an image that the view leaves, on the canvas, and their labels."""
-        boxes, labels = self._boxes(i)
+    def _kept_boxes(self, i: int, view: View, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes of an image that the view leaves, on the canvas, their labels and their places."""
+        boxes, labels, places = self._boxes(i)
         if self.recipe.centred:
-            boxes, labels = (part[has_centre(boxes, view.windows[row])] for part in (boxes, labels))
+            seen = has_centre(boxes, view.windows[row])
+            boxes, labels, places = boxes[seen], labels[seen], places[seen]
         if self.recipe.clip:
             low, high = (np.tile(corner, 2).astype(np.float32) for corner in view.windows[row].reshape(2, 2))
             boxes = np.clip(boxes, low, high)
@@ -166,13 +178,31 @@ class TrainPlan(_Plan):
         if self.recipe.clip and not view.covers(row):
             boxes = np.clip(boxes, 0, np.tile(view.extents[row, ::-1], 2).astype(np.float32))
         keep = (boxes[:, 2:] - boxes[:, :2] > self.recipe.min_box).all(1)
-        return boxes[keep], labels[keep]
+        return boxes[keep], labels[keep], places[keep]
 
-    def _whole_count(self, i: int) -> int:
-        """How many boxes of an image are kept where all of it is seen."""
-        images = np.array([i])
-        canvas = self.recipe.canvases[self._canvas[i] if self._canvas is not None else 0]
-        return len(self._kept_boxes(i, self.recipe.eval_view(self._sizes(images), canvas), 0)[0])
+    def _kept_edges(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The edges of the boxes of an image at some places, rising, in pixels of the original, and int64 [e, 2], the
+        box among those and the part that each belongs to."""
+        edges, of = self.index.edges(i)
+        box = np.searchsorted(places, of[:, 0])
+        kept = np.isin(of[:, 0], places)
+        return edges[kept], np.stack([box[kept], of[kept, 1]], 1)
+
+    def _edges_wanted(self, most: int) -> int:
+        """To how many edges an image's are padded; `most`: as `TrainPlan` has max_edges."""
+        counts = self.index.edge_count(self.crowd)
+        fullest = int(np.argmax(counts))
+        if not counts[fullest]:
+            raise UserError(
+                f"{self.index.path(0).parent}: no annotation of its images has a mask that trains (segmentation: "
+                "polygons or RLE); train a detector of boxes with it, or add the masks."
+            )
+        if most and counts[fullest] > most:
+            raise UserError(
+                f"{self.index.path(fullest)}: the masks of image {self.index.image_ids[fullest]} have "
+                f"{counts[fullest]:,} edges, more than {most:,}; raise --max-edges to at least that, or leave it out."
+            )
+        return most or int(counts[fullest])
 
     def _refuse(self, count: int, i: int) -> None:
         """UserError if so many boxes are too many of an image."""
@@ -218,16 +248,14 @@ class EvalPlan(_Plan):
         image_id, size, extent = np.full(n, -1, np.int64), np.ones((n, 2), np.int64), np.ones((n, 2), np.int64)
         image_id[: len(images)], size[: len(images)] = self.index.image_ids[images], self._sizes(images)
         extent[: len(images)] = choice.view.extents
-        return _targets(np.zeros((n, 1, 4), np.float32), np.full((n, 1), -1), image_id, size, extent)
+        masks = np.zeros((n, 0, 4), np.float32), np.zeros((n, 0, 2), np.int64)
+        return _targets(np.zeros((n, 1, 4), np.float32), np.full((n, 1), -1), image_id, size, extent, *masks)
 
     def keys(self) -> Iterator[tuple[int, int]]:
         return ((0, step) for step in range(self.steps))
 
 
-def _targets(
-    boxes: np.ndarray, labels: np.ndarray, image_id: np.ndarray, size: np.ndarray, extent: np.ndarray
-) -> dict[str, torch.Tensor]:
-    count = len(boxes)
-    found = {"boxes": boxes, "labels": labels, "image_id": image_id, "size": size, "extent": extent}
-    found |= {"edges": np.zeros((count, 0, 4), np.float32), "edge_of": np.zeros((count, 0, 2), np.int64)}
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+def _targets(*fields: np.ndarray) -> dict[str, torch.Tensor]:
+    """Values of the fields of `Batch` after the images, in their order."""
+    found = zip(Batch._fields[1:], fields, strict=True)
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found}

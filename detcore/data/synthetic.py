@@ -1,19 +1,22 @@
 """Batches of random values with the signature of the real ones, for benchmarks and warm-up."""
 
+import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from detcore.data.batch import Batch, whole_images
 
 
 def synthetic_batches(
-    num_classes: int, image_size: tuple[int, int], batch_size: int, max_boxes: int, seed: int
+    num_classes: int, image_size: tuple[int, int], batch_size: int, max_boxes: int, seed: int, max_edges: int = 0
 ) -> Iterator[Batch]:
     """An endless stream of one and the same batch, made once from the seed.
 
     Shapes and dtypes as in `Batch`, images in channels_last memory like those of the loaders; 1 to min(max_boxes, 20)
     boxes an image, at least 1/16 of the image's side wide and high; image ids count from 0, size is image_size.
+    max_edges: of an image; with it each box has a mask, the ellipse in it as a polygon of up to 32 edges.
     """
     random = torch.Generator().manual_seed(seed)
     height, width = image_size
@@ -31,5 +34,28 @@ def synthetic_batches(
         image_id=torch.arange(batch_size),
         size=torch.tensor([[height, width]] * batch_size),
     )
+    if max_edges:
+        batch = batch._replace(**dict(zip(("edges", "edge_of"), _ellipses(batch, max_edges), strict=True)))
     while True:
         yield batch
+
+
+def _ellipses(batch: Batch, max_edges: int) -> tuple[Tensor, Tensor]:
+    """Edges [N, max_edges, 4] and what they belong to [N, max_edges, 2]; as many for each box."""
+    count, most = batch.labels.shape
+    each = min(32, max_edges // int((batch.labels >= 0).sum(1).max()))
+    if each < 3:
+        raise ValueError(f"max_edges {max_edges} leaves fewer than three edges for each box")
+    corner, size = batch.boxes[..., :2], batch.boxes[..., 2:] - batch.boxes[..., :2]
+    turn = torch.arange(each + 1) * (2 * math.pi / each) + 0.1  # no edge straight down
+    circle = 0.5 + 0.5 * torch.stack([turn.cos(), turn.sin()], 1)
+    points = corner[:, :, None] + circle * size[:, :, None]
+    found = torch.cat([points[:, :, :-1], points[:, :, 1:]], 3).flatten(1, 2)
+    box = torch.arange(most).repeat_interleave(each).expand(count, -1)
+    real = batch.labels.gather(1, box) >= 0
+    edges = torch.zeros(count, max_edges, 4)
+    edge_of = torch.full((count, max_edges, 2), -1)
+    used = min(max_edges, found.shape[1])  # the real boxes come first
+    edges[:, :used] = found[:, :used].where(real[:, :used, None], 0)
+    edge_of[:, :used] = torch.stack([box, torch.zeros_like(box)], 2)[:, :used].where(real[:, :used, None], -1)
+    return edges, edge_of

@@ -309,7 +309,7 @@ def test_decoding_in_pieces_gives_the_same(coco, monkeypatch):
 def test_an_annotation_file_that_cannot_be_read(coco, monkeypatch):
     coco.simple()
 
-    def refuse(file):
+    def refuse(file, masks):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(coco_json, "parse", refuse)

@@ -27,3 +27,27 @@ def test_the_seed_decides():
     a, b, c = (next(synthetic_batches(5, (16, 16), 2, 4, seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a.images, c.images)
+
+
+@pytest.mark.parametrize("max_edges", [60, 400])
+def test_masks_are_ellipses_in_their_boxes(max_edges):
+    plain = next(synthetic_batches(5, (48, 64), 6, 12, seed=3))
+    batch = next(synthetic_batches(5, (48, 64), 6, 12, seed=3, max_edges=max_edges))
+    assert all(torch.equal(x, y) for x, y in zip(plain[:6], batch[:6], strict=True))
+    assert plain.edges.shape == (6, 0, 4) and batch.edges.shape == (6, max_edges, 4)
+    for n in range(6):
+        of = batch.edge_of[n]
+        used = int((of[:, 0] >= 0).sum())
+        assert (of[:used, 0].diff() >= 0).all() and (of[used:] == -1).all() and (batch.edges[n, used:] == 0).all()
+        for k in range(int((batch.labels[n] >= 0).sum())):
+            x1, y1, x2, y2 = batch.edges[n, of[:, 0] == k].unbind(1)
+            assert len(x1) >= 3 and torch.equal(x2, x1.roll(-1)) | torch.allclose(x2, x1.roll(-1), atol=1e-4)
+            area = abs(float((x1 * y2 - x2 * y1).sum())) / 2
+            width, height = (batch.boxes[n, k, 2:] - batch.boxes[n, k, :2]).tolist()
+            assert 0.4 * width * height < area < 0.79 * width * height
+            assert (x1 != x2).all() and x1.min() >= batch.boxes[n, k, 0] and y1.max() <= batch.boxes[n, k, 3]
+
+
+def test_too_few_edges_are_refused():
+    with pytest.raises(ValueError, match="fewer than three"):
+        next(synthetic_batches(5, (48, 64), 6, 50, seed=3, max_edges=20))
