@@ -6,6 +6,7 @@ MLCommons RetinaNet reference, so that exactly tied overlaps stay tied.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,20 +39,31 @@ def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x1 + 0.5 * width, y1 + 0.5 * height, width, height
 
 
-def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """Deltas dx, dy, dw, dh [..., 4] that lead from anchors [..., 4] to boxes [..., 4].
+Weights = tuple[float, float, float, float]
+"""By what the deltas dx, dy, dw, dh are multiplied, so that their spread suits a network."""
 
-    Weights (1, 1, 1, 1): dx is in anchor widths, dw the logarithm of the growth. Both need a positive
-    width and height; otherwise the logarithm is not finite.
+
+def _of_weights(values: Sequence[Tensor], weights: Weights, inverse: bool = False) -> Sequence[Tensor]:
+    if tuple(weights) == (1, 1, 1, 1):
+        return values
+    return [v / w if inverse else v * w for v, w in zip(values, weights, strict=True)]
+
+
+def encode(boxes: Tensor, anchors: Tensor, weights: Weights = (1, 1, 1, 1)) -> Tensor:
+    """Deltas dx, dy, dw, dh [..., 4] that lead from anchors [..., 4] to boxes [..., 4], times their weights.
+
+    dx is in anchor widths, dw the logarithm of the growth. Both need a positive width and height; otherwise the
+    logarithm is not finite.
     """
     gx, gy, gw, gh = _centre_and_size(boxes)
     ax, ay, aw, ah = _centre_and_size(anchors)
-    return torch.stack(((gx - ax) / aw, (gy - ay) / ah, torch.log(gw / aw), torch.log(gh / ah)), -1)
+    deltas = (gx - ax) / aw, (gy - ay) / ah, torch.log(gw / aw), torch.log(gh / ah)
+    return torch.stack(_of_weights(deltas, weights), -1)
 
 
-def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
+def decode(deltas: Tensor, anchors: Tensor, weights: Weights = (1, 1, 1, 1)) -> Tensor:
     """Boxes [..., 4] that the deltas [..., 4] of `encode` describe; dw and dh are cut at `MAX_LOG_SCALE`."""
-    dx, dy, dw, dh = deltas.unbind(-1)
+    dx, dy, dw, dh = _of_weights(deltas.unbind(-1), weights, inverse=True)
     ax, ay, aw, ah = _centre_and_size(anchors)
     x, y = dx * aw + ax, dy * ah + ay
     half_w = 0.5 * (torch.exp(dw.clamp(max=MAX_LOG_SCALE)) * aw)

@@ -1,4 +1,4 @@
-"""torchvision's residual networks, cut for feature pyramids: three feature maps, freezable, weights from a file."""
+"""torchvision's residual networks, cut for feature pyramids: some feature maps, freezable, weights from a file."""
 
 import hashlib
 import re
@@ -42,7 +42,9 @@ class FrozenNorm(FrozenBatchNorm2d):
     @torch.no_grad()
     def fold(self) -> None:
         """Computes scale and shift anew, in place, so that a captured graph sees them."""
-        self.scale.copy_(self.weight * (self.running_var + self.eps).rsqrt())
+        spread = self.running_var + self.eps
+        # A channel that never varied is at its mean: the bias is all that is left of it, also without an eps.
+        self.scale.copy_(self.weight * torch.where(spread > 0, spread.rsqrt(), 0))
         self.shift.copy_(self.bias - self.running_mean * self.scale)
 
     def _load_from_state_dict(self, *arguments) -> None:
@@ -155,31 +157,47 @@ class ResNet(resnet.ResNet):
     """A residual network without its classifier.
 
     forward: float [N, image_channels, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with
-    s = 8, 16, 32.
+    s = 8, 16, 32; or other `levels` of 2..5, rising. What comes after the last one is not built.
 
     name: one of `BACKBONES`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
-    parameters) or "batch" (BatchNorm2d). trainable_layers: how many of layer4, layer3, layer2, layer1 and
-    conv1 learn, counted from the output; at 5 the first normalisation learns too, where it can. With "batch",
-    a frozen layer keeps its weights but its running statistics still follow the data, as in torchvision.
+    parameters) or "batch" (BatchNorm2d), or what makes a module of a number of channels. trainable_layers: how many of
+    layer4, layer3, layer2, layer1 and conv1 learn, counted from the output; at 5 the first normalisation learns too,
+    where it can. With "batch", a frozen layer keeps its weights but its running statistics still follow the data, as in
+    torchvision. stride_in_1x1: bottlenecks take the step of 2 in their first convolution, as MSRA's weights want it,
+    instead of in their second.
 
     Raises UserError for an unknown name or norm and a number outside 0..5. Weights are torchvision's random
     initialisation until `load_backbone` is called.
     """
 
-    def __init__(self, name: str, norm: str = "frozen", trainable_layers: int = 3):
+    def __init__(
+        self,
+        name: str,
+        norm: str | Callable[[int], nn.Module] = "frozen",
+        trainable_layers: int = 3,
+        levels: Sequence[int] = (3, 4, 5),
+        stride_in_1x1: bool = False,
+    ):
         if name not in _NETWORKS:
             raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join(BACKBONES)}")
-        if norm not in NORMS:
+        if isinstance(norm, str) and norm not in NORMS:
             raise UserError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if not 0 <= trainable_layers <= 5:
             raise UserError(f"trainable_layers is {trainable_layers}; it must lie in 0..5")
         block, depths, groups, width, _ = _NETWORKS[name]
-        super().__init__(block, list(depths), groups=groups, width_per_group=width, norm_layer=NORMS[norm])
+        norm_layer = NORMS[norm] if isinstance(norm, str) else norm
+        super().__init__(block, list(depths), groups=groups, width_per_group=width, norm_layer=norm_layer)
         del self.avgpool, self.fc
-        self.channels = tuple(c * block.expansion for c in (128, 256, 512))
+        self.levels = tuple(levels)
+        self.channels = tuple(2 ** (4 + level) * block.expansion for level in levels)
         learns = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable_layers]
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
+        for module in self.modules():
+            if stride_in_1x1 and isinstance(module, _Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
+        for level in range(max(levels) + 1, 6):
+            delattr(self, f"layer{level - 1}")
 
     @property
     def image_channels(self) -> int:
@@ -202,12 +220,49 @@ class ResNet(resnet.ResNet):
             return bias_relu(self.maxpool(conv2d(x, self.conv1, weight, None)), bias)
         return self.maxpool(conv_bias_relu(x, self.conv1, weight, bias))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        stages = [self.get_submodule(f"layer{level - 1}") for level in range(2, self.levels[-1] + 1)]
         at_once = native.variant("multi_cast") and isinstance(self.bn1, FrozenNorm)
-        with _folded_at_once(((self, *self.layer1), self.layer2, self.layer3, self.layer4) if at_once else ()):
-            c3 = self.layer2(self.layer1(self._stem(x)))
-            c4 = self.layer3(c3)
-            return tuple(_uses(c)[2] for c in (c3, c4, self.layer4(c4)))
+        with _folded_at_once(((self, *stages[0]), *stages[1:]) if at_once else ()):
+            x, maps = self._stem(x), []
+            for stage in stages:
+                x = stage(x)
+                maps.append(x)
+            return tuple(_uses(maps[level - 2])[2] for level in self.levels)
+
+    def cut_last_stage(self) -> nn.Sequential:
+        """Takes layer4 out of a network whose last level is 5, which then returns C4 alone; for `LastStage`."""
+        stage, self.levels, self.channels = self.layer4, (4,), (self.channels[-1] // 2,)
+        del self.layer4
+        return stage
+
+
+class LastStage(nn.Module):
+    """The last stage of a residual network by itself, as C4 detectors run it on each region: [R, C4, h, w] -> C5.
+
+    stage: layer4 of a `ResNet` that was built with level 5. dilation: over 1 the stage keeps the resolution.
+    """
+
+    def __init__(self, stage: nn.Sequential, dilation: int = 1):
+        super().__init__()
+        self.layer4 = stage
+        for module in stage.modules() if dilation > 1 else ():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (dilation, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _uses(self.layer4(x))[2]
+
+
+def set_norm_eps(model: nn.Module, eps: float) -> None:
+    """Gives all frozen norms of a network the eps that its weights were trained with: 1e-5 for torchvision's, 0 for
+    Caffe2's, whose variances are 1."""
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):
+            module.eps = eps
+            module.fold()
 
 
 def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:
