@@ -191,6 +191,10 @@ class Config(ModelConfig):
             raise UserError(f"DATASETS.TEST {self.datasets_test}: give one; a run evaluates on one set")
 
     @property
+    def has_weights(self) -> bool:
+        return bool(self.checkpoint or self.weights)
+
+    @property
     def has_fpn(self) -> bool:
         return self.backbone_conv_body.endswith("-FPN")
 

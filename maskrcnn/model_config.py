@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from detcore.config import above, at_least, between, option
 from detcore.detection.config import DetectionConfig
 
-BODIES = ("R-50-C4", "R-50-C5", "R-101-C4", "R-101-C5", "R-50-FPN", "R-101-FPN")
+BODIES = tuple(f"R-{depth}-{end}" for depth in (18, 34, 50, 101, 152) for end in ("C4", "C5", "FPN"))
 _CONV5 = "ResNet50Conv5ROIFeatureExtractor"
 
 
@@ -58,11 +58,11 @@ class ModelConfig(DetectionConfig):
     )
     resnets_trans_func: str = key_option(
         "MODEL.RESNETS.TRANS_FUNC", "BottleneckWithFixedBatchNorm", "kind of blocks",
-        choices=("BottleneckWithFixedBatchNorm", "BottleneckWithGN"),
+        choices=("BottleneckWithFixedBatchNorm", "BottleneckWithBatchNorm", "BottleneckWithGN"),
     )  # fmt: skip
     resnets_stem_func: str = key_option(
         "MODEL.RESNETS.STEM_FUNC", "StemWithFixedBatchNorm", "kind of stem",
-        choices=("StemWithFixedBatchNorm", "StemWithGN"),
+        choices=("StemWithFixedBatchNorm", "StemWithBatchNorm", "StemWithGN"),
     )  # fmt: skip
     resnets_res5_dilation: int = key_option("MODEL.RESNETS.RES5_DILATION", 1, "of the last stage", check=between(1, 2))
     resnets_res2_out_channels: int = key_option(

@@ -104,8 +104,13 @@ class DetectionConfig(RunConfig):
             raise UserError("--mode predict: say what to look at with --images FILE_OR_FOLDER")
         if self.weights_only and (self.mode in ("predict", "evaluate") or not self.checkpoint):
             raise UserError("--weights-only: training starts from the weights of --checkpoint FILE; say which")
-        if self.mode in ("predict", "evaluate") and not self.checkpoint:
+        if self.mode in ("predict", "evaluate") and not self.has_weights:
             raise UserError(f"--mode {self.mode}: say which weights to use with --checkpoint FILE, e.g. .../best.pt")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is something to evaluate and to predict with."""
+        return self.checkpoint is not None
 
     @property
     def layout(self) -> Layout:
