@@ -43,6 +43,7 @@ class Recipe:
     of images of sizes int64 [n, 2] (height, width) with boxes, each float32 [m, 4], in pixels of the original;
     eval_view(sizes, canvas): the one of evaluation; predict_view: of prediction, where that differs. canvas_of(sizes):
     int64 [n], which canvas each image belongs on. trains(index): bool [n], which images are trained with; None: all.
+    evaluation: the recipe of evaluation and prediction, where that has canvases of its own.
     clip: boxes end where the visible part of their image does. centred: those whose centre is not visible are left out.
     Boxes not wider and higher than min_box pixels of the canvas are left out. cuts: training windows may be parts of
     the images; recolours: training views have colours; places: images do not just cover their canvas.
@@ -54,12 +55,17 @@ class Recipe:
     predict_view: EvalView | None = None
     canvas_of: Callable[[np.ndarray], np.ndarray] | None = None
     trains: Callable[[CocoIndex], np.ndarray] | None = None
+    evaluation: "Recipe | None" = None
     clip: bool = False
     centred: bool = False
     min_box: float = 0.0
     cuts: bool = False
     recolours: bool = False
     places: bool = False
+
+    @property
+    def of_evaluation(self) -> "Recipe":
+        return self.evaluation or self
 
 
 def stretched(sizes: np.ndarray, canvas: tuple[int, int]) -> View:

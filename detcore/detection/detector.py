@@ -119,7 +119,7 @@ def eval_stream(
 ) -> Iterator[Batch]:
     """This rank's batches of one pass over an index. batch_size: 0, the config's."""
     size = batch_size or config.eval_batch_size or config.batch_size
-    plan = EvalPlan(index, detector.recipe(config), size, world.rank, world.size)
+    plan = EvalPlan(index, detector.recipe(config).of_evaluation, size, world.rank, world.size)
     return _loader(config)(plan, plan.keys(), _options(config, backend))
 
 
@@ -156,7 +156,7 @@ def _largest_eval_batch(
     if backend.recorder and not backend.records_steps:
         return config.batch_size  # a recording keeps its memory, and the steps have theirs still to find
     ids = torch.zeros(classes, dtype=torch.int64, device=backend.device)
-    largest = max(detector.recipe(config).canvases, key=math.prod)
+    largest = max(detector.recipe(config).of_evaluation.canvases, key=math.prod)
 
     @torch.inference_mode()
     def try_batch(images: int) -> None:
@@ -250,7 +250,7 @@ class Inference:
         with torch.inference_mode():
             limit = LARGEST_EVAL_BATCH
             self.images = _largest_eval_batch(self.detector, self.config, model, classes, limit, backend)
-            for canvas in self.detector.recipe(self.config).canvases:
+            for canvas in self.detector.recipe(self.config).of_evaluation.canvases:
                 self._detect(model, classes)[1](backend.to_device(_blank_batch(canvas, self.images)))
         model.train()
 

@@ -220,7 +220,7 @@ def look(
 
     By falling score, in pixels of the image; unused rows have score 0.
     """
-    recipe, size = detector.recipe(config), np.array([image.shape[-2:]])
+    recipe, size = detector.recipe(config).of_evaluation, np.array([image.shape[-2:]])
     view = (recipe.predict_view or recipe.eval_view)(size, _canvas(recipe, size))
     left, top, right, bottom = view.windows[0].tolist()
     batch = whole_images(

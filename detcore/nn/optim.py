@@ -44,6 +44,21 @@ def decayed_groups(model: nn.Module, lr: float, weight_decay: float, *, fused: b
     ]
 
 
+def bias_groups(
+    model: nn.Module, lr: float, weight_decay: float, bias_lr: float, bias_weight_decay: float, *, fused: bool
+) -> list[dict[str, Any]]:
+    """The parameters that train in two groups, as Detectron has them: those that are called bias have a learning rate
+    and a weight decay of their own. fused as in `adam`. An empty group is left out."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = [p for name, p in trained.items() if name.endswith("bias")]
+    others = [p for name, p in trained.items() if not name.endswith("bias")]
+    return [
+        {"params": params, "weight_decay": decay, "lr": _rate(rate, params, fused), BASE_LR: rate}
+        for params, rate, decay in ((others, lr, weight_decay), (own, bias_lr, bias_weight_decay))
+        if params
+    ]
+
+
 def _rate(lr: float, parameters: list[nn.Parameter], fused: bool) -> float | Tensor:
     return torch.tensor(lr, dtype=torch.float32, device=parameters[0].device) if fused else lr
 

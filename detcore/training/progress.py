@@ -118,7 +118,7 @@ class Progress:
         """
         total = sum(terms.values())
         fields = {"loss": total, "terms": terms, "lr": lr, "images_per_s": rate, "data_wait": wait}
-        self.write("step", step=step, epoch=epoch + 1, time_s=self.elapsed(), **fields)
+        self.write("step", step=step, last_step=last_step, epoch=epoch + 1, time_s=self.elapsed(), **fields)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
         done, steps = step - epoch_steps[0], epoch_steps[1] - epoch_steps[0]
         bar = ("#" * (done * 16 // steps)).ljust(16, ".")

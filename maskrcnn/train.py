@@ -1,0 +1,171 @@
+"""Mask R-CNN, Faster R-CNN and RPN: `python -m maskrcnn.train`."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from mlperf_logging.mllog import constants as keys
+
+from detcore import UserError
+from detcore.cli import run_main
+from detcore.config import DEFAULT
+from detcore.data.batch import Batch
+from detcore.detection.config import adopt_checkpoint
+from detcore.detection.detector import Inference, class_count, examples, open_data
+from detcore.detection.program import draw_gallery, program
+from detcore.nn import optim
+from detcore.nn.schedule import warmup_multistep
+from detcore.ops.mask_targets import mask_targets
+from detcore.processes import launcher
+from detcore.processes.launcher import World
+from detcore.training import engine
+from detcore.training.records import JsonSummary
+from detcore.training.task import Context, Task
+from maskrcnn.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config
+from maskrcnn.data import DETECTOR
+from maskrcnn.flags import translate_flags
+from maskrcnn.loss import losses
+from maskrcnn.model import MaskRCNN
+from maskrcnn.records import Records, checkpoint_file, last_checkpoint
+from maskrcnn.weights import load_weights
+
+INTRO = (
+    "Trains Mask R-CNN, Faster R-CNN or a region proposal network; also evaluates a checkpoint, predicts on images and "
+    "measures speed (--mode). Takes what train_net.py and test_net.py of maskrcnn-benchmark take: --config-file FILE "
+    "and KEY VALUE pairs, as SOLVER.BASE_LR 0.01. Each key is an option, too; those with a variable can also be given "
+    "by the environment, as configs/*.sh do. A data set of your own in COCO format: --dataset custom --dataset-path DIR."
+)
+
+
+def build_model(config: Config, num_classes: int) -> MaskRCNN:
+    """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
+    config = dataclasses.replace(config, roi_box_head_num_classes=num_classes + 1)
+    model = MaskRCNN(config)
+    if config.checkpoint:
+        config = dataclasses.replace(config, weights=str(config.checkpoint))
+    elif not config.pretrained or config.resume or config.synthetic or not config.weights:
+        return model
+    for sentence in load_weights(model, config, config.mode == "train"):
+        print(sentence, file=sys.stderr)
+    return model
+
+
+def make_optimizer(config: Config, model: MaskRCNN, fused: bool) -> torch.optim.Optimizer:
+    """SGD with momentum, whose biases have a learning rate and a weight decay of their own."""
+    rates = config.lr, config.weight_decay, config.lr * config.solver_bias_lr_factor, config.solver_weight_decay_bias
+    groups = optim.bias_groups(model, *rates, fused=fused)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+
+
+def build_task(config: Config, context: Context, summary: JsonSummary | None = None) -> Task:
+    """Mask R-CNN as the training loop sees it. summary: of a training, on rank 0."""
+    classes = class_count(DETECTOR, config)
+    model = context.backend.place(build_model(config, classes))
+    evaluation = Inference(DETECTOR, config, context)
+    decay = config.solver_steps, config.solver_gamma
+    warmup = config.solver_warmup_method, config.solver_warmup_iters, config.solver_warmup_factor
+    images_per_step = config.batch_size * config.accumulate * context.world.size
+    box_target, mask_target = config.targets
+
+    def loss(network: torch.nn.Module, batch: Batch) -> dict:
+        return network(losses, batch, mask_targets)
+
+    return Task(
+        model=model,
+        optimizer=make_optimizer(config, model, context.backend.fused_optimizers),
+        lr=lambda step, per_epoch, base: warmup_multistep(step, base, *decay, *warmup),
+        loss=loss,
+        open_data=lambda: open_data(DETECTOR, config, context, evaluation),
+        prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
+        targets={"BBOX": box_target} | ({"SEGM": mask_target} if config.mask_on else {}),
+        eval_epochs=partial(evaluates, config),
+        total_steps=None if config.epochs else config.solver_max_iter,
+        hyperparameters=hyperparameters(config),
+        notes=notes(config, classes),
+        examples=lambda: examples(DETECTOR, config, model.num_classes, context.seed),
+        observe=Records(config, summary, images_per_step, context.backend.peak_memory_gib) if summary else None,
+        checkpoint_file=partial(checkpoint_file, config),
+        warmup_option="SOLVER.WARMUP_ITERS",
+    )
+
+
+def evaluates(config: Config, completed: int, epochs: int) -> bool:
+    """Whether to evaluate after so many epochs of so many."""
+    return not config.synthetic and (config.per_epoch_eval or (completed == epochs and not config.skip_test))
+
+
+def hyperparameters(config: Config) -> dict:
+    """What the rules of MLPerf 3.1 want in the log."""
+    candidates = config.rpn_fpn_post_nms_top_n_train if config.rpn_use_fpn else config.rpn_post_nms_top_n_train
+    return {
+        keys.OPT_NAME: keys.SGD,
+        keys.OPT_BASE_LR: config.lr,
+        keys.OPT_WEIGHT_DECAY: config.weight_decay,
+        keys.OPT_LR_WARMUP_STEPS: config.solver_warmup_iters,
+        keys.OPT_LR_WARMUP_FACTOR: config.solver_warmup_factor,
+        keys.OPT_LR_DECAY_FACTOR: config.solver_gamma,
+        keys.OPT_LR_DECAY_STEPS: list(config.solver_steps),
+        keys.NUM_IMAGE_CANDIDATES: candidates,
+        keys.MIN_IMAGE_SIZE: config.input_min_size_train,
+        keys.MAX_IMAGE_SIZE: config.input_max_size_train,
+    }
+
+
+def notes(config: Config, classes: int) -> tuple[str, ...]:
+    """What a reader of this run must know."""
+    wanted = config.roi_box_head_num_classes - 1
+    if wanted == classes:
+        return ()
+    return (f"The heads have {classes} classes and the background, as the data set has; NUM_CLASSES says {wanted}.",)
+
+
+def open_summary(config: Config, world: World) -> JsonSummary | None:
+    """The summary of rank 0, with a file or without; opened at once, for what can't be written is refused first."""
+    if world.rank:
+        return None
+    return JsonSummary(config.dllogger_file, append=config.resume)
+
+
+def train(config: Config, world: World) -> int:
+    """`--mode train`."""
+    summary = open_summary(config, world)
+    outcome = engine.train(config, BENCHMARK, lambda context: build_task(config, context, summary))
+    draw_gallery(config, outcome, DETECTOR, build_model, world)
+    return outcome.code
+
+
+def complete(config: Config, sources: dict[str, str]) -> Config:
+    """The config with what follows from the processes, from the output folder and from its checkpoint.
+
+    As in the original a folder with a file last_checkpoint goes on from there: a training with --resume, evaluation and
+    prediction with that checkpoint unless the user names another.
+    """
+    world, _ = launcher.discover(os.environ)
+    config = config.over_processes(world.size, sources)
+    if config.save_checkpoint and sources["checkpoint_interval"] == DEFAULT:
+        config = dataclasses.replace(config, checkpoint_interval=config.solver_checkpoint_period)
+    return adopt_checkpoint(config, ADOPTED, sources)
+
+
+def main(argv: Sequence[str]) -> int:
+    return program(
+        argv,
+        module="maskrcnn.train",
+        intro=INTRO,
+        config_class=Config,
+        benchmark=BENCHMARK,
+        detector=DETECTOR,
+        build_model=build_model,
+        build_task=build_task,
+        ignored_flags=IGNORED_FLAGS,
+        translate=translate_flags,
+        complete=complete,
+        modes={"train": train},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
