@@ -1,4 +1,4 @@
-"""torchvision's networks and ours with the same weights; the half-open convention, and samplers that take everything."""
+"""torchvision's networks and ours with the same weights: half-open boxes, and samplers that take everything."""
 
 import re
 
