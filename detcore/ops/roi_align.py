@@ -75,7 +75,7 @@ def roi_align_reference(
         given = resolution, samples, not sampling_ratio, aligned
         x, x_weight = _taps(corners[part, 0], corners[part, 2], columns[part], *given)
         y, y_weight = _taps(corners[part, 1], corners[part, 3], rows[part], *given)
-        base = (image[part] * of_image + begins[part])[:, None, None, None]
+        base = (image[part] * of_image + begins[part])[:, None, None]
         out = 0
         for i in range(2):
             for j in range(2):
