@@ -140,10 +140,10 @@ def best_scores(given: argparse.Namespace, task, device) -> list[float]:
 
     detector = DETECTOR._replace(infer=infer)
     find = detection.compiled_detect(detector, task.model, range(1, 6), device)
-    rows = detection.detect_all(find, itertools.islice(batches_of(given), 2), device, lambda phase, count: None)
+    rows = detection.detect_all(find, itertools.islice(batches_of(given), 2), device, lambda phase, count: None).rows
     image, ids = next(batches_of(given)).images[0], torch.arange(1, 6).to(device.device)
     seen = inference.look(Config(), detector, task.model, image, device, ids)
-    return rows[:, 5].sort(descending=True).values[:10].tolist() + seen[:10, 4].tolist()
+    return rows[:, 5].sort(descending=True).values[:10].tolist() + seen.rows[:10, 5].tolist()
 
 
 def main() -> None:

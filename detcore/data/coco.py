@@ -221,6 +221,10 @@ class CocoIndex:
         counts = counts if crowd == "keep" else np.where(self._columns["iscrowd"], 0, counts)
         return np.bincount(self._columns["ann_image"], counts, len(self)).astype(np.int64)
 
+    def most_edges(self, crowd: str) -> int:
+        """The edges of the image that has the most. crowd: as `edge_count` has it."""
+        return int(self.edge_count(crowd).max())
+
     def annotations(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The annotations of images first..last-1 as the file has them, image after image.
 
@@ -244,6 +248,17 @@ class CocoIndex:
             area=column["area"],
             iscrowd=column["iscrowd"],
         )
+
+    def masks(self):
+        """The masks of all annotations, in the file's order, as a `detcore.evaluation.rle.Rles`; empty ones where there
+        are none. None if the index was not opened with masks to score against."""
+        from detcore.evaluation.rle import Rles
+
+        if self._key.get("masks") != segmentations.RLE:
+            return None
+        at = self._columns["ann_image"]
+        sizes = np.stack([self.heights[at], self.widths[at]], 1).astype(np.int64)
+        return Rles(self._columns["rle_text"], self._columns["rle_counts"], sizes)
 
     def summary(self, crowd: str = "keep") -> str:
         """A few lines for the start-up log: what the file holds and how it was treated.

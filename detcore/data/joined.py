@@ -69,6 +69,10 @@ class JoinedIndex:
         part, at = self._at(i)
         return part.edges(at)
 
+    def most_edges(self, crowd: str) -> int:
+        """As `CocoIndex.most_edges`, of all parts."""
+        return max(part.most_edges(crowd) for part in self.parts)
+
     def edge_count(self, crowd: str) -> np.ndarray:
         """As `CocoIndex.edge_count`, of all parts."""
         return np.concatenate([part.edge_count(crowd) for part in self.parts])

@@ -16,7 +16,7 @@ from detcore import cli
 from detcore.data.batch import Batch
 from detcore.detection import detector as detection
 from detcore.detection.config import DetectionConfig
-from detcore.detection.detector import Detector
+from detcore.detection.detections import Detector, finished
 from detcore.detection.inference import write_json
 from detcore.device import native
 from detcore.nn import optim
@@ -116,7 +116,9 @@ def _inference(config: DetectionConfig, detector: Detector, task: Task, context:
     @torch.inference_mode()
     def infer(batch: Batch) -> None:
         task.model.eval()
-        detect(device.to_device(batch))
+        found = detect(device.to_device(batch))
+        if detector.masks(config):
+            finished(found)
 
     return infer
 
@@ -129,10 +131,10 @@ def _stream(
     Inference has no batches that padding fills up, unless the data set is smaller than one.
     """
     if part == "training":
-        index = detection.open_index(config, "train")
+        index = detection.open_train(detector, config)
         plan = detection.train_plan(detector, config, index, context)
         return detection.train_stream(config, plan, context.backend, 0, 0), config.batch_size * context.world.size
-    world, device, index = context.world, context.backend, detection.open_index(config, "val")
+    world, device, index = context.world, context.backend, detection.open_val(detector, config)
     images = detection.eval_batch_size(detector, config, task.model.eval(), index, world, device)
     together = images * world.size
     complete = max(1, len(index) // together)

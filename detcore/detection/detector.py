@@ -4,26 +4,25 @@ A benchmark brings a `Detector`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from detcore import UserError
-from detcore.data import classes, nvjpeg, signs, synthetic, torch_loader
+from detcore.data import classes, nvjpeg, segmentations, signs, synthetic, torch_loader
 from detcore.data.batch import Batch, whole_images
 from detcore.data.coco import CocoIndex
 from detcore.data.joined import JoinedIndex, refuse_other_categories
 from detcore.data.pace import Pace
 from detcore.data.plan import EvalPlan, TrainPlan
-from detcore.data.recipes import Recipe
 from detcore.data.shards import ReadAhead
 from detcore.detection.config import DetectionConfig
+from detcore.detection.detections import Detections, Detector, compiled_detect, detect, detect_all, gathered
 from detcore.device.base import MAX_IN_FLIGHT, Backend
 from detcore.evaluation.background import BackgroundEvaluator
 from detcore.nn.widest import widest
@@ -32,40 +31,36 @@ from detcore.processes.distributed import World
 from detcore.training.task import Beat, Context, Data, Pending
 
 LARGEST_EVAL_BATCH = 128  # images; a larger one only takes memory
+SYNTHETIC_EDGES = 4096  # of an image's masks, where there are no annotations to count them in
 LARGEST_TENSOR = 2**31 - 1  # elements; with more a GPU's convolutions may refuse, or take slower ways
 
 
-class Detector(NamedTuple):
-    """What tells one detector from another.
-
-    recipe(config): what happens to its images. infer(model, batch, autocast): boxes [N, D, 4] (x1, y1, x2, y2 in pixels
-    of the canvas), scores [N, D] and labels int64 [N, D] (class index, -1 where unused), of fixed shapes; autocast() is
-    the context of the network's forward pass. classes: of random data, where nobody says how many.
-    scores_empty(config): whether detections on validation images without any annotation count.
-    """
-
-    recipe: Callable[[Any], Recipe]
-    infer: Callable[[nn.Module, Batch, Callable[[], AbstractContextManager]], tuple[Tensor, Tensor, Tensor]]
-    classes: int
-    scores_empty: Callable[[Any], bool] = lambda config: True
-    extra_metrics: Callable[[Any, dict[int, list[float]]], dict[str, float]] = lambda config, by_iou: {}
-
-
-def open_index(config: DetectionConfig, split: str) -> CocoIndex | JoinedIndex:
-    """The index of "val", or of "train", which may be joined from several sets.
+def open_index(config: DetectionConfig, split: str, masks: str | None = None) -> CocoIndex | JoinedIndex:
+    """The index of "val", or of "train", which may be joined from several sets. masks: as `CocoIndex.open` has it.
 
     Raises UserError if its classes are not those that the layout must have, or those of the model.
     """
     if split == "val":
-        return _open_set(config, *config.split(split))
-    sets = [_open_set(config, *places) for places in config.train_sets()]
+        return _open_set(config, *config.split(split), masks)
+    sets = [_open_set(config, *places, masks) for places in config.train_sets()]
     return JoinedIndex(sets) if len(sets) > 1 else sets[0]
 
 
-def _open_set(config: DetectionConfig, annotations: Path, images: Path) -> CocoIndex:
+def open_train(detector: Detector, config: DetectionConfig) -> CocoIndex | JoinedIndex:
+    """The index of the training images, with the edges of masks if the detector trains them."""
+    return open_index(config, "train", segmentations.EDGES if detector.masks(config) else None)
+
+
+def open_val(detector: Detector, config: DetectionConfig) -> CocoIndex:
+    """The index of the validation images, with masks to score against if the detector finds some."""
+    return open_index(config, "val", segmentations.RLE if detector.masks(config) else None)
+
+
+def _open_set(config: DetectionConfig, annotations: Path, images: Path, masks: str | None) -> CocoIndex:
     layout = config.layout
     exact = layout.classes if layout.contiguous else None
-    index = CocoIndex.open(annotations, images, cache_dir=config.cache_dir, expected_classes=exact)
+    more = {"cache_dir": config.cache_dir, "expected_classes": exact, "masks": masks}
+    index = CocoIndex.open(annotations, images, **more)
     if layout.classes not in (None, index.num_classes):
         raise UserError(
             f"{annotations}: {index.num_classes} categories, but --dataset {config.dataset} has {layout.classes}; "
@@ -84,7 +79,7 @@ def class_count(detector: Detector, config: DetectionConfig) -> int:
     known = len(config.class_ids or ()) or config.layout.classes
     if config.synthetic:
         return config.num_classes or known or detector.classes
-    count = known or open_index(config, "train").num_classes
+    count = known or open_train(detector, config).num_classes
     fixed = config.class_ids is not None
     if config.num_classes and (config.num_classes < count or (fixed and config.num_classes > count)):
         raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
@@ -92,10 +87,17 @@ def class_count(detector: Detector, config: DetectionConfig) -> int:
 
 
 def examples(detector: Detector, config: DetectionConfig, classes: int, seed: int) -> list[Batch]:
-    """A batch of random images and boxes for each canvas of the detector, of the shapes of training."""
-    shape = (config.batch_size, config.max_boxes, seed)
+    """A batch of random images, boxes and masks for each canvas of the detector, of the shapes of training."""
+    shape = (config.batch_size, config.max_boxes, seed, _edge_places(detector, config))
     canvases = detector.recipe(config).canvases
     return [next(synthetic.synthetic_batches(classes, canvas, *shape)) for canvas in canvases]
+
+
+def _edge_places(detector: Detector, config: DetectionConfig) -> int:
+    """To how many edges the masks of an image are padded in training; 0 without masks."""
+    if not detector.masks(config) or config.max_edges:
+        return config.max_edges if detector.masks(config) else 0
+    return SYNTHETIC_EDGES if config.synthetic else open_train(detector, config).most_edges(config.layout.crowd)
 
 
 def train_plan(
@@ -104,7 +106,8 @@ def train_plan(
     """This rank's plan of training batches."""
     world = context.world
     shard = (config.batch_size, config.max_boxes, context.seed, world.rank, world.size, config.drop_last)
-    return TrainPlan(index, detector.recipe(config), *shard, config.layout.crowd)
+    edges = config.max_edges if detector.masks(config) else 0
+    return TrainPlan(index, detector.recipe(config), *shard, config.layout.crowd, edges)
 
 
 def train_stream(
@@ -177,57 +180,12 @@ def _blank_batch(canvas: tuple[int, int], images: int) -> Batch:
     return whole_images(pixels, boxes, labels, torch.arange(images), torch.ones(images, 2, dtype=torch.int64))
 
 
-def detect(detector: Detector, model: nn.Module, batch: Batch, backend: Backend, category_ids: Tensor) -> Tensor:
-    """Detections of a batch as float64 [N * D, 7] on the device: image_id, x, y, w, h, score, category_id.
-
-    Boxes are in pixels of the original image, categories are the file's own ids. Unused rows, and all rows of padding
-    images, have score 0. category_ids: int64 [K] on the device.
-    """
-    boxes, scores, labels = detector.infer(model, batch, backend.autocast)
-    scale = (batch.size.double() / batch.extent).flip(1)
-    corners = boxes.double().unflatten(2, (2, 2)) * scale[:, None, None]
-    corner, extent = corners[:, :, 0], corners[:, :, 1] - corners[:, :, 0]
-    real = (batch.image_id >= 0)[:, None] & (labels >= 0)
-    columns = [
-        batch.image_id[:, None, None].expand(-1, scores.shape[1], 1).double(),
-        corner,
-        extent,
-        scores.masked_fill(~real, 0).double()[..., None],
-        category_ids[labels.clamp(min=0)].double()[..., None],
-    ]
-    return torch.cat(columns, 2).flatten(0, 1)
-
-
-def compiled_detect(
-    detector: Detector, model: nn.Module, category_ids: Sequence[int] | Tensor, backend: Backend
-) -> Callable[[Batch], Tensor]:
-    """`detect` with a model as a function of a batch on the device, recorded where the device records.
-
-    category_ids: numbers, or an int64 [K] on the device, which a recording reads where it lies.
-    """
-    ids = category_ids if isinstance(category_ids, Tensor) else torch.tensor(list(category_ids), device=backend.device)
-    return backend.compile_inference(lambda batch: detect(detector, model, batch, backend, ids))
-
-
-@torch.inference_mode()
-def detect_all(infer: Callable[[Batch], Tensor], batches: Iterator[Batch], backend: Backend, beat: Beat) -> Tensor:
-    """This rank's detections on the CPU, float64 [D, 7] as `detect`, without the unused rows. infer: as
-    `compiled_detect` makes it."""
-    rows = []
-    for step, batch in enumerate(backend.prefetch(batches)):
-        beat("evaluation", step)
-        rows.append(infer(batch))
-    found = torch.cat(rows) if rows else torch.zeros(0, 7, dtype=torch.float64)
-    found = found.cpu()
-    return found[found[:, 5] > 0]
-
-
-def counted(detector: Detector, config: DetectionConfig, index: CocoIndex, found: Tensor) -> np.ndarray:
-    """The detections of all ranks, float64 [D, 7], that the metrics are made of."""
-    rows = found.cpu().numpy()
+def counted(detector: Detector, config: DetectionConfig, index: CocoIndex, found: Detections) -> Detections:
+    """The detections that the metrics are made of."""
     if detector.scores_empty(config):
-        return rows
-    return rows[np.isin(rows[:, 0], index.image_ids[index.box_count() > 0])]
+        return found
+    kept = np.isin(found.rows[:, 0].numpy(), index.image_ids[index.box_count() > 0])
+    return Detections(found.rows[torch.from_numpy(kept)], found.masks and found.masks.take(kept))
 
 
 class Inference:
@@ -239,7 +197,7 @@ class Inference:
     def __init__(self, detector: Detector, config: DetectionConfig, context: Context):
         self.detector, self.config, self.context = detector, config, context
         self.images = 0  # of a batch
-        self._compiled: dict[nn.Module, tuple[Tensor, Callable[[Batch], Tensor]]] = {}
+        self._compiled: dict[nn.Module, tuple[Tensor, Callable[[Batch], Any]]] = {}
 
     def prepare(self, model: nn.Module, classes: int) -> None:
         """Finds the size and warms inference up, recorded where the device records. Changes nothing of the model."""
@@ -254,8 +212,8 @@ class Inference:
                 self._detect(model, classes)[1](backend.to_device(_blank_batch(canvas, self.images)))
         model.train()
 
-    def evaluate(self, model: nn.Module, val: CocoIndex, beat: Beat) -> Tensor:
-        """This rank's detections as `detect_all`. All ranks call it."""
+    def evaluate(self, model: nn.Module, val: CocoIndex, beat: Beat) -> Detections:
+        """This rank's detections. All ranks call it."""
         world, backend = self.context.world, self.context.backend
         ids, infer = self._detect(model, val.num_classes)
         ids.copy_(torch.tensor(val.category_ids.tolist()))
@@ -266,7 +224,7 @@ class Inference:
         stream = eval_stream(self.detector, self.config, val, world, backend, self.images)
         return detect_all(infer, stream, backend, beat)
 
-    def _detect(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Tensor]]:
+    def _detect(self, model: nn.Module, classes: int) -> tuple[Tensor, Callable[[Batch], Any]]:
         """The categories' ids, int64 [classes], which a recording reads where they lie, and the function."""
         if model not in self._compiled:
             backend = self.context.backend
@@ -286,7 +244,7 @@ def open_data(
     if config.synthetic:
         return _synthetic(detector, config, context)
     world = context.world
-    train, val = open_index(config, "train"), open_index(config, "val")
+    train, val = open_train(detector, config), open_val(detector, config)
     refuse_other_categories(_parts(train)[0], val, "training and validation")
     signs.check_training([(str(part.annotation_file), part.signs) for part in _parts(train)], config.layout.crowd)
     plan = train_plan(detector, config, train, context)
@@ -295,7 +253,7 @@ def open_data(
     if config.max_iters_per_epoch:
         steps = min(steps, config.max_iters_per_epoch)
     micro_batches = min(per_rank, steps * config.accumulate)
-    evaluator = BackgroundEvaluator(val.ground_truth()) if world.rank == 0 else None
+    evaluator = BackgroundEvaluator(val.ground_truth(), masks=val.masks()) if world.rank == 0 else None
     names = class_names(val)
     pace = _pace(config, context, train)
     packs = [index.shards for index in (*_parts(train), val) if index.shards]
@@ -313,10 +271,11 @@ def open_data(
 
     def evaluate(model: nn.Module, beat: Beat) -> Pending | None:
         mine = inference.evaluate(model, val, beat)
-        everyone = distributed.gather_rows(mine.to(context.backend.collective_device))
+        everyone = gathered(mine, detector.masks(config), context.backend.collective_device)
         if not evaluator:
             return None
-        pending = evaluator.submit(counted(detector, config, val, everyone), per_class=True)
+        rows, masks = counted(detector, config, val, everyone)
+        pending = evaluator.submit(rows.numpy(), per_class=True, masks=masks)
         return _Metrics(pending, lambda result: metrics_of(detector, config, result, names))
 
     def close() -> None:

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 from torch import Tensor
+
+from detcore.evaluation.rle import Rles
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
@@ -23,18 +26,22 @@ _FIRST = ("NotoSans-Regular", "NotoSansCJK-Regular", "DejaVuSans.", "DroidSansFa
 _ABSENT = "\U0010fffd"  # the last private character, which fonts draw as they draw all that they lack
 
 
-def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
+def draw(image: Tensor, found: Tensor, names: dict[int, str], masks: Rles | None = None) -> Tensor:
     """A copy of a uint8 image [3, h, w] with what was found in it.
 
-    found: float64 [d, 6] x, y, w, h in pixels, score, category id. names: of the categories by id.
+    found: float64 [d, 6] x, y, w, h in pixels, score, category id. names: of the categories by id. masks: of each row,
+    in their own image's size, which are tinted; None: without.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    pen, order = ImageDraw.Draw(picture), list(names)
+    pixels, order = np.ascontiguousarray(image.permute(1, 2, 0).numpy()), list(names)
+    if masks and len(found):
+        pixels = _tinted(pixels, masks, [_colour(order, category) for category in found[:, 5].tolist()])
+    picture = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(picture)
     width, size = max(1, picture.width // 300), max(11, min(picture.size) // 40)
     last = torch.tensor([picture.width - 1, picture.height - 1])
     corners = torch.stack([found[:, :2], found[:, :2] + found[:, 2:4]], 1).clamp(min=0).minimum(last)  # [d, 2, 2]
     for (x, y, right, low), (score, category) in zip(corners.flatten(1).tolist(), found[:, 4:].tolist(), strict=True):
-        colour = COLOURS[order.index(int(category)) % len(COLOURS)]
+        colour = _colour(order, category)
         pen.rectangle((x, y, max(right, x), max(low, y)), outline=colour, width=width)
         name = "".join(c if c.isprintable() else " " for c in names[int(category)])
         text, font = f"{name} {score:.2f}", font_for(name, size)
@@ -44,6 +51,19 @@ def draw(image: Tensor, found: Tensor, names: dict[int, str]) -> Tensor:
         pen.rectangle((left - 1, top - 1 - up, right + 1, low + 1 - up), fill=colour)
         pen.text((at[0], at[1] - up), text, "white", font)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _colour(order: list[int], category: float) -> str:
+    return COLOURS[order.index(int(category)) % len(COLOURS)]
+
+
+def _tinted(pixels: np.ndarray, masks: Rles, colours: list[str]) -> np.ndarray:
+    """uint8 [h, w, 3]: the pixels, each mask half of its colour, the last (of the lowest score) first."""
+    pixels = pixels.copy()
+    for one, colour in reversed(list(zip(masks.dictionaries(), colours, strict=True))):
+        inside = coco_mask.decode(one) == 1
+        pixels[inside] = pixels[inside] // 2 + np.array(ImageColor.getrgb(colour), np.uint8) // 2
+    return pixels
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.io import encode_jpeg
 
@@ -26,11 +27,13 @@ from detcore.data.image_names import IMAGE_SUFFIXES
 from detcore.data.recipes import Recipe
 from detcore.detection import detector as detection
 from detcore.detection.config import DetectionConfig
-from detcore.detection.detector import Detector, class_names, open_index
+from detcore.detection.detections import Detections, Detector, finished, gathered
+from detcore.detection.detector import class_names, open_index, open_val
 from detcore.detection.drawing import draw
 from detcore.device import native
 from detcore.device.base import Backend
 from detcore.evaluation.coco import evaluate as coco_metrics
+from detcore.evaluation.rle import Rles
 from detcore.processes import distributed, launcher
 from detcore.training import engine
 from detcore.training.checkpoint import load_checkpoint
@@ -55,7 +58,7 @@ def evaluate(
     device = engine.open_device(config, world)
     distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
-        index = open_index(config, "val")
+        index = open_val(detector, config)
         _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
@@ -63,23 +66,23 @@ def evaluate(
         infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
         stream = detection.eval_stream(detector, config, index, world, device, images)
         found = detection.detect_all(infer, stream, device, _no_beat)
-        everyone = distributed.gather_rows(found.to(device.collective_device))
+        everyone = gathered(found, detector.masks(config), device.collective_device)
         if everyone is None:
             return cli.OK
         seconds = time.perf_counter() - start
-        counted = detection.counted(detector, config, index, everyone) if score else None
-        result = coco_metrics(index.ground_truth(), counted, per_class=True) if score else None
+        result = _scored(detector, config, index, everyone) if score else None
     finally:
         device.close()
         distributed.shutdown()
     if results:
         write_json(results, coco_results(everyone))
+    count = len(everyone.rows)
     if not score:
-        print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
+        print(f"{len(index)} images, {count} detections, {len(index) / seconds:.1f} images/s")
         return cli.OK
     result = detection.metrics_of(detector, config, result, class_names(index))
     print(native.describe(config.program, device.device))
-    print(f"{len(index)} images, {len(everyone)} detections, {len(index) / seconds:.1f} images/s")
+    print(f"{len(index)} images, {count} detections, {len(index) / seconds:.1f} images/s")
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
@@ -87,12 +90,27 @@ def evaluate(
     return cli.OK
 
 
-def coco_results(rows: Tensor) -> list[dict[str, Any]]:
-    """Detections float64 [D, 7], as `detect` has them, in COCO's format of results."""
-    return [
+def _scored(detector: Detector, config: DetectionConfig, index: CocoIndex, found: Detections) -> dict[str, Any]:
+    """The numbers of `detcore.evaluation.coco.evaluate`, with masks where the detector has them."""
+    rows, masks = detection.counted(detector, config, index, found)
+    pair = (index.masks(), masks) if masks else None
+    return coco_metrics(index.ground_truth(), rows.numpy(), per_class=True, masks=pair)
+
+
+def coco_results(found: Detections) -> list[dict[str, Any]]:
+    """Detections in COCO's format of results: those of boxes, with a segmentation where there are masks."""
+    results: list[dict[str, Any]] = [
         {"image_id": int(image), "category_id": int(category), "bbox": [x, y, w, h], "score": score}
-        for image, x, y, w, h, score, category in rows.tolist()
+        for image, x, y, w, h, score, category in found.rows.tolist()
     ]
+    for result, mask in zip(results, _segmentations(found.masks), strict=False):
+        result["segmentation"] = mask
+    return results
+
+
+def _segmentations(masks: Rles | None) -> list[dict[str, Any]]:
+    """COCO's RLE as JSON has it, with text for letters; none without masks."""
+    return [{**one, "counts": one["counts"].decode()} for one in masks.dictionaries()] if masks else []
 
 
 def _same_classes(path: Path, index: CocoIndex) -> None:
@@ -160,12 +178,14 @@ def predict(
         content["images"].append(
             {"id": number, "file_name": str(path.relative_to(top)), "width": width, "height": height}
         )
-        for x, y, w, h, score, category in found.tolist():
-            box = {"image_id": number, "category_id": int(category), "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
-            content["annotations"].append({"id": len(content["annotations"]) + 1, **box, "score": score})
-        drawn = encode_jpeg(draw(image, found, dict(classes)), quality=92)
+        for one in coco_results(found):
+            w, h = one["bbox"][2:]
+            area = int(coco_mask.area(one["segmentation"])) if found.masks else w * h
+            more = {"id": len(content["annotations"]) + 1, "image_id": number, "area": area, "iscrowd": 0}
+            content["annotations"].append(one | more)
+        drawn = encode_jpeg(draw(image, found.rows[:, 1:], dict(classes), found.masks), quality=92)
         (folder / f"{number:05}_{path.stem[:60]}.jpg").write_bytes(drawn.numpy().tobytes())
-        print(f"{path}: {len(found)} objects{turned.get(path, '')}")
+        print(f"{path}: {len(found.rows)} objects{turned.get(path, '')}")
     if not content["images"]:
         raise UserError("\n".join(skipped))
     write_json(folder / "detections.json", content)
@@ -189,8 +209,8 @@ def _detect_files(
     classes: list,
     read: Callable[[int], Tensor],
     skipped: list[str] | None = None,
-) -> Iterator[tuple[Path, Tensor, Tensor]]:
-    """(path, uint8 image [3, h, w], float64 [d, 6] x, y, w, h, score, category_id by falling score) of each file.
+) -> Iterator[tuple[Path, Tensor, Detections]]:
+    """(path, uint8 image [3, h, w], what is found of at least --score-threshold, as `look`) of each file.
 
     read(n): the image of paths[n]. Where it raises UserError, that goes to `skipped`; without it, further up.
     """
@@ -203,8 +223,7 @@ def _detect_files(
                 raise
             skipped.append(str(error))
             continue
-        rows = look(config, detector, model, image, device, ids)
-        yield path, image, rows[rows[:, 4] >= max(config.score_threshold, 1e-9)]
+        yield path, image, look(config, detector, model, image, device, ids, config.score_threshold)
 
 
 @torch.no_grad()  # not every device can make views of tensors of inference mode
@@ -215,10 +234,11 @@ def look(
     image: Tensor,
     device: Backend,
     category_ids: Tensor,
-) -> Tensor:
-    """What the model finds in a uint8 image [3, h, w]: float64 [d, 6] x, y, w, h, score, category_id on the CPU.
+    least: float = 0.0,
+) -> Detections:
+    """What the model finds in a uint8 image [3, h, w]: by falling score, in pixels of the image.
 
-    By falling score, in pixels of the image; unused rows have score 0.
+    least: the lowest score of what counts.
     """
     recipe, size = detector.recipe(config).of_evaluation, np.array([image.shape[-2:]])
     view = (recipe.predict_view or recipe.eval_view)(size, _canvas(recipe, size))
@@ -230,8 +250,14 @@ def look(
         image_id=torch.tensor([0]),
         size=torch.tensor([[bottom - top, right - left]]),
     )._replace(extent=torch.from_numpy(view.extents))
-    rows = detection.detect(detector, model, device.to_device(batch), device, category_ids).cpu()[:, 1:]
-    return rows + torch.tensor([left, top, 0, 0, 0, 0], dtype=rows.dtype)
+    found = detection.detect(detector, model, device.to_device(batch), device, category_ids)
+    moved = torch.tensor([0, left, top, 0, 0, 0, 0], dtype=torch.float64)
+    if not isinstance(found, Tensor):  # masks lie in the whole image, also where only a part of it is looked at
+        corner = torch.tensor([left, top] * 2, dtype=torch.float32, device=device.device)
+        whole = torch.tensor(image.shape[-2:], device=device.device).expand_as(found["sizes"])
+        found |= {"boxes": found["boxes"] + corner, "sizes": whole}
+    rows, masks = finished(found, np.nextafter(least, -1) if least else 0.0)
+    return Detections(rows + moved, masks)
 
 
 def _canvas(recipe: Recipe, size: np.ndarray) -> tuple[int, int]:
@@ -299,7 +325,7 @@ def gallery(config: DetectionConfig, detector: Detector, build_model: BuildModel
                 ],
                 "detections": [
                     {"box": [x, y, x + w, y + h], "label": dict(classes)[int(category)], "score": score}
-                    for x, y, w, h, score, category in found.tolist()
+                    for _, x, y, w, h, score, category in found.rows.tolist()
                 ],
             }
         )

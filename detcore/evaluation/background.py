@@ -33,10 +33,12 @@ import numpy as np
 
 from detcore import UserError
 from detcore.evaluation.coco import GroundTruth, Scorer, check_ground_truth
+from detcore.evaluation.rle import Rles
 from detcore.evaluation.waymo import check_categories
 
-REQUEST = struct.Struct("<qq?")  # number of the submission, rows, per_class; a file travels with each
+REQUEST = struct.Struct("<qqq?")  # number of the submission, rows, letters of masks or -1, per_class; and a file
 SECONDS_TO_LEAVE = 5.0
+MASKS = "masks_"  # what the names of the masks' columns begin with
 UNHEARD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -48,7 +50,9 @@ class BackgroundEvaluator:
     thread-safe: one thread submits, polls and closes.
     """
 
-    def __init__(self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False) -> None:
+    def __init__(
+        self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, masks: Rles | None = None
+    ) -> None:
         check_ground_truth(ground_truth)  # here and not after the first epoch
         if waymo:
             check_categories(ground_truth.category_ids)
@@ -60,7 +64,8 @@ class BackgroundEvaluator:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs, _nameless_file() as file:
-            np.savez(file, **ground_truth._asdict())
+            of_masks = {f"{MASKS}{name}": column for name, column in masks._asdict().items()} if masks else {}
+            np.savez(file, **ground_truth._asdict(), **of_masks)
             file.flush()
             words = (backend, int(waymo), os.getpid(), theirs.fileno(), file.fileno())
             # A new process inherits the mask, so that there is no moment at its start when the signals get through.
@@ -80,10 +85,11 @@ class BackgroundEvaluator:
     def pid(self) -> int:
         return self._process.pid
 
-    def submit(self, detections: np.ndarray, per_class: bool = False) -> "Pending":
+    def submit(self, detections: np.ndarray, per_class: bool = False, masks: Rles | None = None) -> "Pending":
         """Copy the detections over and return at once; the array may be changed afterwards.
 
-        detections: float64 [D, 7] as `detcore.evaluation.coco.evaluate` takes them. Raises ValueError for another
+        detections: float64 [D, 7] and masks, where the ground truth has some, as `detcore.evaluation.coco.evaluate`
+        takes them. Raises ValueError for another
         shape and RuntimeError if the process has died or was closed; what is wrong with the numbers themselves
         is found over there and raised by the returned `Pending`.
         """
@@ -94,9 +100,11 @@ class BackgroundEvaluator:
         self._raise_failure()
         number = self._submitted
         with _nameless_file() as file:
-            _write(file.fileno(), detections)
+            for part in (detections, masks.counts, masks.sizes, masks.text) if masks else (detections,):
+                _write(file.fileno(), np.ascontiguousarray(part))
+            request = REQUEST.pack(number, len(detections), len(masks.text) if masks else -1, per_class)
             try:
-                socket.send_fds(self._socket, [REQUEST.pack(number, len(detections), per_class)], [file.fileno()])
+                socket.send_fds(self._socket, [request], [file.fileno()])
             except OSError:
                 self._note_death()
                 self._raise_failure()
@@ -233,23 +241,30 @@ def _serve(backend: str, waymo: bool, parent: int, ours: socket.socket, truth_fi
         with os.fdopen(truth_file, "rb") as file:
             file.seek(0)
             with np.load(file, allow_pickle=False) as columns:
-                scorer = Scorer(GroundTruth(**columns), backend=backend, waymo=waymo)
+                truth = GroundTruth(*(columns[name] for name in GroundTruth._fields))
+                masks = [columns[f"{MASKS}{name}"] for name in Rles._fields if f"{MASKS}{name}" in columns]
+            scorer = Scorer(truth, backend=backend, waymo=waymo, masks=Rles(*masks) if masks else None)
     except Exception as error:
         failure = _describe(error)
     while True:
-        number, count, per_class, descriptor = submissions.get()
-        answer = failure or _score(scorer, descriptor, count, per_class)
+        number, count, letters, per_class, descriptor = submissions.get()
+        answer = failure or _score(scorer, descriptor, count, letters, per_class)
         try:
             ours.sendall(json.dumps({"number": number, **answer}).encode() + b"\n")
         except BrokenPipeError:  # the parent has hung up
             return
 
 
-def _score(scorer: Scorer, descriptor: int, count: int, per_class: bool) -> dict[str, Any]:
+def _score(scorer: Scorer, descriptor: int, count: int, letters: int, per_class: bool) -> dict[str, Any]:
     with os.fdopen(descriptor, "rb") as file:
         try:
             rows = np.memmap(file, np.float64, "r", shape=(count, 7)) if count else np.zeros((0, 7))
-            return {"result": scorer(rows, per_class=per_class)}
+            masks = None
+            if letters >= 0:
+                file.seek(rows.nbytes)
+                counts, sizes = np.fromfile(file, np.int64, count), np.fromfile(file, np.int64, 2 * count)
+                masks = Rles(np.fromfile(file, np.uint8, letters), counts, sizes.reshape(count, 2))
+            return {"result": scorer(rows, per_class=per_class, masks=masks)}
         except Exception as error:
             return _describe(error)
 

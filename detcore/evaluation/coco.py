@@ -1,7 +1,7 @@
-"""From detections to the twelve COCO numbers.
+"""From detections to the twelve COCO numbers, of boxes and of masks.
 
-The numbers are those of pycocotools' `COCOeval` for boxes. hotcoco, a Rust implementation that takes arrays,
-computes them when it can be imported, and pycocotools itself when not; both run through the same lines here.
+The numbers are those of pycocotools' `COCOeval`, of types bbox and segm. hotcoco, a Rust implementation that takes
+arrays, computes them when it can be imported, and pycocotools itself when not; both run through the same lines here.
 
 Treatments, the same for both libraries:
 
@@ -12,6 +12,7 @@ Treatments, the same for both libraries:
   hotcoco both. So are NaN and infinite numbers, on either side: the libraries disagree about them.
 * Image and category ids are whole numbers from 0 to 2**53, which is what a float64 column holds exactly.
 * No detections at all is a result like any other (AP 0 where there is ground truth); pycocotools raises.
+* The area of a detected mask is the number of its pixels, as where pycocotools gets results without a bbox.
 * Of the boxes of one image and category the 100 with the highest scores count; ties keep the order of the rows.
 """
 
@@ -23,9 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from detcore import UserError
+from detcore.evaluation.rle import Rles
 from detcore.evaluation.waymo import check_categories, summarize
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+SEGM_METRICS = tuple(f"segm_{name}" for name in METRICS)
 BACKENDS = ("auto", "hotcoco", "pycocotools")
 COLUMNS = ("image_id", "x", "y", "width", "height", "score", "category_id")  # of a row of detections
 LARGEST_ID = 2**53
@@ -59,58 +62,60 @@ def evaluate(
     per_class: bool = False,
     backend: str = "auto",
     waymo: bool = False,
+    masks: tuple[Rles, Rles] | None = None,
 ) -> dict[str, Any]:
     """Score detections once. To score several sets against one ground truth, keep a `Scorer`.
 
     detections: float64 [D, 7], rows of image_id, x, y, w, h, score, category_id, as pycocotools'
     `loadNumpyAnnotations` takes them: ids of the annotation file, pixels of the original image, any order.
     backend: "hotcoco", "pycocotools", or "auto": hotcoco if it can be imported, else pycocotools with a warning.
+    masks: of the ground truth and of the detections, in their order.
 
     Returns the keys of `METRICS` as floats, -1.0 where there is no ground truth to compare with, and with
     `per_class` also "per_class": {category_id: AP} and "per_class_by_iou": {category_id: AP at each of THRESHOLDS}, of
-    which a benchmark makes metrics of its own; with `waymo` also those of `detcore.evaluation.waymo`.
+    which a benchmark makes metrics of its own; with `waymo` also those of `detcore.evaluation.waymo`; with masks also
+    the keys of `SEGM_METRICS`, the same numbers of the masks.
     Raises UserError for numbers or ids that cannot be scored, ValueError for an array of another shape.
     """
-    return Scorer(ground_truth, backend=backend, waymo=waymo)(detections, per_class=per_class)
+    true_masks, found_masks = masks or (None, None)
+    scorer = Scorer(ground_truth, backend=backend, waymo=waymo, masks=true_masks)
+    return scorer(detections, per_class=per_class, masks=found_masks)
 
 
 class Scorer:
     """One ground truth, checked once, and the library that scores against it.
 
-    Arguments, result and errors as for `evaluate`. `rows_at_once` bounds the memory: with more detections than that
-    the categories, which COCOeval treats one by one, are scored in groups of about so many detections each.
+    Arguments, result and errors as for `evaluate`; with masks, each set of detections must have some. `rows_at_once`
+    bounds the memory: with more detections than that the categories, which COCOeval treats one by one, are scored in
+    groups of about so many detections each.
     """
 
     def __init__(
-        self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, rows_at_once: int = 1_000_000
-    ) -> None:
+        self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, rows_at_once: int = 1_000_000,
+        masks: Rles | None = None,
+    ) -> None:  # fmt: skip
         check_ground_truth(ground_truth)
+        if masks and len(masks.counts) != len(ground_truth.bbox):
+            raise ValueError(f"{len(masks.counts)} masks for {len(ground_truth.bbox)} annotations")
         if waymo:
             check_categories(ground_truth.category_ids)
         self._waymo = waymo
         self.backend = _choose(backend)
         self._rows_at_once = rows_at_once
-        self._truth = ground_truth
+        self._truth, self._masks = ground_truth, masks
         self._image_ids = np.unique(ground_truth.image_ids)
         self._category_ids = np.unique(ground_truth.category_ids)
 
-    def __call__(self, detections: np.ndarray, *, per_class: bool = False) -> dict[str, Any]:
+    def __call__(self, detections: np.ndarray, *, per_class: bool = False, masks: Rles | None = None) -> dict[str, Any]:
         detections = np.asarray(detections, dtype=np.float64)
         if detections.ndim != 2 or detections.shape[1] != 7:
             raise ValueError(f"detections have shape {detections.shape}; [D, 7] is wanted, also for D = 0")
+        if (masks is None) != (self._masks is None) or (masks and len(masks.counts) != len(detections)):
+            raise ValueError("detections have masks if the ground truth has, one each")
         self._check_numbers(detections)
         self._positions(detections, "image_id", self._image_ids)
         position = self._positions(detections, "category_id", self._category_ids)
-
-        run = _run_hotcoco if self.backend == "hotcoco" else _run_pycocotools
-        precision = np.full((len(THRESHOLDS), 101, len(self._category_ids), len(AREAS), len(MAX_DETECTIONS)), -1.0)
-        recall = np.full((len(THRESHOLDS), *precision.shape[2:]), -1.0)
-        group = np.bincount(position, minlength=len(self._category_ids)).cumsum() // self._rows_at_once
-        for number in np.unique(group):
-            members = np.flatnonzero(group == number)
-            whole = len(members) == len(group)
-            rows = detections if whole else detections[group[position] == number]
-            precision[:, :, members], recall[:, members] = run(self._part(members), rows)
+        precision, recall = self._score(detections, position, None)
         result: dict[str, Any] = _summarize(precision, recall)
         if per_class:
             every = [(i, precision[:, :, k, 0, -1]) for k, i in enumerate(self._category_ids.tolist())]
@@ -118,13 +123,46 @@ class Scorer:
             result["per_class_by_iou"] = {i: [_mean(at_one) for at_one in values] for i, values in every}
         if self._waymo:
             result |= summarize(precision, self._category_ids, THRESHOLDS)
+        if masks:
+            self._check_sizes(detections, masks)
+            of_masks = _summarize(*self._score(detections, position, masks))
+            result |= {f"segm_{name}": value for name, value in of_masks.items()}
         return result
 
-    def _part(self, members: np.ndarray) -> GroundTruth:
-        """The ground truth of some of the categories, with all the images."""
+    def _score(self, detections: np.ndarray, position: np.ndarray, masks: Rles | None) -> tuple[np.ndarray, np.ndarray]:
+        """Precision and recall as `_summarize` takes them, of boxes or of masks. position: of each row's category."""
+        run = _run_hotcoco if self.backend == "hotcoco" else _run_pycocotools
+        precision = np.full((len(THRESHOLDS), 101, len(self._category_ids), len(AREAS), len(MAX_DETECTIONS)), -1.0)
+        recall = np.full((len(THRESHOLDS), *precision.shape[2:]), -1.0)
+        group = np.bincount(position, minlength=len(self._category_ids)).cumsum() // self._rows_at_once
+        for number in np.unique(group):
+            members = np.flatnonzero(group == number)
+            whole = len(members) == len(group)
+            kept = slice(None) if whole else np.flatnonzero(group[position] == number)
+            truth, true_masks = self._part(members)
+            pair = (true_masks, masks if whole else masks.take(kept)) if masks else None
+            precision[:, :, members], recall[:, members] = run(truth, detections[kept], pair)
+        return precision, recall
+
+    def _check_sizes(self, detections: np.ndarray, masks: Rles) -> None:
+        """ValueError where a mask has another size than the true ones of its image: such never overlap."""
+        images, first = np.unique(self._truth.ann_image_id, return_index=True)
+        at = np.searchsorted(images, detections[:, 0]).clip(max=max(len(images) - 1, 0))
+        known = images[at] == detections[:, 0] if len(images) else np.zeros(len(detections), bool)
+        wrong = known & (masks.sizes != self._masks.sizes[first][at]).any(1) if len(images) else known
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"detection row {row} has a mask of {masks.sizes[row].tolist()} pixels (height, width), but those of "
+                f"image {detections[row, 0]:.17g} have {self._masks.sizes[first][at][row].tolist()}"
+            )
+
+    def _part(self, members: np.ndarray) -> tuple[GroundTruth, Rles | None]:
+        """The ground truth of some of the categories, with all the images, and its masks."""
         category_ids = self._category_ids[members]
         kept = np.isin(self._truth.ann_category_id, category_ids)
-        return GroundTruth(self._image_ids, category_ids, *(column[kept] for column in self._truth[2:]))
+        truth = GroundTruth(self._image_ids, category_ids, *(column[kept] for column in self._truth[2:]))
+        return truth, self._masks.take(kept) if self._masks else None
 
     @staticmethod
     def _check_numbers(detections: np.ndarray) -> None:
@@ -233,18 +271,26 @@ def _listed(truth: GroundTruth) -> tuple[list[dict], list[dict]]:
     return [{"id": image_id} for image_id in truth.image_ids.tolist()], categories
 
 
-def _run_hotcoco(truth: GroundTruth, detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from hotcoco import COCO, COCOeval
+def _run_hotcoco(
+    truth: GroundTruth, detections: np.ndarray, masks: tuple[Rles, Rles] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    from hotcoco import COCO, COCOeval, mask
 
+    true_masks, found_masks = (part.dictionaries() for part in masks) if masks else (None, None)
     columns = (truth.ann_image_id, truth.ann_category_id, truth.bbox)
-    coco = COCO.from_arrays(*_listed(truth), *columns, area=truth.area, iscrowd=truth.iscrowd)
-    run = COCOeval(coco, coco.load_res(detections), "bbox")
+    coco = COCO.from_arrays(*_listed(truth), *columns, area=truth.area, iscrowd=truth.iscrowd, segmentation=true_masks)
+    if masks and len(detections):  # the area of a row is that of its box, which counts for nothing else here
+        detections = detections.copy()
+        detections[:, 3], detections[:, 4] = mask.area(found_masks), 1
+    run = COCOeval(coco, coco.load_res(detections, segmentation=found_masks), "segm" if masks else "bbox")
     run.evaluate()
     run.accumulate()
     return run.eval["precision"], run.eval["recall"]
 
 
-def _run_pycocotools(truth: GroundTruth, detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _run_pycocotools(
+    truth: GroundTruth, detections: np.ndarray, masks: tuple[Rles, Rles] | None
+) -> tuple[np.ndarray, np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -255,6 +301,14 @@ def _run_pycocotools(truth: GroundTruth, detections: np.ndarray) -> tuple[np.nda
         {"id": number, **dict(zip(names, values, strict=True))}
         for number, values in enumerate(zip(*columns, strict=True), start=1)
     ]
+    if masks:
+        images = [{**image, "height": 0, "width": 0} for image in images]  # read, but used for polygons alone
+        for annotation, rle in zip(annotations, masks[0].dictionaries(), strict=True):
+            annotation["segmentation"] = rle
+        detections = [
+            {"image_id": int(row[0]), "category_id": int(row[6]), "score": float(row[5]), "segmentation": rle}
+            for row, rle in zip(detections, masks[1].dictionaries(), strict=True)
+        ]
     # It reports its progress on the standard output, which belongs to the program's own log.
     with contextlib.redirect_stdout(io.StringIO()):
         coco, found = COCO(), COCO()
@@ -265,7 +319,7 @@ def _run_pycocotools(truth: GroundTruth, detections: np.ndarray) -> tuple[np.nda
         else:  # loadRes looks at the first detection and fails when there is none
             found.dataset = {**coco.dataset, "annotations": []}
             found.createIndex()
-        run = COCOeval(coco, found, "bbox")
+        run = COCOeval(coco, found, "segm" if masks else "bbox")
         run.evaluate()
         run.accumulate()
     return run.eval["precision"], run.eval["recall"]

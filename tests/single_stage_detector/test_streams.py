@@ -119,7 +119,7 @@ def test_detections_are_the_same_one_ahead(config, model):
             eval_stream(config, index, ALONE, device, 4),
             device,
             lambda *told: None,
-        )
+        ).rows
         for device in (CPU, Ahead(CPU.device, "fp32"))
     ]
     assert len(found[0]) and torch.equal(*found)
