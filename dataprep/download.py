@@ -320,7 +320,10 @@ def _parser() -> argparse.ArgumentParser:
     text = f"default: $BACKBONE_DIR, else $TORCH_HOME, else {MOUNT}/torch-home"
     text = f"the weights go to DIR/hub/checkpoints (training: TORCH_HOME=DIR); {text}"
     add("-d", "--dir", type=Path, metavar="DIR", help=text)
-    text = f"{', '.join(WEIGHTS)}, all, or another file of that server; default: resnext50_32x4d"
+    text = (
+        f"{', '.join(WEIGHTS)}, all, another file of that server, or weights of Detectron: MSRA/R-50, MSRA/R-101, "
+        "MSRA/R-50-GN, MSRA/R-101-GN, FAIR/20171220/X-101-32x8d, Caffe2Detectron/COCO/...; default: resnext50_32x4d"
+    )
     add("names", nargs="*", metavar="NAME", help=text)
     _url(add, "--url", "BACKBONE_URL", BACKBONES, "the weights")
 

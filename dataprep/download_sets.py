@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dataprep.download_fetch import Item
 from detcore import UserError
+from detcore.nn import detectron
 
 OPENIMAGES_METADATA = "https://storage.googleapis.com/openimages"
 OPENIMAGES_IMAGES = "https://open-images-dataset.s3.amazonaws.com"  # the bucket of the Common Visual Data Foundation
@@ -98,11 +99,21 @@ _SHA512 = {
 
 
 def weights_item(name: str, server: str, folder: Path) -> Item:
-    """A backbone by name, or any file of that server whose name ends in its hash. Raises UserError for other names."""
+    """A backbone by name, any file of that server whose name ends in its hash, or weights of Detectron's catalog.
+
+    name: of the catalog as in MODEL.WEIGHT, with or without catalog:// and ImageNetPretrained/; these come from their
+    own server where `server` is that of the backbones. Raises UserError for other names.
+    """
+    known = name.removeprefix("catalog://")
+    published = detectron.CATALOG.get(known) or detectron.CATALOG.get(f"ImageNetPretrained/{known}")
+    if published:
+        place = detectron.SERVER if server == BACKBONES else server
+        hashes = (("md5", published.md5),) if published.md5 else ()
+        return Item(f"{place}/{published.path}", folder / published.file, None, hashes)
     file = WEIGHTS.get(name, name)
     found = re.fullmatch(r"[A-Za-z0-9_.]+-([0-9a-f]{8,64})\.pth", file)
     if not found:
-        raise UserError(f"unknown backbone {name!r}; choose from: {', '.join(WEIGHTS)}, all")
+        raise UserError(f"unknown backbone {name!r}; choose from: {', '.join([*WEIGHTS, *detectron.CATALOG])}, all")
     hashes = (("sha256", found[1]), *((("sha512", _SHA512[file]),) if file in _SHA512 else ()))
     return Item(f"{server}/{file}", folder / file, None, hashes)
 

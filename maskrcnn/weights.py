@@ -168,13 +168,6 @@ def load_weights(model: nn.Module, config: Config, training: bool) -> list[str]:
     state = state_of(read(path))
     source = source_of(state, path)
     own, notes = converted(model, state, source, str(path)), []
-    wanted, known = (len(x[_CLASSES]) if _CLASSES in x else None for x in (model.state_dict(), own))
-    if wanted and known and known != wanted:
-        said = f"{path} knows {known - 1} classes, the network has {wanted - 1}"
-        if not training:
-            raise UserError(f"{said}: give MODEL.ROI_BOX_HEAD.NUM_CLASSES {known} to look at what it finds")
-        own = {name: value for name, value in own.items() if not name.startswith(_OF_CLASSES)}
-        notes.append(f"{said}: the layers that predict them (cls_score, bbox_pred, mask_fcn_logits) begin anew")
     target = model.state_dict()
     for part in _PARTS:
         ours, theirs = ({name for name in x if _part(name) == part} for x in (target, own))
@@ -185,7 +178,13 @@ def load_weights(model: nn.Module, config: Config, training: bool) -> list[str]:
             notes.append(f"{path} has no {part.rstrip('.')}: it begins with random weights")
     if notes and not training:
         raise UserError(f"{'; '.join(notes)}. Train it, or take weights of a whole network")
-    own |= {name: target[name] for name in target if name.startswith(_OF_CLASSES) and name not in own}
+    wanted, known = (len(x[_CLASSES]) if _CLASSES in x else None for x in (target, own))
+    if wanted and known and known != wanted:
+        said = f"{path} knows {known - 1} classes, the network has {wanted - 1}"
+        if not training:
+            raise UserError(f"{said}: give MODEL.ROI_BOX_HEAD.NUM_CLASSES {known} to look at what it finds")
+        own |= {name: value for name, value in target.items() if name.startswith(_OF_CLASSES)}
+        notes.append(f"{said}: the layers that predict them (cls_score, bbox_pred, mask_fcn_logits) begin anew")
     load_exactly(model, own, str(path))
     if _differs(config, source.advice):
         notes.append(f"{path} is of {source.program}, whose networks want {source.advice}")

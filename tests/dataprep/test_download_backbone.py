@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers.get("Range")
         self.server.requests.append(wanted)
-        if not self.path.endswith(".pth") or "absent" in self.path:
+        if not self.path.endswith((".pth", ".pkl")) or "absent" in self.path:
             return self.send_error(404)
         if self.server.answers is not None and len(self.server.requests) > self.server.answers:
             return self.send_error(500)
@@ -91,6 +91,18 @@ def test_fetches_and_keeps(server, tmp_path):
 def test_folder_from_the_environment(server, tmp_path, variable):
     assert run(server, tmp_path, NAME, **{variable: str(tmp_path)}).returncode == 0
     assert files(tmp_path) == {NAME: CONTENT}
+
+
+@pytest.mark.parametrize("name", ["MSRA/R-101", "catalog://ImageNetPretrained/MSRA/R-101"])
+def test_weights_of_detectrons_catalog(server, tmp_path, name):
+    assert run(server, tmp_path, name).returncode == 0
+    assert files(tmp_path) == {"R-101.pkl": CONTENT}
+
+
+def test_weights_of_detectrons_catalog_are_checked_where_their_md5_is_published(server, tmp_path):
+    result = run(server, tmp_path, "MSRA/R-50", "--attempts", "1")
+    assert result.returncode == 2 and "R-50.pkl" in result.stderr and "md5" in result.stderr
+    assert "R-50.pkl" not in files(tmp_path)
 
 
 def test_resumes(server, tmp_path):

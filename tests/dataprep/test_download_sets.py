@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataprep.download_sets import METADATA, WEIGHTS, class_mids, coco_archives, image_ids, weights_item
+from dataprep.download_sets import BACKBONES, METADATA, WEIGHTS, class_mids, coco_archives, image_ids, weights_item
 from detcore import UserError
 
 FIFTYONE = Path(__file__).resolve().parents[2] / "public-scripts" / "openimages_with_fiftyone.py"
@@ -75,6 +75,18 @@ def test_weights_carry_their_hash(tmp_path):
         item = weights_item(name, "https://x", tmp_path)
         assert item.path == tmp_path / file and f"-{item.hashes[0][1]}.pth" in file
     assert [kind for kind, _ in weights_item("resnext50_32x4d", "https://x", tmp_path).hashes] == ["sha256", "sha512"]
+
+
+def test_weights_of_detectrons_catalog_have_their_published_addresses(tmp_path):
+    item = weights_item("catalog://Caffe2Detectron/COCO/35858933/e2e_mask_rcnn_R-50-FPN_1x", BACKBONES, tmp_path)
+    assert item.url == (
+        "https://dl.fbaipublicfiles.com/detectron/35858933/12_2017_baselines/e2e_mask_rcnn_R-50-FPN_1x.yaml."
+        "01_48_14.DzEQe4wC/output/train/coco_2014_train%3Acoco_2014_valminusminival/generalized_rcnn/model_final.pkl"
+    )
+    assert item.path == tmp_path / "e2e_mask_rcnn_R-50-FPN_1x_35858933.pkl"
+    item = weights_item("MSRA/R-50", BACKBONES, tmp_path)
+    assert item.url == "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-50.pkl"
+    assert item.hashes == (("md5", "b19105fdd7baafb40480251377de18f2"),)
 
 
 STAND_IN = """
