@@ -65,7 +65,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         log.start(keys.INIT_START)
         limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.collective_device)
         watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
-        watchdog.beat("building the model", 0)  # which may wait for a file of the data set's, or for its index's builder
+        watchdog.beat("building the model", 0)  # it may wait for a data set's file, or for who builds its index
         torch.manual_seed(distributed.derive_seed(seed, 0))  # the same initial weights in every process
         task = build_task(context)
         progress.observe = task.observe

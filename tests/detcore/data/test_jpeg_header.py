@@ -84,7 +84,7 @@ def test_what_is_no_jpeg(place, data, kind):
 
 def test_a_pipe_is_no_file_and_blocks_nothing(tmp_path):
     os.mkfifo(tmp_path / "b.jpg")
-    with pytest.raises(OSError, match="not a regular file.*b.jpg"):
+    with pytest.raises(OSError, match=r"not a regular file.*b\.jpg"):
         read_header(tmp_path / "b.jpg")
 
 
