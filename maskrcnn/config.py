@@ -140,6 +140,10 @@ class Config(ModelConfig):
     )
     input_to_bgr255: bool = key_option("INPUT.TO_BGR255", True, "channels B, G, R of 0 to 255; else R, G, B of 0 to 1")
     dataset_path: Path = redefine(DetectionConfig, "dataset_path", Path("/datasets"))
+    max_edges: int = option(
+        0, "edges of an image's masks that a batch has room for; 0: what the fullest image of the data set has",
+        check=at_least(0), group="Data",
+    )  # fmt: skip
     datasets_train: tuple[str, ...] = key_option(
         "DATASETS.TRAIN", (), "names of training sets below --dataset-path; without: --dataset says where they are"
     )

@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from torch import Tensor, nn
+import numpy as np
+from torch import Tensor
 
 from detcore.data.batch import Batch
+from detcore.data.coco import CocoIndex
 from detcore.data.recipes import Recipe, shortest_edge
 from detcore.detection.detector import Detector
+from maskrcnn.anchors import pooled
 from maskrcnn.config import Config
+from maskrcnn.model import MaskRCNN
 from maskrcnn.postprocess import postprocess
 
 MULTIPLE = 32  # of which the sides of a canvas are multiples: the stride of the coarsest map that is not pooled
@@ -23,15 +27,21 @@ def recipe(config: Config) -> Recipe:
     evaluation = (config.input_min_size_test, config.input_max_size_test)
     made = shortest_edge(*training, multiple=multiple)
     other = None if evaluation == training else shortest_edge(*evaluation, mirror=0.0, multiple=multiple)
-    return dataclasses.replace(made, trains=lambda index: index.box_count() > 0, evaluation=other)
+    return dataclasses.replace(made, trains=annotated, evaluation=other)
 
 
-def infer(
-    model: nn.Module, batch: Batch, autocast: Callable[[], AbstractContextManager]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Boxes, scores, labels and masks as `detection.Detector` has them."""
+def annotated(index: CocoIndex) -> np.ndarray:
+    """bool [n]: images with annotations."""
+    return index.box_count() > 0
+
+
+def infer(model: MaskRCNN, batch: Batch, autocast: Callable[[], AbstractContextManager]) -> tuple[Tensor, ...]:
+    """Boxes, scores, labels and, with a mask head, masks and their places as `detection.Detector` has them."""
     with autocast():
-        return postprocess(model, batch.images, batch.extent)
+        found = postprocess(model, batch.images, batch.extent)
+    if found.masks is None:
+        return found.boxes, found.scores, found.labels
+    return found.boxes, found.scores, found.labels, found.masks, pooled(found.boxes, model.legacy)
 
 
-DETECTOR = Detector(recipe, infer, classes=80)
+DETECTOR = Detector(recipe, infer, classes=80, masks=lambda config: config.mask_on and not config.rpn_only)

@@ -1,5 +1,6 @@
 """What the original's users find after a run: log.txt, model_<iteration>.pth, last_checkpoint, the dllogger summary."""
 
+import datetime
 import statistics
 import time
 from collections import deque
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from detcore import UserError
-from detcore.training.progress import duration
 from detcore.training.records import JsonSummary, unwritable
 from maskrcnn.config import Config
 
@@ -69,17 +69,16 @@ class Trainer:
         parts = [self._meter(name, value) for name, value in {"loss": fields["loss"], **fields["terms"]}.items()]
         parts += [self._meter(name, value) for name, value in times.items()]
         count, total = self.sums["time"]
-        eta = duration(total / count * (fields["last_step"] - fields["step"]))
+        eta = datetime.timedelta(seconds=round(total / count * (fields["last_step"] - fields["step"])))
         memory = round(self.memory_gib() * 1024)
-        eta = eta if eta.count(":") == 2 else f"0:{eta.zfill(5)}"
         self._write("  ".join(
             (f"eta: {eta}", f"iter: {fields['step']}", *parts, f"lr: {fields['lr']:.6f}", f"max mem: {memory}")
         ))  # fmt: skip
 
     def end(self, seconds: float, steps: int) -> None:
         """The last line of a training."""
-        each = seconds / max(steps, 1)
-        self._write(f"Total training time: {duration(seconds)} ({each:.4f} s / it)")
+        whole = str(datetime.timedelta(seconds=round(seconds)))
+        self._write(f"Total training time: {whole} ({seconds / max(steps, 1):.4f} s / it)")
 
     def _meter(self, name: str, value: float) -> str:
         recent = self.recent.setdefault(name, deque(maxlen=WINDOW))
@@ -122,7 +121,7 @@ class Records:
                 (self.config.output_dir / LAST).write_text(f"{path}\n", encoding="utf-8")
             case "eval":
                 metrics = fields["metrics"]
-                names = {"BBOX": "BBOX_mAP", "SEGM": "MASK_mAP"}
+                names = {"AP": "BBOX_mAP", "segm_AP": "MASK_mAP"}
                 self.summary.log((fields["epoch"] - 1,), {names[k]: metrics[k] for k in names if k in metrics})
             case "end":
                 seconds = fields["time_s"]

@@ -35,8 +35,9 @@ from maskrcnn.weights import load_weights
 INTRO = (
     "Trains Mask R-CNN, Faster R-CNN or a region proposal network; also evaluates a checkpoint, predicts on images and "
     "measures speed (--mode). Takes what train_net.py and test_net.py of maskrcnn-benchmark take: --config-file FILE "
-    "and KEY VALUE pairs, as SOLVER.BASE_LR 0.01. Each key is an option, too; those with a variable can also be given "
-    "by the environment, as configs/*.sh do. A data set of your own in COCO format: --dataset custom --dataset-path DIR."
+    "and KEY VALUE pairs, as SOLVER.BASE_LR 0.01. Each key is an option, too; those with a variable can also be "
+    "given by the environment, as configs/*.sh do. A data set of your own in COCO format: --dataset custom "
+    "--dataset-path DIR."
 )
 
 
@@ -80,7 +81,8 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
         loss=loss,
         open_data=lambda: open_data(DETECTOR, config, context, evaluation),
         prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
-        targets={"BBOX": box_target} | ({"SEGM": mask_target} if config.mask_on else {}),
+        targets={"AP": box_target} | ({"segm_AP": mask_target} if DETECTOR.masks(config) else {}),
+        accuracy_names={"AP": "BBOX", "segm_AP": "SEGM"},
         eval_epochs=partial(evaluates, config),
         total_steps=None if config.epochs else config.solver_max_iter,
         hyperparameters=hyperparameters(config),

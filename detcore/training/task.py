@@ -1,7 +1,7 @@
 """What the training loop needs to know of a benchmark: values and functions, nothing else."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +61,8 @@ class Task:
 
     targets: names of metrics and what they must reach; the first is the primary one, which decides what best.pt is. The
     run ends with success when an evaluation reaches all of them; None instead of a number: no target. Without any
-    number the run trains to its end. total_steps: the run ends after so many optimizer steps, however many epochs they
+    number the run trains to its end. accuracy_names: of these metrics in the log's EVAL_ACCURACY, where rules have
+    other names. total_steps: the run ends after so many optimizer steps, however many epochs they
     are (the last one may be cut short); None: after the config's epochs. eval_epochs(completed, epochs): whether to
     evaluate after so many epochs of so many.
 
@@ -84,6 +85,7 @@ class Task:
     targets: Mapping[str, float | None]
     eval_epochs: Callable[[int, int], bool]
     hyperparameters: Mapping[str, Any]
+    accuracy_names: Mapping[str, str] = field(default_factory=dict)
     total_steps: int | None = None
     notes: tuple[str, ...] = ()
     examples: Callable[[], Sequence[Batch]] | None = None
@@ -105,8 +107,8 @@ class Task:
 
     def accuracy(self, metrics: Mapping[str, Any]) -> float | dict[str, float]:
         """The value of EVAL_ACCURACY: the primary metric, or all of `targets` by name where there are several."""
-        values = {name: metrics[name] for name in self.targets}
-        return values if len(values) > 1 else values[self.metric]
+        values = {self.accuracy_names.get(name, name): metrics[name] for name in self.targets}
+        return values if len(values) > 1 else metrics[self.metric]
 
     def reached(self, metrics: Mapping[str, Any]) -> bool:
         """Whether an evaluation ends the run with success."""
