@@ -105,7 +105,7 @@ class Config(ModelConfig):
         check=at_least(0),
     )  # fmt: skip
     solver_warmup_iters: int = key_option(
-        "SOLVER.WARMUP_ITERS", 500, "optimizer steps of the warm-up", check=at_least(0)
+        "SOLVER.WARMUP_ITERS", 500, "optimizer steps of the warm-up", env="WARMUP_STEPS", check=at_least(0)
     )
     solver_warmup_method: str = key_option(
         "SOLVER.WARMUP_METHOD", "linear", "its course", choices=("constant", "linear", "mlperf_linear")

@@ -178,7 +178,7 @@ def load_weights(model: nn.Module, config: Config, training: bool) -> list[str]:
             notes.append(f"{path} has no {part.rstrip('.')}: it begins with random weights")
     if notes and not training:
         raise UserError(f"{'; '.join(notes)}. Train it, or take weights of a whole network")
-    wanted, known = (len(x[_CLASSES]) if _CLASSES in x else None for x in (target, own))
+    known, wanted = known_classes(state, source), len(target.get(_CLASSES, ()))
     if wanted and known and known != wanted:
         said = f"{path} knows {known - 1} classes, the network has {wanted - 1}"
         if not training:
@@ -200,6 +200,11 @@ def _differs(config: Config, advice: str) -> bool:
 
 def _part(name: str) -> str:
     return next((part for part in _PARTS if name.startswith(part)), "")
+
+
+def known_classes(state: Mapping[str, Tensor], source: _Source) -> int | None:
+    """Classes and the background of a file's predictors; None for a file that has none."""
+    return next((len(value) for name, value in state.items() if source.rename(name) == _CLASSES), None)
 
 
 def converted(model: nn.Module, state: Mapping[str, Tensor], source: _Source, path: str) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"
 FILES = sorted(set(FOLDER.glob("config_*.sh")) - {FOLDER / "config_common.sh", FOLDER / "config_mounts.sh"})
 MODULES = {
-    path.parent.name: importlib.import_module(f"{path.parent.name}.config") for path in sorted(ROOT.glob("*/train.py"))
+    path.parent.name: importlib.import_module(f"{path.parent.name}.config") for path in sorted(ROOT.glob("*/launch.sh"))
 }
 PROGRAMS = {  # the variables that each program reads
     name: {field.metadata["detcore.option"]["env"] for field in dataclasses.fields(module.Config)} - {None}
@@ -45,8 +45,10 @@ def exports(path: Path, **environ: str) -> dict[str, str]:
 
 def settings(exported: dict[str, str], *more: str):
     """The program's settings as run_and_time.sh starts it."""
-    module = MODULES[exported["BENCHMARK"]]
-    loaded = load(module.Config, [*exported["EXTRA_PARAMS"].split(), *more], exported, module.IGNORED_FLAGS)
+    module, words = MODULES[exported["BENCHMARK"]], [*exported["EXTRA_PARAMS"].split(), *more]
+    if importlib.util.find_spec(flags := f"{exported['BENCHMARK']}.flags"):
+        words = importlib.import_module(flags).translate_flags(words)
+    loaded = load(module.Config, words, exported, module.IGNORED_FLAGS)
     assert loaded.notices == []
     return loaded.config
 

@@ -12,6 +12,8 @@ from detcore import UserError
 from detcore.config import load
 from detcore.nn.detectron import CATALOG
 from maskrcnn.config import IGNORED_FLAGS, Config
+from maskrcnn.convert import convert
+from maskrcnn.convert import main as convert_main
 from maskrcnn.flags import CONFIGS, translate_flags
 from maskrcnn.model import MaskRCNN
 from maskrcnn.weights import load_weights
@@ -323,6 +325,18 @@ def test_a_network_of_detectron2_has_its_background_last(tmp_path):
     model, _, notes = before_and_after(config, training=False)
     same(model, blobs.ours)
     assert notes == []
+    words = ["--config-file", "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", *SMALL.split()]
+    said = convert(config.weights, tmp_path / "ours.pth", words)
+    assert "80 classes of detectron2, whose networks want --no-legacy-boxes" in said[0]
+    again, _, notes = before_and_after(fpn(tmp_path / "ours.pth"), training=False)
+    same(again, blobs.ours)
+    assert notes == [] and sorted(path.name for path in tmp_path.iterdir()) == ["d2.pkl", "ours.pth"]
+
+
+@pytest.mark.parametrize("words", [[], ["a.pkl"], ["--help-me", "b.pth"], ["a.pkl", "b.pkl"]])
+def test_the_converter_wants_two_files(words):
+    with pytest.raises(UserError, match=r"convert_weights.sh IN OUT.pth"):
+        convert_main(words)
 
 
 def test_another_number_of_classes_drops_the_predictors(tmp_path):
