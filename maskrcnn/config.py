@@ -15,6 +15,7 @@ from detcore.config import DEFAULT, above, at_least, between, option, redefine
 from detcore.data.layouts import LAYOUTS, Layout
 from detcore.detection.config import DetectionConfig
 from maskrcnn.catalog import find, is_coco
+from maskrcnn.last_checkpoint import last_checkpoint
 from maskrcnn.model_config import ModelConfig, key_option
 
 BENCHMARK = "maskrcnn"  # submission_benchmark of the log
@@ -196,7 +197,7 @@ class Config(ModelConfig):
 
     @property
     def has_weights(self) -> bool:
-        return bool(self.checkpoint or self.weights)
+        return bool(self.checkpoint or self.weights) or last_checkpoint(self.output_dir) is not None
 
     @property
     def has_fpn(self) -> bool:

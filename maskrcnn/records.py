@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from detcore import UserError
 from detcore.training.records import JsonSummary, unwritable
 from maskrcnn.config import Config
+from maskrcnn.last_checkpoint import LAST
 
-LAST = "last_checkpoint"  # a file that names the newest checkpoint
 WINDOW = 20  # intervals that a median is of
 
 
@@ -28,30 +27,13 @@ def checkpoint_file(config: Config, step: int, completed: int | None) -> Path | 
     return None if step % config.solver_checkpoint_period else config.output_dir / f"model_{step:07d}.pth"
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """What the file last_checkpoint of a folder names; None where there is none. The name may be one of the folder's.
-
-    Raises UserError if the checkpoint does not exist.
-    """
-    pointer = folder / LAST
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    for path in (Path(name), folder / Path(name).name):
-        if name and path.is_file():
-            return path
-    raise UserError(f"{pointer} names {name or 'nothing'}, which does not exist; remove the file, or bring that one back")
-
-
 class Trainer:
     """The original's own log lines: medians over the last intervals, and means over the run in parentheses.
 
     An interval's values are means over its steps, where the original has the values of its last step alone.
     """
 
-    def __init__(
-        self, path: Path, images_per_step: int, memory_gib: Callable[[], float], *, append: bool
-    ):
+    def __init__(self, path: Path, images_per_step: int, memory_gib: Callable[[], float], *, append: bool):
         """Opens the file. Raises UserError if it can't be written."""
         self.images_per_step, self.memory_gib = images_per_step, memory_gib
         self.recent: dict[str, deque[float]] = {}
@@ -99,9 +81,7 @@ class Records:
     memory_gib(): the most memory that the device has given out so far.
     """
 
-    def __init__(
-        self, config: Config, summary: JsonSummary, images_per_step: int, memory_gib: Callable[[], float]
-    ):
+    def __init__(self, config: Config, summary: JsonSummary, images_per_step: int, memory_gib: Callable[[], float]):
         self.config, self.summary = config, summary
         self.images_per_step, self.memory_gib = images_per_step, memory_gib
         self.trainer: Trainer | None = None

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from mlperf_logging.mllog import constants as keys
@@ -22,14 +23,17 @@ from detcore.ops.mask_targets import mask_targets
 from detcore.processes import launcher
 from detcore.processes.launcher import World
 from detcore.training import engine
+from detcore.training.checkpoint import load_checkpoint
 from detcore.training.records import JsonSummary
 from detcore.training.task import Context, Task
 from maskrcnn.config import ADOPTED, BENCHMARK, IGNORED_FLAGS, Config
 from maskrcnn.data import DETECTOR
 from maskrcnn.flags import translate_flags
+from maskrcnn.last_checkpoint import LAST, last_checkpoint
 from maskrcnn.loss import losses
 from maskrcnn.model import MaskRCNN
-from maskrcnn.records import Records, checkpoint_file, last_checkpoint
+from maskrcnn.records import Records, checkpoint_file
+from maskrcnn.weight_files import find
 from maskrcnn.weights import load_weights
 
 INTRO = (
@@ -46,6 +50,9 @@ def build_model(config: Config, num_classes: int) -> MaskRCNN:
     config = dataclasses.replace(config, roi_box_head_num_classes=num_classes + 1)
     model = MaskRCNN(config)
     if config.checkpoint:
+        if average := load_checkpoint(config.checkpoint).get("ema"):
+            model.load_state_dict(average)
+            return model
         config = dataclasses.replace(config, weights=str(config.checkpoint))
     elif not config.pretrained or config.resume or config.synthetic or not config.weights:
         return model
@@ -142,14 +149,35 @@ def train(config: Config, world: World) -> int:
 def complete(config: Config, sources: dict[str, str]) -> Config:
     """The config with what follows from the processes, from the output folder and from its checkpoint.
 
-    As in the original a folder with a file last_checkpoint goes on from there: a training with --resume, evaluation and
-    prediction with that checkpoint unless the user names another.
+    As in the original a folder with a file last_checkpoint goes on from there, which is said: a training with --resume,
+    or from the weights if the checkpoint is another program's; evaluation and prediction with that checkpoint. These
+    take MODEL.WEIGHT where there is none.
     """
     world, _ = launcher.discover(os.environ)
     config = config.over_processes(world.size, sources)
+    changes = {}
     if config.save_checkpoint and sources["checkpoint_interval"] == DEFAULT:
-        config = dataclasses.replace(config, checkpoint_interval=config.solver_checkpoint_period)
-    return adopt_checkpoint(config, ADOPTED, sources)
+        changes["checkpoint_interval"] = config.solver_checkpoint_period
+    newest = None if config.checkpoint or config.resume or config.overwrite else last_checkpoint(config.output_dir)
+    if newest and config.mode == "train" and (config.output_dir / "last.pt").is_file():
+        changes["resume"], sources["resume"] = True, LAST
+    elif newest:
+        changes["checkpoint"], sources["checkpoint"] = newest, LAST
+    elif config.mode in ("evaluate", "predict") and not config.checkpoint:
+        changes["checkpoint"], sources["checkpoint"] = _evaluable(find(config.weights)), "MODEL.WEIGHT"
+    if newest and world.rank == 0:
+        print(
+            f"{config.output_dir} has a file {LAST}: goes on from {newest} (--overwrite begins anew)", file=sys.stderr
+        )
+    return adopt_checkpoint(dataclasses.replace(config, **changes), ADOPTED, sources)
+
+
+def _evaluable(path: Path) -> Path:
+    """The path, if it holds PyTorch's format, which evaluation and prediction read."""
+    if path.suffix == ".pkl":
+        raise UserError(f"{path}: convert it first: public-scripts/convert_weights.sh {path} weights.pth, then "
+                        "--checkpoint weights.pth")  # fmt: skip
+    return path
 
 
 def main(argv: Sequence[str]) -> int:
