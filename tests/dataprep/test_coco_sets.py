@@ -39,7 +39,8 @@ class Voc:
         self.root = root / "VOCdevkit/VOC2012"
         for kind in ("Main", "Segmentation"):
             (self.root / "ImageSets" / kind).mkdir(parents=True)
-        (self.root / "Annotations").mkdir()
+        for part in ("Annotations", "JPEGImages"):
+            (self.root / part).mkdir()
         (self.root / "ImageSets/Main/train.txt").write_text("2008_000001\n2008_000002\n")
         (self.root / "ImageSets/Main/val.txt").write_text("2008_000002\n")
         (self.root / "ImageSets/Main/test.txt").write_text("2008_000009\n")
@@ -85,6 +86,7 @@ def test_vocs_masks(tmp_path):
     dog, cat = coco.loadAnns([1, 2])
     assert (coco.annToMask(dog) == (made.values == 1)).all() and (coco.annToMask(cat) == (made.values == 2)).all()
     assert (dog["area"], dog["bbox"], cat["iscrowd"], cat["category_id"]) == (29, [1, 2, 5, 6], 1, 8)
+    Image.new("RGB", (20, 10)).save(made.root / "JPEGImages/2008_000001.jpg")
     assert len(CocoIndex.open(made.root / "Annotations/pascal_train2012.json", made.root / "JPEGImages")) == 1
 
 
