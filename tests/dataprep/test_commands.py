@@ -21,11 +21,14 @@ from tools import make_openimages
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "public-scripts"
 COMMANDS = {
+    "cityscapes_to_coco.py": "cityscapes",
+    "coco_minival.py": "coco_minival",
     "download.py": "download",
     "openimages_to_coco.py": "openimages",
     "openimages_with_fiftyone.py": "openimages_fiftyone",
     "pack_dataset.py": "pack",
     "verify_dataset.py": "verify",
+    "voc_to_coco.py": "voc",
     "waymo_to_coco.py": "waymo",
 }
 NEED_TORCH = {"verify_images"}
