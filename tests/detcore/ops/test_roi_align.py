@@ -28,7 +28,14 @@ def regions(count: int, images: int = 2, side: float = 60.0) -> tuple[Tensor, Te
     generator = torch.Generator().manual_seed(count)
     low = torch.rand(images, count, 2, generator=generator) * side - 8
     boxes = torch.cat((low, low + torch.rand(images, count, 2, generator=generator) ** 2 * side), 2)
-    strange = [[-60, -50, -20, -9], [70, 80, 130, 170], [5, 5, 5, 5], [9, 9, 3, 4], [-90, -90, 190, 190], [8, 4, 8.5, 60]]
+    strange = [
+        [-60, -50, -20, -9],
+        [70, 80, 130, 170],
+        [5, 5, 5, 5],
+        [9, 9, 3, 4],
+        [-90, -90, 190, 190],
+        [8, 4, 8.5, 60],
+    ]
     strange = torch.tensor(strange, dtype=torch.float32)[:count]
     boxes[:, : len(strange)] = strange
     return boxes, torch.randint(-1, len(SCALES), (images, count), generator=generator)
