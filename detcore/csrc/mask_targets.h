@@ -47,36 +47,46 @@ HOST_DEVICE bool passes(int x1, int x2, int column) {
   return (x1 < x2 ? x1 : x2) <= middle && (x1 < x2 ? x2 : x1) > middle;
 }
 
-// The first row that lies below the pass of an edge through a column's middle, 0..rows; the edge must pass there.
-HOST_DEVICE int row_below(Node from, Node to, int column, int rows) {
-  const int middle = kFine * column + kMiddle;
-  const int dx = from.x < to.x ? to.x - from.x : from.x - to.x, dy = from.y < to.y ? to.y - from.y : from.y - to.y;
-  const bool flat = dx >= dy;
-  if (flat ? from.x > to.x : from.y > to.y) {
-    const Node other = from;
-    from = to;
-    to = other;
+// An edge as the walk takes it: step by step along its longer side, upwards in that coordinate.
+struct Line {
+  Node from, to;
+  bool flat;              // its longer side is the one across
+  double slope, inverse;  // of the shorter side along the longer one
+
+  HOST_DEVICE static Line of(Node from, Node to) {
+    const int dx = from.x < to.x ? to.x - from.x : from.x - to.x, dy = from.y < to.y ? to.y - from.y : from.y - to.y;
+    const bool flat = dx >= dy, turned = flat ? from.x > to.x : from.y > to.y;
+    const Node low = turned ? to : from, high = turned ? from : to;
+    const double across = high.x - low.x, down = high.y - low.y;
+    return {low, high, flat, flat ? down / across : across / down, flat ? 0 : down / across};
   }
-  int y;  // the higher of the walk's two points beside the middle
-  if (flat) {
-    const double slope = static_cast<double>(to.y - from.y) / dx;
-    const int step = middle - from.x;
-    const int before = static_cast<int>(from.y + slope * step + .5);
-    const int after = static_cast<int>(from.y + slope * (step + 1) + .5);
-    y = before < after ? before : after;
-  } else {
-    const double slope = static_cast<double>(to.x - from.x) / dy;
-    const bool right = to.x > from.x;
-    const auto passed = [=](int step) { return (static_cast<int>(from.x + slope * step + .5) > middle) == right; };
-    int step = static_cast<int>((middle + .5 - from.x) / slope);  // that of the pass, but for rounding
-    step = step < 1 ? 1 : step > dy ? dy : step;
-    while (step > 1 && passed(step - 1)) --step;
-    while (step < dy && !passed(step)) ++step;
-    y = from.y + step - 1;
+
+  // The first row that lies below its pass through a column's middle, 0..rows; there must be one.
+  HOST_DEVICE int row_below(int column, int rows) const {
+    const int middle = kFine * column + kMiddle;
+    int y;  // the higher of the walk's two points beside the middle
+    if (flat) {
+      const int step = middle - from.x;
+      const int before = static_cast<int>(from.y + slope * step + .5);
+      const int after = static_cast<int>(from.y + slope * (step + 1) + .5);
+      y = before < after ? before : after;
+    } else {
+      const int last = to.y - from.y;
+      int step = static_cast<int>((middle + .5 - from.x) * inverse);  // that of the pass, but for rounding
+      step = step < 1 ? 1 : step > last ? last : step;
+      while (step > 1 && passed(step - 1, middle)) --step;
+      while (step < last && !passed(step, middle)) ++step;
+      y = from.y + step - 1;
+    }
+    const int row = (y + kMiddle) / kFine;
+    return row < 0 ? 0 : row < rows ? row : rows;
   }
-  const int row = (y + kMiddle) / kFine;
-  return row < 0 ? 0 : row < rows ? row : rows;
-}
+
+ private:
+  HOST_DEVICE bool passed(int step, int middle) const {
+    return (static_cast<int>(from.x + slope * step + .5) > middle) == (to.x > from.x);
+  }
+};
 
 // The first of an image's edges whose box is this one or a later one. of: box and part of each edge, rising, then -1.
 HOST_DEVICE int64_t first_edge(const int64_t* of, int64_t count, int64_t box) {

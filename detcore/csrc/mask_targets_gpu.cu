@@ -29,7 +29,7 @@ __global__ void mask_targets_kernel(const Edge* edges, const int64_t* edge_of, c
     const int x1 = fine(edge.x1, window.x, window.across), x2 = fine(edge.x2, window.x, window.across);
     if (!passes(x1, x2, column)) continue;
     const Node from{x1, fine(edge.y1, window.y, window.down)}, to{x2, fine(edge.y2, window.y, window.down)};
-    const int row = row_below(from, to, column, resolution) - first_row;
+    const int row = Line::of(from, to).row_below(column, resolution) - first_row;
     if (row < kBits) part ^= row <= 0 ? ~0u : ~0u << row;
   }
   all |= part;
