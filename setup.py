@@ -24,6 +24,7 @@ ARCHITECTURES = "8.0;9.0;10.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 EXACT = "-ffp-contract=off"  # a * b + c is rounded twice everywhere, so that every processor gives the same
+VECTORS = "-fno-trapping-math"  # GCC makes vector instructions of a division that is left out for some; same values
 
 
 def say(message: str) -> None:
@@ -76,7 +77,7 @@ def extension(program: str, nvcc: Path | None):
     common = ["-O3", f"-DOPS={program}", *STABLE_ABI]
     for path in cpp_extension.include_paths():
         common += ["-isystem", path]  # torch's own headers have warnings
-    flags = {"cxx": [*common, "-fvisibility=hidden", EXACT, *WARNINGS]}
+    flags = {"cxx": [*common, "-fvisibility=hidden", EXACT, VECTORS, *WARNINGS]}
     kind = cpp_extension.CppExtension
     if nvcc:
         sources += sorted(str(file.relative_to(ROOT)) for file in folder.glob("*.cu"))

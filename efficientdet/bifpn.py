@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +11,44 @@ from torch.nn import functional as F
 
 from detcore import UserError
 from detcore.nn.efficientnet import Activation
+from detcore.nn.norm_folding import normed
 
 FUSIONS = ("fastattn", "attn", "sum")
 norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
-def named(**modules: nn.Module) -> nn.Sequential:
+class Chain(nn.Sequential):
+    """Modules one after the other; a convolution and a norm after it are one in evaluation."""
+
+    def norm_pairs(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        parts = list(self)
+        return [(a, b) for a, b in pairwise(parts) if isinstance(a, nn.Conv2d) and not isinstance(b, nn.Conv2d)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = dict(self.norm_pairs())
+        for part in self:
+            if part in norms:
+                x = normed(part, norms[part], x)
+            elif part not in norms.values():
+                x = part(x)
+        return x
+
+
+def named(**modules: nn.Module) -> Chain:
     """The modules one after the other, under these names."""
-    return nn.Sequential(OrderedDict(modules))
+    return Chain(OrderedDict(modules))
 
 
-def separable(inputs: int, outputs: int, bias: bool, **after: nn.Module) -> nn.Sequential:
+def separable(inputs: int, outputs: int, bias: bool, **after: nn.Module) -> Chain:
     """A depthwise 3x3 convolution, a 1x1 convolution, and what comes after them."""
     depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
     return named(conv_dw=depthwise, conv_pw=nn.Conv2d(inputs, outputs, 1, bias=bias), **after)
 
 
-def _projection(inputs: int, outputs: int, bias: bool) -> nn.Sequential:
+def _projection(inputs: int, outputs: int, bias: bool) -> Chain:
     """To the pyramid's width: 1x1 convolution and normalisation; nothing where the width is right."""
     if inputs == outputs:
-        return nn.Sequential()
+        return named()
     return named(conv=named(conv=nn.Conv2d(inputs, outputs, 1, bias=bias), bn=norm(outputs)))
 
 

@@ -15,6 +15,8 @@ BENCHMARK = "efficientdet"  # submission_benchmark of the log; no ruleset of 5.1
 OPTIMIZERS = {  # the original's names: what they are here
     "sgd": "nesterov", "nesterov": "nesterov", "momentum": "momentum", "adam": "adam", "adamw": "adamw",
     "fusedsgd": "nesterov", "fusedmomentum": "momentum", "fusedadam": "adam", "fusedadamw": "adamw",
+    "lamb": "lamb", "fusedlamb": "lamb", "fusednovograd": "novograd", "novograd": "nvnovograd",
+    "nvnovograd": "nvnovograd",
 }  # fmt: skip
 BENCHMARKS = ("benchmark", "benchmark-training", "benchmark-inference")
 WAYMO_CLASSES = (1, 2, 3)
@@ -84,10 +86,11 @@ class Config(DetectionConfig):
     )  # fmt: skip
     clip_norm: float = redefine(DetectionConfig, "clip_norm", 10.0, flags=("--clip-grad",))
     opt: str = option(
-        "momentum", "optimizer; sgd and nesterov are the same, the fused ones are those of their names here",
+        "momentum", "optimizer; sgd and nesterov are the same, the fused ones are those of their names here, but that "
+        "fusednovograd is apex's and the other two are the paper's",
         choices=tuple(OPTIMIZERS), group="Training",
     )  # fmt: skip
-    opt_eps: float = option(1e-3, "epsilon of adam and adamw", check=above(0), group="Training")
+    opt_eps: float = option(1e-3, "epsilon of all optimizers but SGD", check=above(0), group="Training")
     momentum: float = option(0.9, "of SGD", check=between(0, 0.99999), group="Training")
     weight_decay: float = option(
         4e-5, "of weights with more than one dimension; none for biases and normalisation", check=between(0, 1),

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detcore.boxes import encode
 from detcore.ops.focal import focal_loss
 from detcore.ops.match import match
 
@@ -23,11 +22,20 @@ def wanted_deltas(anchors: Tensor, boxes: Tensor, matched: Tensor) -> Tensor:
 
     anchors: [A, 4], whose dtype is the result's. boxes: [N, M, 4] in pixels of the canvas. matched: see `match`.
     """
-    if not boxes.shape[1]:  # for the rows without a match to point to
-        boxes = boxes.new_zeros(len(boxes), 1, 4)
-    chosen = boxes.to(anchors.dtype).gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))
-    # Where nothing is matched the anchor stands in for the box: its deltas are zeros, not NaN.
-    return encode(torch.where((matched >= 0)[..., None], chosen, anchors), anchors)
+    none = anchors.new_full((1, 4), torch.nan)  # the first row, for anchors without a box
+    rows = torch.cat((none, _places(boxes.to(anchors.dtype)).flatten(0, 1)))
+    first = torch.arange(len(boxes), device=boxes.device)[:, None] * boxes.shape[1] + 1
+    chosen = F.embedding((matched + first).masked_fill_(matched < 0, 0), rows)
+    sizes = anchors[:, 2:] - anchors[:, :2]  # centres are in anchor sizes, logarithms as they are
+    chosen.sub_(_places(anchors)).div_(torch.cat((sizes, torch.ones_like(sizes)), 1))
+    return chosen.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _places(boxes: Tensor) -> Tensor:
+    """Centres and logarithms of width and height of boxes [..., 4], [..., 4]."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    sizes = high - low
+    return torch.cat((low + 0.5 * sizes, sizes.log()), -1)
 
 
 def losses(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from detcore import UserError
-from detcore.nn.efficientnet import Activation, EfficientNet
+from detcore.nn.efficientnet import ACTIVATIONS, Activation, EfficientNet
+from detcore.nn.norm_folding import folded_norms, norm_pairs, normed
 from detcore.ops.fold import autocast_dtype
 from detcore.ops.normalize import normalize
 from efficientdet.anchors import PER_CELL, anchors
@@ -36,11 +36,16 @@ class Head(nn.Module):
         )
         self.predict = separable(channels, PER_CELL * values, True)
 
+    def norm_pairs(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        return [
+            (conv.conv_pw, norm.bn) for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True) for norm in norms
+        ]
+
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         outputs = []
         for level, x in enumerate(pyramid):
             for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
-                x = self.act(norms[level](conv(x)), inplace=True)
+                x = self.act(normed(conv.conv_pw, norms[level].bn, conv.conv_dw(x)), inplace=True)
             # Channels are anchor-major: moved last, a cell's anchors follow each other. No copy in channels_last.
             x = self.predict(x).permute(0, 2, 3, 1)
             outputs.append(x.reshape(x.shape[0], -1, self.values).contiguous())
@@ -79,7 +84,7 @@ class EfficientDet(nn.Module):
             raise UserError(f"image_size is {tuple(size)}; height and width must be positive")
         self.name, self.num_classes, self.image_size = name, num_classes, (int(size[0]), int(size[1]))
         bias = known.redundant_bias if redundant_bias is None else redundant_bias
-        act: Activation = getattr(F, known.activation)
+        act = ACTIVATIONS[known.activation]
         drop = known.drop_path if drop_path is None else drop_path
         self.soft_nms = False  # what is done with overlapping boxes; see `efficientdet.postprocess`
         self.backbone = EfficientNet(known.backbone, known.same_backbone, drop, known.backbone_eps)
@@ -120,6 +125,12 @@ class EfficientDet(nn.Module):
 
     def predict(self, pixels: Tensor) -> Outputs:
         """The same from normalised pixels, float [N, 3, H, W] of any size."""
+        if self.training or torch.is_grad_enabled():
+            return self._network(pixels)
+        with folded_norms(norm_pairs(self), pixels.dtype):
+            return self._network(pixels)
+
+    def _network(self, pixels: Tensor) -> Outputs:
         pyramid = self.fpn(self.backbone(pixels))
         # The network's own order is dy, dx, dh, dw.
         deltas = [level.unflatten(2, (2, 2)).flip(3).flatten(2) for level in self.box_net(pyramid)]

@@ -14,15 +14,9 @@ TOPK, NMS_IOU, DETECTIONS = 5000, 0.5, 100
 SOFT_SIGMA, SOFT_FLOOR = 0.5, 0.001
 
 
-def _rows(levels: Sequence[Tensor], at: Tensor) -> Tensor:
-    """The rows at [N, P] of the levels [N, A_l, C] as if they were joined: [N, P, C]."""
-    found, first = None, 0
-    for level in levels:
-        here = (at - first).clamp(0, level.shape[1] - 1)[..., None].expand(-1, -1, level.shape[2])
-        rows = level.gather(1, here)
-        found = rows if found is None else torch.where((at >= first)[..., None], rows, found)
-        first += level.shape[1]
-    return found
+def _rows(values: Tensor, at: Tensor) -> Tensor:
+    """The rows at [N, P] of values [N, A, C]: [N, P, C]."""
+    return values.gather(1, at[..., None].expand(-1, -1, values.shape[2]))
 
 
 def candidates(logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,12 +26,13 @@ def candidates(logits: Sequence[Tensor], topk: int) -> tuple[Tensor, Tensor, Ten
     lowest anchor and class comes first. An anchor with a NaN among its logits has no pair; unused places come last and
     have score -1.
     """
-    classes = logits[0].shape[2]
-    best = torch.cat([level.amax(2) for level in logits], 1).float()
+    every = torch.cat(tuple(logits), 1)
+    classes = every.shape[2]
+    best = every.amax(2).float()
     best = best.masked_fill(best.isnan(), -torch.inf)
-    # Only the topk anchors by their best class can hold a pair of the topk, so the wide tensors are read once.
+    # Only the topk anchors by their best class can hold a pair of the topk, so what follows is narrow.
     anchors = largest(best, min(topk, best.shape[1]))[1].sort(1).values
-    rows = _rows(logits, anchors).float()
+    rows = _rows(every, anchors).float()
     rows = rows.masked_fill(best.gather(1, anchors).isneginf()[..., None], -torch.inf).flatten(1)
     values, pair = largest(rows, min(topk, rows.shape[1]))
     scores = values.sigmoid().masked_fill(values.isneginf(), -1)
@@ -66,7 +61,7 @@ def postprocess(
     class by more than nms_thresh. soft: see `soft_nms`; nms_thresh is not used.
     """
     scores, anchor, labels = candidates(logits, topk)
-    found = _rows(deltas, anchor).to(anchors.dtype)
+    found = _rows(torch.cat(tuple(deltas), 1), anchor).to(anchors.dtype)
     limit = extent.flip(1).repeat(1, 2)[:, None].to(anchors.dtype)
     boxes = torch.minimum(decode(found, anchors[anchor]).clamp(min=0), limit)
     if soft:

@@ -22,6 +22,7 @@ from detcore.detection.detector import Inference, class_count, examples, open_da
 from detcore.detection.program import draw_gallery, program
 from detcore.nn import optim
 from detcore.nn.efficientnet_weights import load_weights
+from detcore.nn.layerwise import Lamb, NovoGrad
 from detcore.nn.schedule import EpochSchedule, Noise
 from detcore.processes import distributed
 from detcore.processes.launcher import World
@@ -76,16 +77,26 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
         raise UserError(f"--freeze-layers {' '.join(parts)}: nothing is left to train; leave some layers out")
 
 
-def make_optimizer(config: Config, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    """The one of --opt, with no weight decay for biases and normalisation. fused: see `optim.adam`."""
+def make_optimizer(config: Config, model: nn.Module, fused: bool, scaled: bool = False) -> torch.optim.Optimizer:
+    """The one of --opt, with no weight decay for biases and normalisation. fused: see `optim.adam`.
+
+    scaled: the losses are, as with fp16; raises UserError for an optimizer that can't take part in it.
+    """
     kind = OPTIMIZERS[config.opt]
+    if scaled and kind in ("lamb", "novograd", "nvnovograd"):
+        raise UserError(f"--opt {config.opt}: not with fp16, whose steps it can't leave out; choose --precision bf16")
     if kind in ("momentum", "nesterov"):
         nesterov = kind == "nesterov" and config.momentum > 0
         how = {"fused": fused, "nesterov": nesterov}
         return optim.sgd(model, config.lr, config.momentum, config.weight_decay, **how)
     groups = optim.decayed_groups(model, config.lr, config.weight_decay, fused=fused)
-    made = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
-    return made(groups, lr=config.lr, eps=config.opt_eps, fused=fused, capturable=fused)
+    common = {"lr": config.lr, "eps": config.opt_eps, "capturable": fused}
+    match kind:
+        case "lamb":
+            return Lamb(groups, **common)
+        case "novograd" | "nvnovograd":
+            return NovoGrad(groups, **common, decoupled=kind == "novograd")
+    return (torch.optim.AdamW if kind == "adamw" else torch.optim.Adam)(groups, **common, fused=fused)
 
 
 def schedule(config: Config, seed: int) -> Callable[[int, float], float]:
@@ -121,7 +132,9 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
 
     return Task(
         model=model,
-        optimizer=make_optimizer(config, model, context.backend.fused_optimizers),
+        optimizer=make_optimizer(
+            config, model, context.backend.fused_optimizers, context.backend.scaler().is_enabled()
+        ),
         lr=lambda step, per_epoch, base: rate(step // per_epoch, base),
         loss=loss,
         open_data=lambda: open_data(DETECTOR, config, context, evaluation),

@@ -14,6 +14,28 @@ WIDE_VECTORS static void overlaps(const Planes& anchors, int64_t begin, int64_t 
   for (int64_t i = 0; i < n; ++i) out[i] = overlap(box, box_area, {x1[i], y1[i], x2[i], y2[i]}, areas[i]);
 }
 
+using Tiles = std::vector<Corners>;
+
+// The smallest box around the anchors of each tile.
+static Tiles tile_bounds(const Corners* anchors, int64_t count) {
+  Tiles bounds;
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    Corners around = anchors[begin];
+    for (int64_t i = begin; i < std::min(begin + kTile, count); ++i) {
+      const Corners at = anchors[i];
+      around = {std::min(around.x1, at.x1), std::min(around.y1, at.y1), std::max(around.x2, at.x2),
+                std::max(around.y2, at.y2)};
+    }
+    bounds.push_back(around);
+  }
+  return bounds;
+}
+
+// Whether a box overlaps nothing inside of the bounds. False where a coordinate is no number.
+static bool apart(Corners bounds, Corners box) {
+  return box.x1 > bounds.x2 || box.x2 < bounds.x1 || box.y1 > bounds.y2 || box.y2 < bounds.y1;
+}
+
 // The larger of `highest` and all values.
 WIDE_VECTORS static float highest_of(const float* values, int64_t n, float highest) {
   constexpr int kLanes = 16;
@@ -39,8 +61,8 @@ WIDE_VECTORS static void take(const float* iou, int64_t n, int32_t index, float 
   }
 }
 
-static void match_tile(const Match& a, const Planes& anchors, const std::vector<int32_t>& used, const float* highest,
-                       const Corners* boxes, int64_t begin, int64_t* out) {
+static void match_tile(const Match& a, const Planes& anchors, const Tiles& bounds, const std::vector<int32_t>& used,
+                       const float* highest, const Corners* boxes, int64_t begin, int64_t* out) {
   float iou[kTile], best[kTile];
   int32_t at[kTile], tied[kTile];
   const int64_t n = std::min(kTile, a.count - begin);
@@ -48,6 +70,7 @@ static void match_tile(const Match& a, const Planes& anchors, const std::vector<
   std::fill_n(at, n, 0);
   std::fill_n(tied, n, 0);
   for (size_t k = 0; k < used.size(); ++k) {
+    if (apart(bounds[begin / kTile], boxes[used[k]])) continue;
     overlaps(anchors, begin, n, boxes[used[k]], iou);
     take(iou, n, used[k], highest[k], best, at, tied);
   }
@@ -60,11 +83,12 @@ struct Highest {
   int64_t first = 0;
 };
 
-static Highest highest_anchor(const Planes& anchors, int64_t count, Corners box) {
+static Highest highest_anchor(const Planes& anchors, const Tiles& bounds, int64_t count, Corners box) {
   float iou[kTile];
   Highest found;
   int64_t tile = 0;
   for (int64_t begin = 0; begin < count; begin += kTile) {
+    if (apart(bounds[begin / kTile], box)) continue;
     const int64_t n = std::min(kTile, count - begin);
     overlaps(anchors, begin, n, box, iou);
     const float highest = highest_of(iou, n, found.overlap);
@@ -80,13 +104,15 @@ static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& l
                     int64_t low_quality) {
   const Match a(anchors_, boxes, labels, high, low, low_quality);
   const bool ties = a.low_quality == LowQuality::kTies, best = a.low_quality == LowQuality::kBest;
-  const auto planes = [&](int64_t image) {
-    return Planes(a.count, [&](int64_t i) { return a.anchors[image * a.step + i]; });
-  };
   Planes anchors(0, [](int64_t) { return Corners(); });
+  Tiles bounds;
   const int64_t tiles = ceil_div(a.count, kTile);
   for (int64_t image = 0; image < a.images; ++image) {
-    if (image == 0 || a.step) anchors = planes(image);
+    if (image == 0 || a.step) {
+      const Corners* corners = a.anchors + image * a.step;
+      anchors = Planes(a.count, [&](int64_t i) { return corners[i]; });
+      bounds = tile_bounds(corners, a.count);
+    }
     const Corners* own = a.boxes + image * a.most;
     std::vector<int32_t> used;
     for (int64_t j = 0; j < a.most; ++j) {
@@ -97,7 +123,7 @@ static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& l
     const int64_t searched = ties || best ? static_cast<int64_t>(used.size()) : 0;
     torch::stable::parallel_for(0, searched, 1, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
-        const Highest highest = highest_anchor(anchors, a.count, own[used[k]]);
+        const Highest highest = highest_anchor(anchors, bounds, a.count, own[used[k]]);
         goal[k] = ties ? highest.overlap : 0;
         first_of[k] = highest.overlap > 0 ? highest.first : -1;
       }
@@ -105,7 +131,7 @@ static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& l
     int64_t* out = static_cast<int64_t*>(a.out.data_ptr()) + image * a.count;
     torch::stable::parallel_for(0, tiles, 16, [&](int64_t first, int64_t last) {
       for (int64_t tile = first; tile < last; ++tile) {
-        match_tile(a, anchors, used, goal.data(), own, tile * kTile, out);
+        match_tile(a, anchors, bounds, used, goal.data(), own, tile * kTile, out);
       }
     });
     for (size_t k = used.size(); best && k-- > 0;) {  // of the boxes that claim an anchor the first one gets it

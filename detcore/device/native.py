@@ -98,6 +98,12 @@ def library_file(program: str) -> Path:
     return ROOT / program / "_kernels.so"
 
 
+def libraries(program: str) -> list[str]:
+    """The programs whose libraries compute a program's ops: its own, unless it has no kernels, and detcore."""
+    own = library_file(program).exists() or (ROOT / program / "csrc").is_dir()
+    return list(dict.fromkeys((program, "detcore") if own else ("detcore",)))
+
+
 @lru_cache
 def load(program: str) -> str:
     """Loads the library of a program ("single_stage_detector"); "" if it is there, else the reason why not."""
@@ -197,7 +203,7 @@ def describe(program: str, device: torch.device) -> str:
     """One line for the user: what computes the ops of a program on a device."""
     if _policy == "reference":
         return "ops: the PyTorch references (--ops reference)"
-    wanted = list(dict.fromkeys((program, "detcore")))
+    wanted = libraries(program)
     missing = list(filter(None, (_all_missing(name, device.type) for name in wanted)))
     if not missing:
         return f"ops: {library_file(program).name}"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
 from detcore import UserError
+from detcore.nn.norm_folding import normed
 
 _STAGES = (  # kernel, stride, repeats, channels, expansion
     (3, 1, 1, 16, 1),
@@ -44,6 +45,14 @@ BACKBONES = tuple(_NETWORKS)
 Activation = Callable[..., Tensor]
 
 
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """x * sigmoid(x). Never in place where gradients are wanted: they need x, and PyTorch would copy it before."""
+    return F.silu(x, inplace=inplace and not torch.is_grad_enabled())
+
+
+ACTIVATIONS: dict[str, Activation] = {"silu": silu, "relu6": F.relu6}
+
+
 def _width(channels: int, factor: float) -> int:
     """channels * factor as a multiple of 8, at most a tenth less."""
     wanted = channels * factor
@@ -65,12 +74,16 @@ class Conv2d(nn.Conv2d):
         padding = 0 if self.by_size else kernel // 2
         super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
+    def pad(self, x: Tensor) -> Tensor:
+        """The input with the padding that depends on its size, if any."""
+        if not self.by_size:
+            return x
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        rows, columns = (max(-(-n // stride) * stride - stride + kernel - n, 0) for n in x.shape[2:])
+        return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.by_size:
-            (kernel, _), (stride, _) = self.kernel_size, self.stride
-            rows, columns = (max(-(-n // stride) * stride - stride + kernel - n, 0) for n in x.shape[2:])
-            x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return super().forward(x)
+        return super().forward(self.pad(x))
 
 
 class SqueezeExcite(nn.Module):
@@ -109,15 +122,18 @@ class MBConv(nn.Module):
         self.add_module("conv_pwl" if self.expands else "conv_pw", Conv2d(middle, outputs))
         self.add_module("bn3" if self.expands else "bn2", norm(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = x
+    def norm_pairs(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Its convolutions and their norms, in their order."""
         if self.expands:
-            out = self.act(self.bn1(self.conv_pw(out)), inplace=True)
-            norm, project, last = self.bn2, self.conv_pwl, self.bn3
-        else:
-            norm, project, last = self.bn1, self.conv_pw, self.bn2
-        out = self.se(self.act(norm(self.conv_dw(out)), inplace=True))
-        out = last(project(out))
+            return [(self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)]
+        return [(self.conv_dw, self.bn1), (self.conv_pw, self.bn2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        *wide, last = self.norm_pairs()
+        out = x
+        for pair in wide:
+            out = self.act(normed(*pair, out), inplace=True)
+        out = normed(*last, self.se(out))
         if not self.shortcut:
             return out
         return stochastic_depth(out, self.drop, "row", self.training) + x if self.drop else out + x
@@ -145,7 +161,7 @@ class EfficientNet(nn.Module):
         width, depth, *_ = _NETWORKS[name]
         lite = "lite" in name
         self.name, self.eps = name, eps
-        self.act: Activation = F.relu6 if lite else F.silu
+        self.act = ACTIVATIONS["relu6" if lite else "silu"]
         norm = partial(nn.BatchNorm2d, eps=eps, momentum=momentum)
         inputs = 32 if lite else _width(32, width)
         self.conv_stem, self.bn1 = Conv2d(3, inputs, 3, 2, same=same), norm(inputs)
@@ -175,8 +191,12 @@ class EfficientNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def norm_pairs(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """The stem's convolution and norm; the blocks list their own."""
+        return [(self.conv_stem, self.bn1)]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.act(self.bn1(self.conv_stem(x)), inplace=True)
+        x = self.act(normed(self.conv_stem, self.bn1, x), inplace=True)
         maps = []
         for stage in self.blocks:
             for block in stage:

@@ -2,6 +2,7 @@
 
     python tests/efficientdet/effdet_oracle.py MODEL ...          differences, relative to the largest value
     python tests/efficientdet/effdet_oracle.py --lite0-weights    features from the package's ImageNet weights
+    python tests/efficientdet/effdet_oracle.py --optimizers       LAMB and NovoGrad against timm's
 
 Prints a line of JSON for each.
 """
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import timm.optim
 import torch
 from effdet import DetBenchPredict, DetBenchTrain, get_efficientdet_config
 from effdet import EfficientDet as Original
@@ -22,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from detcore.nn.efficientnet import EfficientNet  # noqa: E402
 from detcore.nn.efficientnet_weights import load_weights  # noqa: E402
+from detcore.nn.layerwise import Lamb, NovoGrad  # noqa: E402
+from detcore.nn.optim import decayed_groups  # noqa: E402
 from efficientdet.loss import losses  # noqa: E402
 from efficientdet.model import EfficientDet  # noqa: E402
 from efficientdet.postprocess import postprocess  # noqa: E402
@@ -141,6 +145,30 @@ def lite0() -> dict:
     return {"features": [[float(x.mean()), float(x.abs().mean())] for x in model(pixels)]}
 
 
+def optimizers() -> dict:
+    """Weights after ten steps along the same gradients, some of length above 1, some tensors without decay."""
+    pairs = {
+        "lamb": (Lamb, timm.optim.Lamb, {}),
+        "novograd": (NovoGrad, timm.optim.NvNovoGrad, {"decoupled": False}),
+    }
+    found = {}
+    for name, (ours, theirs, more) in pairs.items():
+        torch.manual_seed(0)
+        own, other = (EfficientNet("efficientnet_lite0") for _ in range(2))
+        other.load_state_dict(own.state_dict())
+        mine, its = (decayed_groups(model, 0.01, 0.05, fused=False) for model in (own, other))
+        steps = ours(mine, 0.01, eps=1e-3, **more), theirs(its, 0.01, eps=1e-3)
+        for _ in range(10):
+            for a, b in zip(own.parameters(), other.parameters(), strict=True):
+                a.grad = torch.randn_like(a)
+                b.grad = a.grad.clone()
+            for optimizer in steps:
+                optimizer.step()
+        found[name] = max(apart(a, b) for a, b in zip(own.parameters(), other.parameters(), strict=True))
+    return found
+
+
 if __name__ == "__main__":
+    others = {"--lite0-weights": lite0, "--optimizers": optimizers}
     for name in sys.argv[1:]:
-        print(json.dumps(lite0() if name == "--lite0-weights" else compare(name)), flush=True)
+        print(json.dumps(others[name]() if name in others else compare(name)), flush=True)

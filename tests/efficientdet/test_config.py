@@ -8,6 +8,7 @@ import torch
 from detcore import UserError
 from detcore.config import load, to_dict
 from detcore.nn import optim
+from detcore.nn.layerwise import Lamb, NovoGrad
 from efficientdet import train
 from efficientdet.config import ADOPTED, IGNORED_FLAGS, OPTIMIZERS, Config
 from efficientdet.flags import translate_flags
@@ -34,6 +35,8 @@ def read(line: str, **environ: str):
         ("--validation-batch-size-multiplier 3", "validation_batch_size_multiplier", 3),
         ("--input_size 640", "input_size", 640), ("--input-size 640", "input_size", 640),
         ("--clip-grad 5", "clip_norm", 5.0), ("", "clip_norm", 10.0), ("--opt fusedadam", "opt", "fusedadam"),
+        ("--opt fusedlamb", "opt", "fusedlamb"),
+        ("--opt fusednovograd", "opt", "fusednovograd"),
         ("", "opt", "momentum"), ("--opt-eps 1e-8", "opt_eps", 1e-8), ("--momentum 0.8", "momentum", 0.8),
         ("--weight-decay 1e-4", "weight_decay", 1e-4), ("", "weight_decay", 4e-5), ("--sched step", "sched", "step"),
         ("--lr 1.63", "lr", 1.63), ("", "lr", 0.01), ("--lr-noise 0.5", "lr_noise", [0.5]),
@@ -106,7 +109,7 @@ def test_flags_that_have_no_effect_say_so(line):
         ("--train-interpolation random", "bilinear"), ("--anno test-dev2017", "--val-annotations-file"),
         ("--start-epoch 3", "--resume"), ("--no-resume-opt", "--initial-checkpoint"),
         ("--sched plateau", "cosine or step"),
-        ("--opt fusedlamb", "choose one of"), ("--opt fusednovograd", "choose one of"),
+        ("--opt lookahead_adam", "choose one of"), ("--opt radam", "choose one of"),
         ("--opt lookahead_adam", "adamw"),
         ("--eval-metric loss", "AP"), ("/a /b", "only the data folder"), ("--model mixdet_m", "MixNet or MobileNet"),
         ("--model efficientdet_d9", "did you mean"), ("--fill-color blue", "grey value"),
@@ -185,13 +188,22 @@ def test_optimizers(name):
     made = train.make_optimizer(read(f"--opt {name} --lr 0.5").config, Layers(), False)
     groups = [(len(g["params"]), g["weight_decay"], g["lr"], g[optim.BASE_LR]) for g in made.param_groups]
     assert groups == [(1, 4e-5, 0.5, 0.5), (3, 0.0, 0.5, 0.5)]
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lamb": Lamb}
+    kinds |= {"novograd": NovoGrad, "nvnovograd": NovoGrad}
     assert type(made) is kinds.get(OPTIMIZERS[name], torch.optim.SGD)
     own = made.param_groups[0]
     if type(made) is torch.optim.SGD:
         assert own["momentum"] == 0.9 and own["nesterov"] == (OPTIMIZERS[name] == "nesterov")
     else:
         assert own["eps"] == 1e-3
+    if isinstance(made, NovoGrad):
+        assert made.decoupled == (name == "fusednovograd") and own["betas"] == (0.95, 0.98)
+
+
+@pytest.mark.parametrize("name", ["fusedlamb", "nvnovograd"])
+def test_optimizers_that_can_not_leave_steps_out(name):
+    with pytest.raises(UserError, match="not with fp16"):
+        train.make_optimizer(read(f"--opt {name}").config, Layers(), True, scaled=True)
 
 
 def test_frozen_layers():

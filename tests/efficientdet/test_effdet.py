@@ -62,3 +62,9 @@ def test_real_weights_of_efficientnet_lite0(python):
     assert [x for pair in found["features"] for x in pair] == pytest.approx(
         [-1.654223, 6.518938, -0.476221, 3.201522, -0.218308, 1.395339], rel=1e-4
     )
+
+
+def test_optimizers(python):
+    """Weights after ten steps of LAMB and NovoGrad against timm's."""
+    found = answer(python, "--optimizers")
+    assert found.keys() == {"lamb", "novograd"} and max(found.values()) < 1e-5

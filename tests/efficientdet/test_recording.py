@@ -22,9 +22,10 @@ def test_nothing_waits_for_the_device():
         batch = on_cpu.map(lambda t: torch.empty_like(t, device="cuda"))
         with OnDeviceOnly():
             outputs = model(batch.images)
+            evaluated = model.eval()(batch.images)
             terms = losses(outputs, model.anchors, batch.boxes, batch.labels, 0.1, lambda count: count / 2, 2)
             found = [
-                postprocess(*outputs, model.anchors, batch.extent, detections=9, soft=soft) for soft in (False, True)
+                postprocess(*evaluated, model.anchors, batch.extent, detections=9, soft=soft) for soft in (False, True)
             ]
     assert {t.device.type for t in terms.values()} == {"cuda"}
     assert all(boxes.shape == (2, 9, 4) for boxes, _, _ in found)

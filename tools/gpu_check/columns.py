@@ -28,6 +28,34 @@ def number(value: float | None, width: int, places: int = 1) -> str:
     return f"{value:{width}.{places}f}" if isinstance(value, int | float) else "-".rjust(width)
 
 
+def steps(
+    state: dict[str, Any], part: str, title: str, published: dict[str, tuple[str, float]], targets: dict[str, float]
+) -> Iterator[str]:
+    """The section of a benchmark's part whose keys begin with "training" or "inference".
+
+    published: card and images/s that others have for each of the two; targets: images/s that we aim at on one H100.
+    """
+    found = rows(state, part)
+    if not found:
+        return
+    device = state.get("machine", {}).get("device", "")
+    yield ""
+    yield f"{title:48} {'images/s':>9} {'ms':>9} {'peak GiB':>9} {'x publ.':>8} {'% FLOP':>7}"
+    for key, r in found.items():
+        card, figure = published[key.partition(" ")[0]]
+        times = r["images_per_s"] / figure if card in device else None
+        yield (
+            f"{cut(key, 48)} {number(r['images_per_s'], 9)} {number(r['ms'], 9, 2)} {number(r.get('peak_gib'), 9)} "
+            f"{number(times, 8, 2)} {number(r.get('percent_of_flop_floor'), 7)}"
+        )
+    if device not in ("", "cpu"):
+        told = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in published.items())
+        yield f"published for one A100, images/s: {told} (not measured here)"
+        told = ", ".join(f"{kind} {rate:g}" for kind, rate in targets.items())
+        yield f"our targets on one H100, images/s: {told} (targets, not measured)"
+        yield "inference: random weights, which find more than trained ones"
+
+
 def between(limits: Any) -> str:
     """Two numbers in words; a dash for None."""
     if limits is None:

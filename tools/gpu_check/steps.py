@@ -54,9 +54,9 @@ class Program:
     """
 
     def __init__(self, config: Any):
-        missing = native.load(config.program) if config.ops == "native" else ""
-        if missing:
-            raise Skip(missing)
+        missing = list(filter(None, map(native.load, native.libraries(config.program))))
+        if missing and config.ops == "native":
+            raise Skip(missing[0])
         self.config = config
         self.backend = engine.open_device(config, World())
         torch.manual_seed(1)

@@ -50,14 +50,14 @@ def about(state: dict[str, Any]) -> Iterator[str]:
 
 def overview(state: dict[str, Any]) -> Iterator[str]:
     yield ""
-    yield f"{'part':10} {'status':8} {'s':>6}  what"
+    yield f"{'part':12} {'status':8} {'s':>6}  what"
     for name, part in state["parts"].items():
         status = "running" if "running" in part else part.get("status", "-")
-        yield f"{name:10} {status:8} {number(part.get('seconds'), 6)}  {what(part)}"
+        yield f"{name:12} {status:8} {number(part.get('seconds'), 6)}  {what(part)}"
         for key, row in part.get("rows", {}).items():
             if "error" in row:
                 kind = "HUNG" if "hung" in row else "FAILED"
-                yield f"{'':27} {kind} {marked(key, row)}: {row['error']}"
+                yield f"{'':29} {kind} {marked(key, row)}: {row['error']}"
     others = {
         row["commit"] for part in state["parts"].values() for row in part.get("rows", {}).values() if "commit" in row
     }

@@ -160,8 +160,10 @@ def test_describe_tells_of_each_library(tmp_path, monkeypatch, absent, which):
     )
 
 
-def test_a_program_without_ops_is_described():
-    assert "is not built" in native.describe("no_such_program", torch.device("cpu"))
+@BUILT
+def test_a_program_without_kernels_has_those_of_detcore():
+    assert native.libraries("efficientdet") == ["detcore"] and native.libraries("ssd300") == ["ssd300", "detcore"]
+    assert native.describe("efficientdet", torch.device("cpu")) == "ops: _kernels.so"
 
 
 @BUILT

@@ -12,6 +12,7 @@ from detcore.device import native
 from detcore.training import engine
 from tests.tools.gpu_check.common import context, keep, no_gpu
 from tools.gpu_check import columns, jobs, kernels, state, steps, table, timing
+from tools.gpu_check.benchmarks.efficientdet import steps as efficientdet
 from tools.gpu_check.benchmarks.single_stage_detector import inference, train
 from tools.gpu_check.benchmarks.ssd300 import steps as ssd
 
@@ -22,6 +23,9 @@ def test_keys_are_told_apart_and_the_main_row_is_the_first(tmp_path):
     here = context(tmp_path, gpu=True)
     keys = [key for key, _ in train.train(here)]
     assert next(iter(ssd.ssd300(here)))[0] == "training bf16 b128 graph native"
+    own = [key for key, _ in efficientdet.efficientdet(here)]
+    assert own[:2] == ["training bf16 b128 graph native", "inference bf16 b8 graph native"]
+    assert len(own) == len(set(own)) == 9
     assert len(keys) == len(set(keys)) and keys[:2] == ["bf16 b32 graph native", "bf16 b32 compiled+graph native"]
     assert {f"bf16 b32 graph native +{name}" for name in native.VARIANTS} <= set(keys)
     assert {"bf16 b32 graph native +all but fp8_heads", "bf16 b32 graph native +all",

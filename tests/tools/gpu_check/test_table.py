@@ -23,6 +23,7 @@ def full_state() -> dict:
         "peers": {"status": "stopped", "reason": "out of time", "rows": {"torchvision bf16 b32 compiled parts": speed}},
         "inference": {"status": "passed", "rows": {"forward+postprocess bf16 b128 eager reference": speed}},
         "ssd300": {"status": "passed", "rows": {"training bf16 b128 compiled+graph reference": speed}},
+        "efficientdet": {"status": "passed", "rows": {"inference bf16 b64 eager reference": speed}},
         "profile": {"status": "passed", "rows": {"x": {"ms": 1.0, "families": families, "next": ["a" * 200]}}},
         "losses": {"status": "passed", "rows": {"x": {"largest": 1e-9, "steps": 200, "tolerance": 0.02}}},
         "bccd": {"status": "passed", "rows": {"graph native": {
