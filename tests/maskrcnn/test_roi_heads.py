@@ -142,6 +142,7 @@ def test_box_heads_that_do_not_exist(change, message):
     [
         ({"roi_mask_head_predictor": "MaskRCNNConv1x1Predictor"}, "it must be MaskRCNNC4Predictor"),
         ({"roi_mask_head_share_box_feature_extractor": True}, "wants a box head whose features are maps"),
+        ({"roi_mask_head_resolution": 14}, "RESOLUTION is 14, but the head's masks are 28 x 28"),
         ({"roi_mask_head_feature_extractor": "ResNet50Conv5ROIFeatureExtractor"}, "choose MaskRCNNFPNFeatureExtractor"),
     ],
 )
