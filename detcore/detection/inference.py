@@ -56,7 +56,8 @@ def evaluate(
     distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
         index = open_index(config, "val")
-        _same_classes(config.checkpoint, index)
+        if config.checkpoint:
+            _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         images = detection.eval_batch_size(detector, config, model, index, world, device)
@@ -83,7 +84,8 @@ def evaluate(
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
-    write_json(config.output_dir / "evaluation.json", {"checkpoint": str(config.checkpoint), **result})
+    source = str(config.checkpoint or config.weights)
+    write_json(config.output_dir / "evaluation.json", {"checkpoint": source, **result})
     return cli.OK
 
 
@@ -123,12 +125,13 @@ def predict(
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
     device = engine.open_device(config, launcher.World())
-    saved = load_checkpoint(config.checkpoint)
+    saved = load_checkpoint(config.checkpoint) if config.checkpoint else {}
     classes = saved.get("classes") or known(saved)
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
         classes = list(class_names(index).items())
-        print(f"{config.checkpoint} does not name its classes; the names are those of {index.annotation_file}")
+        source = config.checkpoint or config.weights
+        print(f"{source} does not name its classes; the names are those of {index.annotation_file}")
     model = device.place(build_model(config, len(classes))).eval()
     folder = config.output_dir / "predictions"
     paths, others = image_paths(config.images, folder)

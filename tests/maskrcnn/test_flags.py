@@ -218,6 +218,14 @@ def test_targets(line, targets):
     assert read(line).config.targets == targets
 
 
+@pytest.mark.parametrize("mode", ["evaluate", "predict --images x"])
+def test_evaluation_and_prediction_take_weights_of_others_too(mode):
+    assert read(f"--mode {mode} MODEL.WEIGHT model_final.pth").config.checkpoint is None
+    assert read(f"--mode {mode} --checkpoint best.pt").config.weights == ""
+    with pytest.raises(UserError, match=r"say which weights to use with --checkpoint FILE"):
+        read(f"--mode {mode}")
+
+
 def test_help_names_every_key():
     text = describe(Config, "python -m maskrcnn.train", "")
     assert "MODEL.RPN.NMS_THRESH, --rpn-nms-thresh" in text and "SOLVER.BASE_LR, --lr" in text
