@@ -63,8 +63,7 @@ def translate_flags(argv: Sequence[str]) -> Words:
 
 def _parts(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Each flag with its values, each key with its one."""
-    counts = {flag: found.values for flag, found in _SPELLINGS.items()}
-    counts |= {flag: count for flag, (count, _) in IGNORED_FLAGS.items()}
+    counts = _SPELLINGS | {flag: count for flag, (count, _) in IGNORED_FLAGS.items()}
     counts |= {"--config-file": 1, "--max-steps": 1, "--opts": 0, "--fp16": 0, "--amp": 0, "--skip-checkpoint": 0}
     words = list(argv)
     while words:
