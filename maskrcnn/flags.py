@@ -147,6 +147,8 @@ def _pair(key: str, value: Any) -> list[str]:
     if key not in KEYS:
         near = difflib.get_close_matches(key.upper(), KEYS, 1, 0.6)
         raise UserError(f"unknown key {key}{f' (did you mean {near[0]}?)' if near else ''}")
+    if value is None:
+        raise UserError(f"{key}: there is no value; leave the key out for its default")
     hint, values = _HINTS[_FIELDS[key]], value if isinstance(value, list | tuple) else (value,)
     if hint is bool:
         return [_switch(key, value)]
@@ -155,7 +157,7 @@ def _pair(key: str, value: Any) -> list[str]:
     elif key == "MODEL.DEVICE":
         values = (str(value).partition(":")[0],)
     elif key == "TEST.EXPECTED_RESULTS":
-        values = [":".join(map(str, row)) for row in values]
+        values = [row if isinstance(row, str) else ":".join(map(str, row)) for row in values]
     elif typing.get_origin(hint) is not tuple and len(values) != 1:
         raise UserError(f"{key} {value}: give one value" + _SEVERAL.get(key, ""))
     return [f"{key}={','.join(map(str, values))}"]

@@ -21,8 +21,10 @@ _NUMPY = {
 } | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")}  # fmt: skip
 """What a pickle of arrays needs, by the names of old and new numpy."""
 
-_SCALARS = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")), (np._core.multiarray.scalar,
-            "numpy.core.multiarray.scalar"), np._core.multiarray.scalar]  # fmt: skip
+_SCALAR = np.float64(0).__reduce__()[0]  # whose place in numpy has changed
+_SCALARS = [
+    np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), *(type(np.dtype(k)) for k in ("f4", "f8", "i4", "i8")),
+]  # fmt: skip
 """What checkpoints of old programs hold besides tensors: numbers of numpy, in the state of a schedule."""
 
 
