@@ -23,7 +23,8 @@ _NUMPY = {
 
 _SCALAR = np.float64(0).__reduce__()[0]  # whose place in numpy has changed
 _SCALARS = [
-    np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), *(type(np.dtype(k)) for k in ("f4", "f8", "i4", "i8")),
+    np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
 ]  # fmt: skip
 """What checkpoints of old programs hold besides tensors: numbers of numpy, in the state of a schedule."""
 
