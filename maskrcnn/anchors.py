@@ -30,7 +30,7 @@ def cell_anchors(
         half_width, half_height = 0.5 * (width * (size / stride) - 1), 0.5 * (height * (size / stride) - 1)
         centre = 0.5 * (stride - 1)
         corners = centre - half_width, centre - half_height, centre + half_width + 1, centre + half_height + 1
-        return torch.from_numpy(np.stack(corners, 2).reshape(-1, 4)).float()
+        return torch.tensor(np.stack(corners, 2).reshape(-1, 4), dtype=torch.float32)
     scale = torch.sqrt(torch.tensor(ratios, dtype=torch.float32))[:, None]
     widths, heights = (1 / scale) * torch.tensor(sizes), scale * torch.tensor(sizes)
     return (torch.stack((-widths, -heights, widths, heights), 2) / 2).round().view(-1, 4).float()

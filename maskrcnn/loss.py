@@ -20,7 +20,8 @@ MaskTargets = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 def losses(
     model: MaskRCNN, batch: Batch, mask_targets: MaskTargets | None = None, draws: Draws = torch.rand_like
 ) -> dict[str, Tensor]:
-    """{"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}: float32 scalars.
+    """{"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}: scalars, float32
+    unless the network is float64.
 
     Their sum is what the training minimises. A network without masks has no loss_mask, one that only proposes has the
     first two. batch.images: uint8, or floats that `MaskRCNN.normalized` made. mask_targets: wanted where the network
@@ -60,14 +61,20 @@ def box_losses(
     logits [N, S, K + 1], deltas [N, S, K + 1, 4], boxes [N, M, 4].
     """
     counted = regions.valid.sum().clamp(min=1)
-    entropy = F.cross_entropy(logits.float().flatten(0, 1), regions.labels.flatten(), reduction="none")
+    logits, deltas = _wide(logits), _wide(deltas)
+    entropy = F.cross_entropy(logits.flatten(0, 1), regions.labels.flatten(), reduction="none")
     positive = regions.box_of >= 0
     at = regions.labels[..., None, None].expand(-1, -1, 1, 4)
-    found = deltas.gather(2, at)[:, :, 0].float()
+    found = deltas.gather(2, at)[:, :, 0]
     wanted = encode(chosen_boxes(boxes, regions.box_of, regions.boxes, positive), regions.boxes, weights)
     wanted = torch.where(positive[..., None], wanted, 0)
     error = F.smooth_l1_loss(found, wanted, reduction="none", beta=1.0).masked_fill(~positive[..., None], 0)
     return entropy.masked_fill(~regions.valid.flatten(), 0).sum() / counted, error.sum() / counted
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _positives(regions: Regions, model: MaskRCNN) -> Regions:
@@ -81,5 +88,6 @@ def mask_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
 
     logits and targets (0 or 1): [N, S, M, M]; positive: bool [N, S].
     """
-    error = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean((2, 3))
+    logits = _wide(logits)
+    error = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean((2, 3))
     return error.masked_fill(~positive, 0).sum() / positive.sum().clamp(min=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from detcore.boxes import decode
 from detcore.ops.largest import largest
 from detcore.ops.nms import nms
-from maskrcnn.anchors import clip
+from maskrcnn.anchors import clip, pooled
 from maskrcnn.model import MaskRCNN
 
 SMALLEST = 0.01
@@ -19,13 +19,15 @@ class Detections(NamedTuple):
     """Detections of a batch, best first; unused places have box 0, 0, 0, 0, score 0 and label -1.
 
     boxes: [N, D, 4], x1, y1, x2, y2, half-open pixels of the canvas. scores: [N, D]. labels: int64 [N, D], 0..K-1.
-    masks: [N, D, M, M], for each bin of the box the probability that the object covers it; None without a mask head.
+    masks: [N, D, M, M], for each bin of the box the probability that the object covers it; places: [N, D, 4], the
+    corners between which the bins lie (in the original's convention its x2, y2). Both None without a mask head.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    masks: Tensor | None
+    masks: Tensor | None = None
+    places: Tensor | None = None
 
 
 @torch.no_grad()
@@ -42,20 +44,21 @@ def postprocess(model: MaskRCNN, images: Tensor, extent: Tensor) -> Detections:
     if model.roi_heads is None:
         none = proposals.scores < 0
         boxes = proposals.boxes.masked_fill(none[..., None], 0)
-        return Detections(boxes, proposals.scores.masked_fill(none, 0), torch.where(none, -1, 0), None)
+        return Detections(boxes, proposals.scores.masked_fill(none, 0), torch.where(none, -1, 0))
     logits, deltas, _ = model.roi_heads["box"](features, proposals.boxes)
     boxes, scores, labels = detect(
         logits, deltas, proposals.boxes, proposals.scores >= 0, extent, model.score_thresh, model.nms_thresh,
         model.detections, model.box_weights, model.legacy,
     )  # fmt: skip
     if not model.makes_masks:
-        return Detections(boxes, scores, labels, None)
+        return Detections(boxes, scores, labels)
     shared = None
     if model.roi_heads["mask"].shares:
         box = model.roi_heads["box"]
         shared = box.feature_extractor(box.pooler(features, boxes)).unflatten(0, labels.shape)
     masks = model.roi_heads["mask"](features, boxes, (labels + 1).clamp(min=1), shared).float().sigmoid()
-    return Detections(boxes, scores, labels, masks.masked_fill((labels < 0)[..., None, None], 0))
+    masks = masks.masked_fill((labels < 0)[..., None, None], 0)
+    return Detections(boxes, scores, labels, masks, pooled(boxes, model.legacy))
 
 
 def detect(

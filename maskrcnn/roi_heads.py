@@ -269,6 +269,15 @@ class MaskHead(nn.Module):
                 f"MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR is {name!r}; choose MaskRCNNFPNFeatureExtractor, or set "
                 "SHARE_BOX_FEATURE_EXTRACTOR with a C4 body"
             )
+        side = config.roi_mask_head_pooler_resolution
+        if self.shares:
+            side = config.roi_box_head_pooler_resolution
+            side = side if config.resnets_res5_dilation > 1 else -(-side // 2)
+        if config.roi_mask_head_resolution != 2 * side:
+            raise UserError(
+                f"MODEL.ROI_MASK_HEAD.RESOLUTION is {config.roi_mask_head_resolution}, but the head's masks are "
+                f"{2 * side} x {2 * side}: twice the side of its features"
+            )
         inputs = box_channels if self.shares else self.feature_extractor.channels
         self.predictor = MaskPredictor(inputs, hidden, config.roi_box_head_num_classes)
 

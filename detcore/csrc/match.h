@@ -32,6 +32,7 @@ struct Match {
   const Corners *anchors, *boxes;
   const int64_t* labels;
   int64_t images, count, most;  // images, anchors, boxes of an image with padding
+  int64_t step;                 // from an image's anchors to the next one's: 0 where all have the same
   Thresholds thresholds;
   LowQuality low_quality;
   Tensor out;
@@ -42,13 +43,15 @@ struct Match {
         boxes(static_cast<const Corners*>(contiguous(boxes_, "boxes").data_ptr())),
         labels(static_cast<const int64_t*>(contiguous(labels_, "labels").data_ptr())),
         images(labels_.size(0)),
-        count(anchors_.size(0)),
+        count(anchors_.dim() >= 2 ? anchors_.size(-2) : 0),
         most(labels_.dim() == 2 ? labels_.size(1) : 0),
+        step(anchors_.dim() == 3 ? count : 0),
         thresholds{static_cast<float>(high), static_cast<float>(low)},
         low_quality(static_cast<LowQuality>(low_quality_)),
         out(torch::stable::empty({images, count}, ScalarType::Long, std::nullopt, anchors_.device())) {
-    check(anchors_.scalar_type() == ScalarType::Float && anchors_.dim() == 2 && anchors_.size(1) == 4,
-          "anchors must be float32 [A, 4]");
+    check(anchors_.scalar_type() == ScalarType::Float && anchors_.size(-1) == 4 &&
+              (anchors_.dim() == 2 || (anchors_.dim() == 3 && anchors_.size(0) == images)),
+          "anchors must be float32 [A, 4] or [N, A, 4]");
     check(labels_.scalar_type() == ScalarType::Long && labels_.dim() == 2, "labels must be int64 [N, M]");
     check(boxes_.scalar_type() == ScalarType::Float && boxes_.dim() == 3 && boxes_.size(0) == images &&
               boxes_.size(1) == most && boxes_.size(2) == 4,

@@ -80,9 +80,13 @@ static Tensor match(const Tensor& anchors_, const Tensor& boxes, const Tensor& l
                     int64_t low_quality) {
   const Match a(anchors_, boxes, labels, high, low, low_quality);
   const bool ties = a.low_quality == LowQuality::kTies, best = a.low_quality == LowQuality::kBest;
-  const Planes anchors(a.count, [&](int64_t i) { return a.anchors[i]; });
+  const auto planes = [&](int64_t image) {
+    return Planes(a.count, [&](int64_t i) { return a.anchors[image * a.step + i]; });
+  };
+  Planes anchors(0, [](int64_t) { return Corners(); });
   const int64_t tiles = ceil_div(a.count, kTile);
   for (int64_t image = 0; image < a.images; ++image) {
+    if (image == 0 || a.step) anchors = planes(image);
     const Corners* own = a.boxes + image * a.most;
     std::vector<int32_t> used;
     for (int64_t j = 0; j < a.most; ++j) {

@@ -256,15 +256,6 @@ class LastStage(nn.Module):
         return _uses(self.layer4(x))[2]
 
 
-def set_norm_eps(model: nn.Module, eps: float) -> None:
-    """Gives all frozen norms of a network the eps that its weights were trained with: 1e-5 for torchvision's, 0 for
-    Caffe2's, whose variances are 1."""
-    for module in model.modules():
-        if isinstance(module, FrozenNorm):
-            module.eps = eps
-            module.fold()
-
-
 def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:
     """Name of torchvision's ImageNet weights of a backbone, such as resnext50_32x4d-7cdf4587.pth.
 

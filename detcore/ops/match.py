@@ -19,7 +19,8 @@ def match_reference(
 ) -> Tensor:
     """`match` in plain PyTorch, for any floating dtype; the overlaps are walked in pieces of a few boxes."""
     n, m = labels.shape
-    a = anchors.shape[0]
+    a = anchors.shape[-2]
+    anchors = anchors if anchors.dim() == 2 else anchors[:, None]  # beside the boxes of their image
     used = m
     if labels.device.type == "cpu" and m:  # reading a value costs nothing here, and padding is mostly empty
         real = (labels >= 0).any(0).nonzero()
@@ -60,8 +61,8 @@ def match_reference(
 def match(anchors: Tensor, boxes: Tensor, labels: Tensor, high: float, low: float, low_quality: str = "none") -> Tensor:
     """Assign ground truth to anchors: int64 [N, A], the index of the box, UNMATCHED or IGNORED.
 
-    anchors: [A, 4]. boxes: [N, M, 4], padded. labels: int64 [N, M], negative where padded; padding costs next to
-    nothing, wherever it stands. The native op wants float32; no gradients.
+    anchors: [A, 4], or [N, A, 4] where each image has its own. boxes: [N, M, 4], padded. labels: int64 [N, M], negative
+    where padded; padding costs next to nothing, wherever it stands. The native op wants float32; no gradients.
     An anchor takes the box it overlaps most (of equals, the first), if the IoU is at least `high`; from `low` to `high`
     it is ignored. low_quality: what else is matched, whatever the IoU, provided it is above 0, so that a box outside
     the image, or without area, never is.
@@ -82,4 +83,4 @@ if native.loaded(OP):
 
     @torch.library.register_fake(OP)
     def _(anchors: Tensor, boxes: Tensor, labels: Tensor, high: float, low: float, low_quality: int) -> Tensor:
-        return labels.new_empty(labels.shape[0], anchors.shape[0])
+        return labels.new_empty(labels.shape[0], anchors.shape[-2])

@@ -11,7 +11,7 @@ from detcore.device import native
 from detcore.ops.conv import layout_of
 
 OP = "detcore::roi_align"
-BACKWARD = "detcore::roi_align_backward"
+BACKWARD = "detcore::roi_align_backward_"
 
 
 def _taps(
@@ -59,12 +59,13 @@ def roi_align_reference(
     begins, of_image = [0], cells.shape[1]
     for height, width in zip(rows, columns, strict=True):
         begins.append(begins[-1] + height * width)
-    begins, rows, columns, factors = (
-        sum(torch.full((), value, dtype=kind, device=device) * (level == i) for i, value in enumerate(values)).flatten()
-        for values, kind in (
-            (begins[:-1], torch.int64), (rows, torch.int64), (columns, torch.int64), (scales, dtype),
-        )
-    )  # fmt: skip
+
+    def of_level(values: Sequence[float], kind: torch.dtype) -> Tensor:
+        """The level's value for each region; nothing is copied from the host."""
+        return sum((level == i).to(kind) * value for i, value in enumerate(values)).flatten()
+
+    begins, rows, columns = (of_level(values, torch.int64) for values in (begins[:-1], rows, columns))
+    factors = of_level(scales, dtype)
     image = torch.arange(images, device=device).repeat_interleave(count)
     cells, corners = cells.reshape(-1, channels), boxes.to(dtype).reshape(-1, 4) * factors[:, None]
     most = max(max(x.shape[2:]) for x in features) + resolution - 1
@@ -75,7 +76,7 @@ def roi_align_reference(
         given = resolution, samples, not sampling_ratio, aligned
         x, x_weight = _taps(corners[part, 0], corners[part, 2], columns[part], *given)
         y, y_weight = _taps(corners[part, 1], corners[part, 3], rows[part], *given)
-        base = (image[part] * of_image + begins[part])[:, None, None, None]
+        base = (image[part] * of_image + begins[part])[:, None, None]
         out = 0
         for i in range(2):
             for j in range(2):
@@ -109,11 +110,11 @@ def roi_align(
     the backward pass are in the order of the regions. A float64 map takes the reference. No second derivatives from the
     native op.
     """
-    if native.runs(OP, *features) and boxes.dtype == torch.float32:
+    if boxes.dtype == torch.float32 and native.runs(OP, *features, boxes, level):
         layout = layout_of(features[0])
         maps = [x.contiguous(memory_format=layout) for x in features]
-        return _RoIAlign.apply(boxes.contiguous(), level.contiguous(), tuple(scales), resolution, sampling_ratio,
-                               aligned, *maps)  # fmt: skip
+        options = tuple(scales), resolution, sampling_ratio, aligned
+        return _RoIAlign.apply(boxes.contiguous(), level.contiguous(), *options, *maps).unflatten(0, level.shape)
     return roi_align_reference(features, boxes, level, scales, resolution, sampling_ratio, aligned)
 
 
@@ -121,15 +122,49 @@ class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, boxes: Tensor, level: Tensor, *given) -> Tensor:
         options, features = given[:4], given[4:]
-        ctx.save_for_backward(boxes, level, *features)
-        ctx.options = options
+        ctx.save_for_backward(boxes, level)
+        ctx.options, ctx.layout = options, layout_of(features[0])
+        ctx.features = [(x.shape, x.dtype) for x in features]
         return torch.ops.detcore.roi_align(features, boxes, level, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        boxes, level, *features = ctx.saved_tensors
-        grad = grad.flatten(0, 1).contiguous(memory_format=layout_of(features[0])).unflatten(0, level.shape)
-        grads = [torch.empty_like(x) for x in features]
+        boxes, level = ctx.saved_tensors
+        grads = [
+            torch.empty(shape, dtype=dtype, device=grad.device, memory_format=ctx.layout)
+            for shape, dtype in ctx.features
+        ]
+        grad = grad.contiguous(memory_format=ctx.layout)
         torch.ops.detcore.roi_align_backward_(grads, grad, boxes, level, *ctx.options)
         return None, None, None, None, None, None, *grads
+
+
+if native.loaded(OP):
+
+    @torch.library.register_fake(OP)
+    def _(
+        features: Sequence[Tensor],
+        boxes: Tensor,
+        level: Tensor,
+        scales: Sequence[float],
+        resolution: int,
+        sampling_ratio: int,
+        aligned: bool,
+    ) -> Tensor:
+        first = features[0]
+        shape = (level.numel(), first.shape[1], resolution, resolution)
+        return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout_of(first))
+
+    @torch.library.register_fake(BACKWARD)
+    def _(
+        grads: Sequence[Tensor],
+        grad: Tensor,
+        boxes: Tensor,
+        level: Tensor,
+        scales: Sequence[float],
+        resolution: int,
+        sampling_ratio: int,
+        aligned: bool,
+    ) -> None:
+        return None

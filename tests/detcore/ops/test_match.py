@@ -102,6 +102,7 @@ def test_opcheck(implementation):
     boxes, labels = truth(6, 2, 5)
     inputs = tuple(x.to(implementation.device) for x in (a, boxes, labels))
     torch.library.opcheck(torch.ops.detcore.match.default, (*inputs, 0.5, 0.4, 1))
+    torch.library.opcheck(torch.ops.detcore.match.default, (inputs[1], *inputs[1:], 0.5, 0.4, 1))
 
 
 def test_wrong_arguments_are_refused(implementation):
@@ -110,6 +111,7 @@ def test_wrong_arguments_are_refused(implementation):
     op = torch.ops.detcore.match
     for wrong in (
         (a[:, :3], boxes, labels),
+        (a[:4].expand(3, 4, 4), boxes, labels),
         (a, boxes[:1], labels),
         (a, boxes, labels.int()),
         (a.half(), boxes, labels),
@@ -137,6 +139,20 @@ def test_other_recipes(implementation, images, padded, size, high, low, low_qual
     given = a, *truth(images + padded, images, padded, used=0.7, size=size)
     found = ops_match.match(*(x.to(implementation.device) for x in given), high, low, low_quality).cpu()
     assert torch.equal(found, ops_match.match_reference(*given, high, low, low_quality))
+
+
+@pytest.mark.parametrize("low_quality", ops_match.LOW_QUALITY)
+@pytest.mark.parametrize(("images", "count", "padded"), [(3, 40, 9), (2, 1500, 300), (1, 5, 0), (0, 7, 2), (4, 0, 3)])
+def test_each_image_has_its_own_anchors(implementation, images, count, padded, low_quality):
+    """As regions have them: what an image gets is what it gets alone."""
+    a = truth(count, images, count)[0]
+    boxes, labels = truth(padded, images, padded, used=0.8)
+    found = ops_match.match(*(x.to(implementation.device) for x in (a, boxes, labels)), 0.5, 0.5, low_quality).cpu()
+    assert found.shape == (images, count)
+    assert torch.equal(found, ops_match.match_reference(a, boxes, labels, 0.5, 0.5, low_quality))
+    for i in range(images):
+        alone = ops_match.match_reference(a[i], boxes[i : i + 1], labels[i : i + 1], 0.5, 0.5, low_quality)
+        assert torch.equal(found[i : i + 1], alone)
 
 
 def by_hand(a, boxes, labels, high: float, low: float, low_quality: str) -> list[int]:
