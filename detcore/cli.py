@@ -71,7 +71,7 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         sys.stdout.flush()
         return code
     except UserError as error:
-        _say(f"error: {_own_words(error)}")
+        _say(f"error: {_plain_message(error)}")
         return BAD_INPUT
     except KeyboardInterrupt:
         _say("interrupted")
@@ -125,7 +125,7 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _own_words(error: UserError) -> str:
+def _plain_message(error: UserError) -> str:
     """The message alone, also where a DataLoader worker raised it: torch then puts the worker's traceback into it.
 
     Control characters, which a file or class name may hold, are written out, so that the message stays one line.

@@ -4,7 +4,9 @@ Structure after ITU-T T.81 annex B and, for EXIF, TIFF 6.0 section 2. Walking th
 of Pillow's lazy open (which parses every segment); the tests hold both to the same answers.
 """
 
+import errno
 import os
+import stat
 import struct
 from typing import NamedTuple
 
@@ -35,11 +37,13 @@ KINDS = EMPTY, NOT_JPEG, CUT_OFF, NO_SIZE = (
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """The header of a file. Raises BadHeader, or OSError for a file that cannot be read."""
-    handle = os.open(path, os.O_RDONLY)
+    """The header of a file. Raises BadHeader, or OSError for what is no file or cannot be read."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block for ever
     try:
-        size = os.fstat(handle).st_size
-        return _walk(handle, size)
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return _walk(handle, about.st_size)
     finally:
         os.close(handle)
 

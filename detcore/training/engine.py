@@ -63,6 +63,9 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         log.cache_clear(config, drops=world.local_rank == 0)
         log.submission(benchmark, config)
         log.start(keys.INIT_START)
+        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.collective_device)
+        watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
+        watchdog.beat("building the model", 0)  # it may wait for a data set's file, or for who builds its index
         torch.manual_seed(distributed.derive_seed(seed, 0))  # the same initial weights in every process
         task = build_task(context)
         progress.observe = task.observe
@@ -81,8 +84,6 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         progress.write("start", benchmark=benchmark, **chosen, **about)
         for note in (native.describe(config.program, device.device), f"steps: {device.step_execution}", *task.notes):
             progress.say(note)
-        limits = (config.hang_timeout, config.dead_timeout, config.output_dir, device.collective_device)
-        watchdog = stack.enter_context(Watchdog(world, *limits, lambda: log.run_stop(ABORTED)))
         watchdog.beat("preparing the step", 0)
         if note := device.adapt_threads():
             progress.say(note)

@@ -1,6 +1,7 @@
 """Headers of JPEG files, against Pillow."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -79,6 +80,12 @@ def test_what_is_no_jpeg(place, data, kind):
     place.write_bytes(data)
     with pytest.raises(BadHeader, match=kind):
         read_header(place)
+
+
+def test_a_pipe_is_no_file_and_blocks_nothing(tmp_path):
+    os.mkfifo(tmp_path / "b.jpg")
+    with pytest.raises(OSError, match=r"not a regular file.*b\.jpg"):
+        read_header(tmp_path / "b.jpg")
 
 
 def test_cut_off_at_every_byte_of_the_header(place):

@@ -313,6 +313,25 @@ def test_a_hang_ends_the_process_and_the_log(tmp_path):
     assert status(mllog(tmp_path / "out")) == ["aborted"]
 
 
+HANG_BEFORE = """
+import sys, time
+from pathlib import Path
+from detcore.training.config import RunConfig
+from detcore.training.engine import train
+settings = RunConfig(device="cpu", output_dir=Path(sys.argv[1]) / "out", hang_timeout=2.0)
+train(settings, "retinanet", lambda context: time.sleep(1000))
+"""
+
+
+def test_a_hang_before_the_clock_ends_the_process(tmp_path):
+    """As when a file server dies while the index of the data set is built."""
+    command = [sys.executable, "-c", HANG_BEFORE, str(tmp_path)]
+    result = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
+    assert result.returncode == cli.WATCHDOG, result.stderr
+    assert "stood still for 2 s" in result.stderr and "phase building the model" in result.stderr
+    assert "run_stop" not in (tmp_path / "out/result_0.txt").read_text()
+
+
 def test_checkpoints_within_an_epoch(tmp_path):
     seen, due = [], [0, 0, 0, 3, 4, 4, 6, 6]
 
