@@ -56,8 +56,7 @@ def evaluate(
     distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
     try:
         index = open_index(config, "val")
-        if config.checkpoint:
-            _same_classes(config.checkpoint, index)
+        _same_classes(config.checkpoint, index)
         model = device.place(build_model(config, index.num_classes)).eval()
         start = time.perf_counter()
         images = detection.eval_batch_size(detector, config, model, index, world, device)
@@ -97,9 +96,10 @@ def coco_results(rows: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _same_classes(path: Path, index: CocoIndex) -> None:
-    """UserError if the checkpoint knows other classes than the annotation file."""
-    differ = differing_classes(load_checkpoint(path).get("classes") or [], list(class_names(index).items()))
+def _same_classes(path: Path | None, index: CocoIndex) -> None:
+    """UserError if the checkpoint, where there is one, knows other classes than the annotation file."""
+    known = path and load_checkpoint(path).get("classes")
+    differ = differing_classes(known or [], list(class_names(index).items()))
     if differ:
         raise UserError(
             f"{path} was trained on other classes than {index.annotation_file} lists: {some(differ)}. Evaluate it on "
