@@ -51,13 +51,6 @@ class Words(NamedTuple):
     name: str = ""
 
 
-class Spelling(NamedTuple):
-    """What follows one flag: so many values (None: a list of any length), and the variable that sets the same field."""
-
-    values: int | None
-    env: str | None
-
-
 class _Option(NamedTuple):
     """One field as `option` describes it, with its annotation resolved."""
 
@@ -146,10 +139,11 @@ def load(cls, argv: Sequence[str] | Words, environ: Mapping[str, str], ignored: 
     return Loaded(cls(**values), sources, list(notices.values()))
 
 
-def spellings(cls) -> dict[str, Spelling]:
-    """Every flag that `load` knows of `cls`, for programs that translate the flags of others."""
+def spellings(cls) -> dict[str, int | None]:
+    """Every flag that `load` knows of `cls`, with the number of values that follow it (None: a list of any length), for
+    programs that translate the flags of others."""
     return {
-        flag: Spelling(0 if opt.kind is bool else None if opt.count == 0 else opt.count or 1, opt.env)
+        flag: 0 if opt.kind is bool else None if opt.count == 0 else opt.count or 1
         for opt in _options(cls)
         for flag in _spellings(opt)
     }

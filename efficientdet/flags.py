@@ -1,13 +1,12 @@
 """Command lines of the original train.py and validate.py, and of YAML files for their --config, as this program's."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from detcore import UserError
-from detcore.config import spellings
+from detcore.config import Words, spellings
 from efficientdet.config import IGNORED_FLAGS, OPTIMIZERS, Config
 
 _SAME = {
@@ -34,36 +33,40 @@ _REFUSED = {  # flag: (values that change nothing, why there are no others); Non
 }  # fmt: skip
 
 
-def translate_flags(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+def translate_flags(argv: Sequence[str]) -> Words:
     """A command line for the original programs with the flags of this one; one for this program stays as it is.
 
-    Underscores in flags become dashes, a word that belongs to no flag is the data folder, lists are joined. `-c FILE`
-    puts the values of a YAML file, under the names of flags, before all others; where a variable of the environment
-    says the same, it counts. Raises UserError for a file that is none, and for values that nothing here does.
+    Underscores in flags become dashes, a word that belongs to no flag is the data folder, lists are joined. What YAML
+    files of `-c FILE` say, under the names of flags, stands apart. Raises UserError for a file that is none, and for
+    values that nothing here does.
     """
     found = list(_parts(argv))
     files = [values[0] for flag, values in found if flag in ("-c", "--config") and values]
-    parts = [part for file in files for part in _file_parts(Path(file), environ)]
-    parts += [(flag, values) for flag, values in found if flag not in ("-c", "--config")]
-    folders = [*dict.fromkeys(values[0] for flag, values in parts if flag == "--data-folder")]
+    of_files = [part for file in files for part in _file_parts(Path(file))]
+    of_argv = [(flag, values) for flag, values in found if flag not in ("-c", "--config")]
+    folders = [*dict.fromkeys(values[0] for flag, values in of_files + of_argv if flag == "--data-folder")]
     if len(folders) > 1:
         raise UserError(f"{' and '.join(folders)}: only the data folder may stand without a flag before it")
+    said = [values for flag, values in of_files + of_argv if flag == "--model-ema-decay"]
+    decay = said[-1] if said else ["0.9998"]
+    return Words(_words(of_argv, decay), _words(of_files, decay), ", ".join(files))
+
+
+def _words(parts: Sequence[tuple[str, list[str]]], decay: list[str]) -> list[str]:
+    """In this program's words, where an average of the weights has the decay `decay`."""
     words: list[str] = []
-    average, decay = False, ["0.9998"]
     for flag, values in parts:
         _refuse(flag, values)
         if flag == "--model-ema":
-            average = True
-        elif flag == "--model-ema-decay":
-            decay = values
-        elif flag not in _REFUSED:
+            words += ["--ema-decay", *decay]
+        elif flag != "--model-ema-decay" and flag not in _REFUSED:
             words += _own(flag, values)
-    return [*words, *(["--ema-decay", *decay] if average else [])]
+    return words
 
 
 def _parts(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Each flag with its values; "--data-folder" with a word that belongs to none."""
-    known = {flag: found.values for flag, found in spellings(Config).items()}
+    known = spellings(Config)
     known |= {flag: count for flag, (count, _) in IGNORED_FLAGS.items()}
     known |= {flag: 0 if inert is None else 1 for flag, (inert, _) in _REFUSED.items()}
     known |= {"-c": 1, "--config": 1, "--amp": 0, "--no-amp": 0, "--model-ema": 0, "--model-ema-decay": 1}
@@ -90,7 +93,7 @@ def _parts(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, values
 
 
-def _file_parts(path: Path, environ: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+def _file_parts(path: Path) -> Iterator[tuple[str, list[str]]]:
     """The same from a YAML file: true is a flag, false, null and empty text are none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,12 +101,10 @@ def _file_parts(path: Path, environ: Mapping[str, str]) -> Iterator[tuple[str, l
         raise UserError(f"--config {path}: can't be read as YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: a YAML file of `flag: value` lines is needed")
-    own = spellings(Config)
     for key, value in content.items():
         flag = f"--{key}".replace("_", "-")
         flag = {"--data": "--data-folder", **_SAME}.get(flag, flag)
-        variable = own[flag].env if flag in own else None
-        if value in (None, False, "") or key in ("config", "local_rank") or (variable and environ.get(variable)):
+        if value in (None, False, "") or key in ("config", "local_rank"):
             continue
         if isinstance(value, list):
             yield from [(flag, [str(part) for part in value])] if value else []

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -226,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
         build_model=build_model,
         build_task=build_task,
         ignored_flags=IGNORED_FLAGS,
-        translate=partial(translate_flags, environ=os.environ),
+        translate=translate_flags,
         complete=complete,
         modes={"train": train, "evaluate": evaluate, **dict.fromkeys(BENCHMARKS, measure)},
     )

@@ -63,8 +63,7 @@ def translate_flags(argv: Sequence[str]) -> Words:
 
 def _parts(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Each flag with its values, each key with its one."""
-    counts = {flag: found.values for flag, found in _SPELLINGS.items()}
-    counts |= {flag: count for flag, (count, _) in IGNORED_FLAGS.items()}
+    counts = _SPELLINGS | {flag: count for flag, (count, _) in IGNORED_FLAGS.items()}
     counts |= {"--config-file": 1, "--max-steps": 1, "--opts": 0, "--fp16": 0, "--amp": 0, "--skip-checkpoint": 0}
     words = list(argv)
     while words:
@@ -148,6 +147,8 @@ def _pair(key: str, value: Any) -> list[str]:
     if key not in KEYS:
         near = difflib.get_close_matches(key.upper(), KEYS, 1, 0.6)
         raise UserError(f"unknown key {key}{f' (did you mean {near[0]}?)' if near else ''}")
+    if value is None:
+        raise UserError(f"{key}: there is no value; leave the key out for its default")
     hint, values = _HINTS[_FIELDS[key]], value if isinstance(value, list | tuple) else (value,)
     if hint is bool:
         return [_switch(key, value)]
@@ -156,7 +157,7 @@ def _pair(key: str, value: Any) -> list[str]:
     elif key == "MODEL.DEVICE":
         values = (str(value).partition(":")[0],)
     elif key == "TEST.EXPECTED_RESULTS":
-        values = [":".join(map(str, row)) for row in values]
+        values = [row if isinstance(row, str) else ":".join(map(str, row)) for row in values]
     elif typing.get_origin(hint) is not tuple and len(values) != 1:
         raise UserError(f"{key} {value}: give one value" + _SEVERAL.get(key, ""))
     return [f"{key}={','.join(map(str, values))}"]

@@ -1,6 +1,7 @@
 """Files of weights: where MODEL.WEIGHT's names are on the disk, and what is in them. Nothing is downloaded here."""
 
 import hashlib
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,17 @@ from detcore.nn.resnet import read_weights
 
 _PREFIX = "catalog://"
 _NUMPY = {
-    (f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")}  # fmt: skip
+    (f"numpy.{core}.{name}", function)
+    for core in ("core", "_core")
+    for name, function in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")}
 """What a pickle of arrays needs, by the names of old and new numpy."""
 
-_SCALARS = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")), (np._core.multiarray.scalar,
-            "numpy.core.multiarray.scalar"), np._core.multiarray.scalar]  # fmt: skip
+_SCALAR = np.float64(0).__reduce__()[0]  # whose place in numpy has changed
+_SCALARS = [
+    np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+]  # fmt: skip
 """What checkpoints of old programs hold besides tensors: numbers of numpy, in the state of a schedule."""
 
 
@@ -75,8 +81,6 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def _unpickled(data: bytes, path: Path) -> Mapping[str, Any]:
-    import io
-
     try:
         content = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises any type
@@ -92,8 +96,9 @@ def tensors(content: Mapping) -> dict[str, Any]:
     def one(value: Any) -> Any:
         if isinstance(value, Mapping):
             return tensors(value)
-        is_number = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-        return torch.from_numpy(np.ascontiguousarray(value)) if is_number else value
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+            return value
+        return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
 
     return {str(key): one(value) for key, value in content.items()}
 

@@ -55,12 +55,13 @@ def _by(rules: Mapping[str, str], drop: str = "") -> _Rename:
 
 
 def _caffe2(name: str) -> str | None:
-    """conv1_w, res2_0_branch2a_bn_s, fpn_inner_res5_2_sum_w, _[mask]_fcn1_b, ... of Detectron."""
-    if name.endswith("_momentum") or re.match(r"(fc1000|pred)_|conv1_b$|weight_order$|lr$", name):
-        return None
+    """conv1_w, res2_0_branch2a_bn_s, fpn_inner_res5_2_sum_w, _[mask]_fcn1_b, ... of Detectron.
+
+    Other blobs, which its own programs leave alone as well, are left out: classifiers, momenta, counters.
+    """
     found = re.fullmatch(r"(.+?)(_[bg]n)?_([wbs])", name)
-    if not found:
-        return name
+    if not found or name == "conv1_b":
+        return None
     layer, norm, kind = found[1], bool(found[2]), {"w": "weight", "s": "weight", "b": "bias"}[found[3]]
     if layer in ("conv1", "res_conv1"):
         return f"{_BODY}{'bn1' if norm else 'conv1'}.{kind}"
@@ -80,7 +81,7 @@ def _caffe2(name: str) -> str | None:
     layer = layer.removesuffix("_fpn2")  # the levels share one head, which the finest of them names
     if mask := re.fullmatch(r"_\[mask\]_fcn(\d+)", layer):
         return f"{_MASK}mask_fcn{mask[1]}.{kind}"
-    return f"{layers[layer]}.{kind}" if layer in layers else name
+    return f"{layers[layer]}.{kind}" if layer in layers else None
 
 
 _HEADS = {

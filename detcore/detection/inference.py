@@ -86,7 +86,8 @@ def evaluate(
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
-    write_json(config.output_dir / "evaluation.json", {"checkpoint": str(config.checkpoint), **result})
+    source = str(config.checkpoint or config.weights)
+    write_json(config.output_dir / "evaluation.json", {"checkpoint": source, **result})
     return cli.OK
 
 
@@ -113,9 +114,10 @@ def _segmentations(masks: Rles | None) -> list[dict[str, Any]]:
     return [{**one, "counts": one["counts"].decode()} for one in masks.dictionaries()] if masks else []
 
 
-def _same_classes(path: Path, index: CocoIndex) -> None:
-    """UserError if the checkpoint knows other classes than the annotation file."""
-    differ = differing_classes(load_checkpoint(path).get("classes") or [], list(class_names(index).items()))
+def _same_classes(path: Path | None, index: CocoIndex) -> None:
+    """UserError if the checkpoint, where there is one, knows other classes than the annotation file."""
+    known = path and load_checkpoint(path).get("classes")
+    differ = differing_classes(known or [], list(class_names(index).items()))
     if differ:
         raise UserError(
             f"{path} was trained on other classes than {index.annotation_file} lists: {some(differ)}. Evaluate it on "
@@ -141,12 +143,13 @@ def predict(
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
     device = engine.open_device(config, launcher.World())
-    saved = load_checkpoint(config.checkpoint)
+    saved = load_checkpoint(config.checkpoint) if config.checkpoint else {}
     classes = saved.get("classes") or known(saved)
     if not classes:
         index = open_index(config, "val")  # a checkpoint of another program does not know its classes
         classes = list(class_names(index).items())
-        print(f"{config.checkpoint} does not name its classes; the names are those of {index.annotation_file}")
+        source = config.checkpoint or config.weights
+        print(f"{source} does not name its classes; the names are those of {index.annotation_file}")
     model = device.place(build_model(config, len(classes))).eval()
     folder = config.output_dir / "predictions"
     paths, others = image_paths(config.images, folder)

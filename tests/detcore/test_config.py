@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detcore import UserError
-from detcore.config import above, at_least, between, describe, format_config, from_dict, load, option, to_dict
+from detcore.config import Words, above, at_least, between, describe, format_config, from_dict, load, option, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +179,16 @@ def test_ignored_flags_take_their_values_and_are_noticed_once():
     assert loaded.config == dataclasses.replace(Config(), lr=1.0, batch_size=4)
     assert len(loaded.notices) == 4
     assert loaded.notices[0] == "--dali-cmn has no effect here: there is no such cache"
+
+
+def test_a_file_stands_below_the_environment_and_is_named_in_its_mistakes():
+    words = Words(["--epochs", "3"], ["--epochs", "5", "--lr", "7", "--batch-size", "9"], "own.yaml")
+    loaded = load(Config, words, {"LR": "8"})
+    assert (loaded.config.epochs, loaded.config.lr, loaded.config.batch_size) == (3, 8.0, 9)
+    sources = [loaded.sources[name] for name in ("epochs", "lr", "batch_size", "seed")]
+    assert sources == ["command line --epochs", "environment LR", "file --batch-size", "default"]
+    with pytest.raises(UserError, match=r"^own.yaml: --lr: 'fast' is not valid"):
+        load(Config, Words([], ["--lr", "fast"], "own.yaml"), {})
 
 
 def test_an_empty_list_reads_none():

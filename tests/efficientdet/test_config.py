@@ -15,7 +15,7 @@ from efficientdet.flags import translate_flags
 
 
 def read(line: str, **environ: str):
-    return load(Config, translate_flags(line.split(), environ), environ, IGNORED_FLAGS)
+    return load(Config, translate_flags(line.split()), environ, IGNORED_FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from detcore import UserError
-from detcore.config import describe, load
+from detcore.config import describe, from_dict, load, to_dict
 from maskrcnn.config import ADOPTED, IGNORED_FLAGS, Config
 from maskrcnn.flags import translate_flags
 
@@ -63,6 +63,7 @@ def written(tmp_path):
         ("DATALOADER.NUM_WORKERS 0", "workers", 0), ("--local_rank 3 --skip-test", "skip_test", True),
         ("--local-rank=3 --skip-test", "skip_test", True), ("--config-file ''", "lr", 0.001),
         ("""TEST.EXPECTED_RESULTS "[['bbox','AP',0.377,0.001]]" """, "test_expected_results", ("bbox:AP:0.377:0.001",)),
+        ("TEST.EXPECTED_RESULTS bbox:AP:0.377:0.001", "test_expected_results", ("bbox:AP:0.377:0.001",)),
     ],
 )  # fmt: skip
 def test_a_flag_or_key(line, name, value):
@@ -122,6 +123,7 @@ def test_a_base_file_gives_what_the_file_leaves_out(written):
     ("text", "words"),
     [
         ("_BASE_: user.yaml\n", ["user.yaml", "leads back to itself"]), ("- 1\n", ["user.yaml", "YAML file"]),
+        ("MODEL:\n  WEIGHT:\n", ["user.yaml", "MODEL.WEIGHT", "no value"]),
         ("MODEL: [\n", ["user.yaml", "YAML"]), ("_BASE_: none.yaml\n", ["none.yaml", "No such file"]),
         ("SOLVER:\n  BASE_LRR: 1\n", ["user.yaml", "SOLVER.BASE_LRR", "did you mean SOLVER.BASE_LR?"]),
         ("MODEL:\n  KEYPOINT_ON: True\n", ["user.yaml", "MODEL.KEYPOINT_ON True", "no keypoint head"]),
@@ -218,9 +220,22 @@ def test_targets(line, targets):
     assert read(line).config.targets == targets
 
 
+@pytest.mark.parametrize("mode", ["evaluate", "predict --images x"])
+def test_evaluation_and_prediction_take_weights_of_others_too(mode):
+    assert read(f"--mode {mode} MODEL.WEIGHT model_final.pth").config.checkpoint is None
+    assert read(f"--mode {mode} --checkpoint best.pt").config.weights == ""
+    with pytest.raises(UserError, match=r"say which weights to use with --checkpoint FILE"):
+        read(f"--mode {mode}")
+
+
 def test_help_names_every_key():
     text = describe(Config, "python -m maskrcnn.train", "")
     assert "MODEL.RPN.NMS_THRESH, --rpn-nms-thresh" in text and "SOLVER.BASE_LR, --lr" in text
+
+
+def test_a_configuration_survives_a_checkpoint():
+    config = read("--config-file configs/e2e_mask_rcnn_R_50_FPN_1x_bs64.yaml PER_EPOCH_EVAL True -b 4").config
+    assert from_dict(Config, to_dict(config)) == config
 
 
 def test_what_a_checkpoint_tells_evaluation_is_a_field():

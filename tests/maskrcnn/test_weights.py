@@ -16,6 +16,7 @@ from maskrcnn.convert import convert
 from maskrcnn.convert import main as convert_main
 from maskrcnn.flags import CONFIGS, translate_flags
 from maskrcnn.model import MaskRCNN
+from maskrcnn.weight_files import read, state_of
 from maskrcnn.weights import load_weights
 
 SMALL = "MODEL.BACKBONE.OUT_CHANNELS 8 MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM 16 MODEL.ROI_MASK_HEAD.CONV_LAYERS (8,8)"
@@ -387,6 +388,16 @@ def test_another_kind_of_normalisation_is_refused(tmp_path, kind):
         torch.save(benchmark_state(network(group)), tmp_path / "w.pth")
         with pytest.raises(UserError, match="has group normalisation, the network batch normalisation"):
             before_and_after(fpn(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_any_pickle_are_read(tmp_path, protocol):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for array in (values, np.asfortranarray(values), values.astype(">f4")):
+        content = OrderedDict(blobs={"conv1_w": array, "lr": np.float32(0.1)}, cfg="text")
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+        state = state_of(read(tmp_path / "a.pkl"))
+        assert state.keys() == {"conv1_w"} and state["conv1_w"].tolist() == values.tolist()
 
 
 class Trap:
