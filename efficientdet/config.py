@@ -211,8 +211,8 @@ class Config(DetectionConfig):
         fixed = {
             "pretrained": True, "dataset": "coco", "waymo": False, "synthetic": False, "augmentation": "jitter",
             "fill_color": "mean", "checkpoint": None, "freeze_layers": (), "momentum": 0.9, "weight_decay": 4e-5,
-            "clip_norm": 10.0, "bn_momentum": 0.01, "sched": "cosine", "cooldown_epochs": 10, "max_iters_per_epoch": 0, "target_map": None,
-            "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
+            "clip_norm": 10.0, "bn_momentum": 0.01, "sched": "cosine", "cooldown_epochs": 10, "max_iters_per_epoch": 0,
+            "target_map": None, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
             "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]
