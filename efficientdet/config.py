@@ -120,6 +120,10 @@ class Config(DetectionConfig):
     )
 
     model: str = option("efficientdet_d0", "network: " + ", ".join(ARCHITECTURES), flags=("-m",), group="Model")
+    bn_momentum: float = option(
+        0.01, "share of a batch in the running statistics of the normalisation; short runs want more, as 0.1",
+        check=between(0, 1), group="Model",
+    )  # fmt: skip
     input_size: int = option(
         0, "height and width of the image that it sees; 0: as the model has it", check=between(0, 8192), group="Model"
     )
@@ -207,8 +211,8 @@ class Config(DetectionConfig):
         fixed = {
             "pretrained": True, "dataset": "coco", "waymo": False, "synthetic": False, "augmentation": "jitter",
             "fill_color": "mean", "checkpoint": None, "freeze_layers": (), "momentum": 0.9, "weight_decay": 4e-5,
-            "clip_norm": 10.0, "sched": "cosine", "cooldown_epochs": 10, "max_iters_per_epoch": 0, "target_map": None,
-            "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
+            "clip_norm": 10.0, "bn_momentum": 0.01, "sched": "cosine", "cooldown_epochs": 10, "max_iters_per_epoch": 0,
+            "target_map": None, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
             "val_annotations_file": None,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in fixed.items() if getattr(self, name) != value]

@@ -49,6 +49,9 @@ def build_model(config: Config, num_classes: int) -> EfficientDet:
     """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
     model = EfficientDet(config.model, num_classes, config.image_size, config.redundant_bias)
     model.soft_nms = config.use_soft_nms
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = config.bn_momentum
     if config.checkpoint:
         saved = load_checkpoint(config.checkpoint)
         own = saved.get("ema")

@@ -206,6 +206,12 @@ def test_optimizers_that_can_not_leave_steps_out(name):
         train.make_optimizer(read(f"--opt {name}").config, Layers(), True, scaled=True)
 
 
+@pytest.mark.parametrize(("line", "momentum"), [("", 0.01), ("--bn-momentum 0.1", 0.1)])
+def test_every_norm_has_the_momentum(line, momentum):
+    model = train.build_model(read(f"--model tf_efficientdet_lite0 --no-pretrained {line}").config, 2)
+    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {momentum}
+
+
 def test_frozen_layers():
     model = Layers()
     train.freeze(model, ("backbone",))
