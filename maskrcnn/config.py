@@ -14,6 +14,7 @@ from detcore import UserError
 from detcore.config import DEFAULT, above, at_least, between, option, redefine
 from detcore.data.layouts import LAYOUTS, Layout
 from detcore.detection.config import DetectionConfig
+from detcore.nn.schedule import WARMUPS
 from maskrcnn.catalog import find, is_coco
 from maskrcnn.last_checkpoint import last_checkpoint
 from maskrcnn.model_config import ModelConfig, key_option
@@ -108,9 +109,7 @@ class Config(ModelConfig):
     solver_warmup_iters: int = key_option(
         "SOLVER.WARMUP_ITERS", 500, "optimizer steps of the warm-up", env="WARMUP_STEPS", check=at_least(0)
     )
-    solver_warmup_method: str = key_option(
-        "SOLVER.WARMUP_METHOD", "linear", "its course", choices=("constant", "linear", "mlperf_linear")
-    )
+    solver_warmup_method: str = key_option("SOLVER.WARMUP_METHOD", "linear", "its course", choices=WARMUPS)
     solver_checkpoint_period: int = key_option(
         "SOLVER.CHECKPOINT_PERIOD", 2500, "optimizer steps from one checkpoint to the next", check=at_least(1)
     )

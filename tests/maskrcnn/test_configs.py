@@ -1,13 +1,18 @@
 """The published YAML files: each one's network, data, schedule and what else makes it the file that it is."""
 
+import functools
+import json
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 from detcore.config import load
 from maskrcnn.config import IGNORED_FLAGS, Config
 from maskrcnn.flags import CONFIGS, KEYS, translate_flags
+from maskrcnn.model import MaskRCNN
+from maskrcnn.model_config import ModelConfig
 
 MSRA = "catalog://ImageNetPretrained/MSRA/"
 DETECTRON = "catalog://Caffe2Detectron/COCO/"
@@ -193,6 +198,43 @@ def test_warm_up(name):
         f"ci/{MASK_50}": ("mlperf_linear", 800, 1e-4), f"ci/{MASK_50}_1gpu": ("mlperf_linear", 625, 6.4e-5),
     }  # fmt: skip
     assert found == special.get(name, ("linear", 500, float(Fraction(1, 3))))
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "maskrcnn.json").read_text())["parameter_counts"]
+COUNTED = {
+    "rpn_R_50_FPN": "quick_schedules/rpn_R_50_FPN_quick", "rpn_R_50_C4": "quick_schedules/rpn_R_50_C4_quick",
+    **{f"e2e_{kind}_rcnn_{body}_FPN": f"e2e_{kind}_rcnn_{body}_FPN_1x"
+       for kind in ("mask", "faster") for body in ("R_50", "R_101", "X_101_32x8d")},
+    **{f"cityscapes e2e_{kind}_rcnn_R_50_FPN (9 classes)": f"cityscapes/e2e_{kind}_rcnn_R_50_FPN_1x_cocostyle"
+       for kind in ("mask", "faster")},
+    "pascal_voc e2e_mask_rcnn_R_50_FPN cocostyle (21 classes)": "pascal_voc/e2e_mask_rcnn_R_50_FPN_1x_cocostyle",
+    **{f"gn e2e_{kind}_rcnn_R_50_FPN": f"gn_baselines/e2e_{kind}_rcnn_R_50_FPN_1x_gn" for kind in ("mask", "faster")},
+    **{f"gn scratch e2e_{kind}_rcnn_R_50_FPN": f"gn_baselines/scratch_e2e_{kind}_rcnn_R_50_FPN_3x_gn"
+       for kind in ("mask", "faster")},
+}  # fmt: skip
+
+
+LAYERS = [name for name in ModelConfig.__dataclass_fields__ if name.startswith(
+    ("mask_on", "rpn_only", "backbone", "fpn", "group", "resnets", "rpn_use", "rpn_anchor", "roi_heads_use", "roi_box",
+     "roi_mask")
+)]  # fmt: skip
+"""What decides about layers, so that files with the same ones build one network."""
+
+
+@functools.cache
+def counts(config: Config) -> tuple[int, int]:
+    with torch.device("meta"):
+        parameters = list(MaskRCNN(config).parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_network_can_be_built_and_has_the_originals_parameters(name):
+    """Where the original's are known; its last version could not build 12 of its own files."""
+    known = {COUNTED[golden["config"]]: (golden["total"], golden["trainable"]) for golden in GOLDEN}
+    config = read(name)
+    found = counts(Config(**{field: getattr(config, field) for field in LAYERS}))
+    assert found == known.get(name, found) and len(known) == len(COUNTED)
 
 
 def test_a_whole_configuration_as_the_original_logs_it_is_that_of_the_defaults():
