@@ -140,6 +140,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     data_sets.add_arguments(parser)
     add = parser.add_argument
     add("--full", action="store_true", help="read and decode every image")
+    add("--masks", action="store_true", help="read the masks too, as programs do that train or score them")
     add("--partial", action="store_true", help="a part of a data set: missing images are notes, no published counts")
     add("--workers", type=int, default=0, metavar="N", help="processes of --full; 0: one for each processor")
     add("--write-manifest", action="store_true", help=f"if there are no problems, write {manifest.NAME} into DIR")

@@ -15,7 +15,7 @@ from dataprep import data_sets
 from dataprep.data_sets import MLPERF_CLASSES, Split
 from dataprep.findings import EXAMPLES, IMAGE_KINDS, NOTE, PROBLEM, Findings
 from detcore import UserError
-from detcore.data import manifest, signs
+from detcore.data import manifest, segmentations, signs
 from detcore.data.coco import CocoIndex, training_boxes
 from detcore.data.shards import hash_names
 from detcore.training.progress import Meter
@@ -83,7 +83,8 @@ def check_bytes(findings: Findings, split: Split, count: manifest.Count, decoded
 def check_annotations(findings: Findings, split: Split, args: argparse.Namespace) -> CocoIndex | None:
     """Open the annotation file and compare counts and classes; None where it cannot be used."""
     try:
-        index = CocoIndex.open(split.annotations, split.images, cache_dir=args.cache_dir)
+        masks = segmentations.EDGES if args.masks else None
+        index = CocoIndex.open(split.annotations, split.images, cache_dir=args.cache_dir, masks=masks)
     except UserError as error:
         what = "annotation file or image folder that cannot be used"
         findings.add(
@@ -111,8 +112,10 @@ def check_annotations(findings: Findings, split: Split, args: argparse.Namespace
         ("names of another spelling", "the file that is there is taken; correct the names for other programs"),
         ("areas below 0", "evaluation ignores such boxes, as COCO's does; write width * height"),
         ("boxes under one pixel", "they train, though a resized image may hold nothing of them"),
+        ("polygons under three points left out", "they enclose nothing; remove them"),
+        ("boxes without a mask left out", "programs with masks do not train with them; give them a segmentation"),
     ):
-        findings.add(NOTE, split.name, what, index.counts[what], [], do)
+        findings.add(NOTE, split.name, what, index.counts.get(what, 0), [], do)
     check_signs(findings, split, index)
     return index
 

@@ -15,8 +15,9 @@ Treatments, each with its count in `CocoIndex.counts`:
   as COCO's does ("areas below 0").
 * crowd box: kept, with its flag ("crowd boxes"). Area missing or null: width * height. `iscrowd` missing: 0.
 * only where masks are asked for (`CocoIndex.open`): a polygon of fewer than three points is left out ("polygons under
-  three points left out"), and so is in training a box without any mask, unless it is crowd ("boxes without a mask left
-  out"). A polygon with an odd number of coordinates, an RLE of another size than its image: error.
+  three points left out"). A box without any mask is left out of training, unless it is crowd ("boxes without a mask
+  left out"), and scored as a mask without pixels ("annotations scored as empty masks"). A polygon with an odd number of
+  coordinates, an RLE of another size than its image, or one whose counts do not sum to it: error.
 * image listed but not in the folder ("missing images"): the folder is read once, when the cache is built, and again
   at each start while images are missing; the loaders refuse to start. All of them missing: error at once.
 * image in the folder but not listed: not used ("unlisted files").

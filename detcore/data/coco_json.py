@@ -261,7 +261,7 @@ def _annotations(
     }
     columns |= {"bbox": [np.empty((0, 4))], "area": [np.empty(0)], "iscrowd": [np.empty(0, np.uint8)]}
     columns |= {name: [column] for name, column in segmentations.empty(masks).items()} if masks else {}
-    parts_left_out = 0
+    parts_left_out, bare = 0, 0
     for items in _objects(file, "annotations", raw, kind):
         piece, of_image = _piece(file, items, by_id, ascending, category_ids)
         if masks:
@@ -272,7 +272,7 @@ def _annotations(
 
             found = segmentations.masks(masks, [a.segmentation for a in items], sizes, refuse)
             piece |= found.columns
-            parts_left_out += found.parts_left_out
+            parts_left_out, bare = parts_left_out + found.parts_left_out, bare + found.bare
         for name, column in piece.items():
             columns[name].append(column)
     # one at a time, so that only one column exists twice
@@ -284,6 +284,8 @@ def _annotations(
     }
     if masks:
         counts["polygons under three points left out"] = parts_left_out
+    if masks == segmentations.RLE:
+        counts["annotations scored as empty masks"] = bare
     return joined, counts
 
 

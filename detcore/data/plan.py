@@ -204,6 +204,12 @@ class TrainPlan(_Plan):
             )
         return most or int(counts[fullest])
 
+    def _whole_count(self, i: int) -> int:
+        """How many boxes of an image are kept where all of it is seen."""
+        images = np.array([i])
+        canvas = self.recipe.canvases[self._canvas[i] if self._canvas is not None else 0]
+        return len(self._kept_boxes(i, self.recipe.eval_view(self._sizes(images), canvas), 0)[0])
+
     def _refuse(self, count: int, i: int) -> None:
         """UserError if so many boxes are too many of an image."""
         if count > self.max_boxes:

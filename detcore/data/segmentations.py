@@ -33,10 +33,12 @@ Segmentation = list[list[float]] | Runs | None
 
 
 class Masks(NamedTuple):
-    """The masks of n annotations. columns: those of `edges` or `rles`. parts_left_out: polygons under three points."""
+    """The masks of n annotations. columns: see `masks`. parts_left_out: polygons under three points. bare: annotations
+    without a polygon, RLE or bitmap."""
 
     columns: dict[str, np.ndarray]
     parts_left_out: int
+    bare: int
 
 
 def masks(
@@ -67,7 +69,8 @@ def masks(
             left_out += len(one) - len(parts)
         polygons.append(parts)
     make = _edges if kind == EDGES else _rles
-    return Masks(make(polygons, runs, sizes, refuse), left_out)
+    bare = sum(not parts for parts in polygons) - len(runs)
+    return Masks(make(polygons, runs, sizes, refuse), left_out, bare)
 
 
 def _is_bitmap(rows: list[list[float]], height: int, width: int) -> bool:

@@ -469,3 +469,23 @@ def test_roboflow_keeps_the_json_beside_the_images(verified, data):
         old.rename(data.root / folder / "_annotations.coco.json")
     code, said, found = verified()
     assert code == 0 and found == {} and "fine, 0 notes" in said
+
+
+def test_masks_are_looked_at_where_that_is_asked_for(data, verified):
+    star = [[1, 1, 9, 1, 5, 8]]
+    for split, content in data.content.items():
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = star
+        data.write(split)
+    train = data.content["train"]["annotations"]
+    train[1]["segmentation"], train[2]["segmentation"] = [[1, 1, 5, 5], *star], []
+    data.write("train")
+    code, _, found = verified("--masks")
+    assert code == 0 and found["polygons under three points left out"]["count"] == 1
+    assert found["boxes without a mask left out"]["count"] == 1
+    train[3]["segmentation"] = [[1, 1, 5, 5, 8]]
+    data.write("train")
+    code, said, _ = verified("--masks")
+    assert code != 0 and "annotation 3 of image 3 has a polygon of 5 numbers" in said
+    code, _, found = verified()
+    assert code == 0 and not found, "detectors of boxes do not look at them"

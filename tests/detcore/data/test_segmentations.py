@@ -171,6 +171,7 @@ def test_rle_to_score_with_is_that_of_pycocotools(made):
     made.write()
     nothing, bitmap = texts(made.open(masks="rle"))[-2:]
     assert coco_mask.area({"size": [HEIGHT, WIDTH], "counts": nothing}) == 0
+    assert made.open(masks="rle").counts["annotations scored as empty masks"] == 1
     assert bitmap == rle(blobs(4), True)["counts"]
 
 

@@ -18,7 +18,7 @@ from detcore.processes.launcher import World
 def test_inference_counts_no_padding(monkeypatch, images, batch, processes, real):
     index, config = range(images), SimpleNamespace()
     world = World(0, processes, 0, processes)
-    monkeypatch.setattr(detection, "open_index", lambda config, split: index)
+    monkeypatch.setattr(detection, "open_val", lambda detector, config: index)
     monkeypatch.setattr(detection, "eval_batch_size", lambda *given: batch)
 
     def stream(detector, config, index, world, device, size):

@@ -110,7 +110,7 @@ def test_equals_pycocotools(seed, backend):
 
 
 def test_groups_of_categories_are_the_whole():
-    truth, true, rows, masks = random_case(8)
+    truth, true, rows, masks = random_case(6)
     assert len(rows) > 100
     parts = Scorer(truth, masks=true, rows_at_once=40)(rows, masks=masks)
     assert parts == near(Scorer(truth, masks=true)(rows, masks=masks), abs=1e-12)

@@ -71,7 +71,7 @@ def test_equals_the_original(call, kind, side, height, width):
     found = call(masks, boxes, sizes).dictionaries()
     images = [original(mask, box, height, width, 0.5) for mask, box in zip(masks, boxes, strict=True)]
     assert found == [encoded(image) for image in images]
-    if height > 1:
+    if side > 1 and height > 1:
         assert sum(int(image.sum()) for image in images) > 50
 
 
@@ -87,13 +87,13 @@ def test_images_of_several_sizes_and_other_thresholds(call):
 
 
 def test_whole_boxes_of_ones_and_the_border(call):
-    """A mask of ones ends where the values fall below one half: half a pixel of the mask beyond the box."""
-    sizes = torch.tensor([[40, 50]] * 3)
-    boxes = torch.tensor([[10.0, 10, 38, 38], [0, 0, 49, 39], [-20, -20, 90, 90]])
-    found = coco_mask.decode(call(torch.ones(3, 28, 28), boxes, sizes).dictionaries())
+    """A mask of ones fills its box to the last pixel, and what of the image a larger one covers."""
+    sizes = torch.tensor([[40, 50]] * 2)
+    boxes = torch.tensor([[10.0, 10, 38, 38], [-20, -20, 90, 90]])
+    found = coco_mask.decode(call(torch.ones(2, 28, 28), boxes, sizes).dictionaries())
     rows, columns = np.nonzero(found[..., 0])
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 38, 10, 38) and len(rows) == 29 * 29
-    assert found[..., 1].all() and found[..., 2].all()
+    assert found[..., 1].all()
 
 
 def test_nothing(call):
