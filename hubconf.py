@@ -7,20 +7,29 @@
       results = utils.decode_results(model(tensor))
   best = [utils.pick_best(result, 0.4) for result in results]        # boxes, classes and scores of each image
 
+  demo = torch.hub.load(REPOSITORY, "maskrcnn", checkpoint="best.pt", confidence_threshold=0.5)
+  found = demo.compute_prediction(image)                             # boxes, scores, names and masks
+  picture = demo.run_on_opencv_image(image)                          # with all of them drawn
+
 Tensors hold uint8 pixels here, and the model normalises them. The weights that NVIDIA published have no address that is
 known to work, so nothing is fetched but from an address that you give.
 """
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 
 from detcore import UserError
+from detcore.detection.inference import read_image
 from ssd300 import inference
 from ssd300.model import SSD300
+
+if TYPE_CHECKING:
+    from maskrcnn.inference import COCODemo
 
 dependencies = ["torch", "torchvision", "numpy", "PIL", "msgspec", "urllib3"]
 
@@ -62,13 +71,20 @@ def nvidia_ssd_processing_utils() -> type["Utils"]:
     return Utils
 
 
+def maskrcnn(checkpoint: str | Path, *configuration: str, **how: Any) -> "COCODemo":
+    """Mask R-CNN or Faster R-CNN for images at hand: see `maskrcnn.inference.COCODemo`. checkpoint: a file or a URL."""
+    from maskrcnn.inference import COCODemo  # SSD300's users need not have what it wants
+
+    return COCODemo(_fetched(checkpoint), *configuration, **how)
+
+
 class Utils:
     """Reading images for `nvidia_ssd`, and its outputs."""
 
     @staticmethod
     def prepare_input(uri: str | Path) -> np.ndarray:
         """The image of a path or URL, uint8 [300, 300, 3], resized as in validation."""
-        return inference.prepare(inference.read_image(uri))
+        return inference.prepare(read_image(uri))
 
     @staticmethod
     def prepare_tensor(inputs: list[np.ndarray], fp16: bool = False) -> torch.Tensor:

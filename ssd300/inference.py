@@ -5,12 +5,9 @@ to 300 x 300. `legacy` shows it what the original's script did: the square in th
 """
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -18,8 +15,9 @@ from torch import Tensor
 
 from detcore import UserError
 from detcore.config import from_dict
-from detcore.data import files, torch_loader, transforms
+from detcore.data import torch_loader
 from detcore.data.recipes import central_square, stretched
+from detcore.detection.inference import read_image
 from detcore.device.select import select_backend
 from detcore.training.checkpoint import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
@@ -64,19 +62,6 @@ def class_entries(saved: dict[str, Any]) -> list[tuple[int, str]]:
     if len(names) != count:
         return []
     return list(zip(_COCO_IDS if names == COCO_NAMES else range(1, count + 1), map(str, names), strict=True))
-
-
-def read_image(uri: str | Path) -> Tensor:
-    """An image as uint8 [3, h, w], from a path, or a URL (http, https, file). Raises UserError, naming it."""
-    if urlparse(str(uri)).scheme not in ("http", "https", "file"):
-        data = files.read_bytes(Path(uri), 0)
-    else:
-        try:
-            with urllib.request.urlopen(str(uri), timeout=60) as answer:
-                data = np.frombuffer(bytearray(answer.read()), np.uint8)
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise UserError(f"{uri} can't be fetched: {error}") from error
-    return transforms.decode(data, path=Path(str(uri)), image_id=0)
 
 
 def prepare(image: Tensor, legacy: bool = False) -> np.ndarray:

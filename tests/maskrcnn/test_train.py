@@ -7,10 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+import hubconf
+from detcore import UserError
+from detcore.detection.inference import read_image
+from maskrcnn.inference import main
 from maskrcnn.last_checkpoint import LAST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,3 +176,25 @@ def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):
     (tmp_path / LAST).write_text("gone.pth")
     said = run(tmp_path, "--mode", "evaluate", code=None)
     assert said.returncode == 2 and "gone.pth, which does not exist" in said.stderr
+
+
+def test_the_demo_of_the_original(trained, scenes):
+    """As on one's own program: the network sees what prediction sees, and draws what it finds."""
+    path = sorted((scenes / "val").iterdir())[0]
+    image = read_image(path)
+    demo = hubconf.maskrcnn(trained / "last.pt", confidence_threshold=0.001, device="cpu")
+    (found,) = main([path], trained / "last.pt", confidence_threshold=0.001, device="cpu")
+    again = demo.compute_prediction(np.ascontiguousarray(image.permute(1, 2, 0).numpy()[..., ::-1]))
+    assert len(found.labels) == len(found.boxes) == len(found.scores) == len(found.masks) > 0
+    assert set(found.labels) <= {"circle", "cross", "ring", "square", "star", "triangle"}
+    assert np.array_equal(found.masks, again.masks) and np.array_equal(found.boxes, again.boxes)
+    assert (np.diff(found.scores) <= 0).all() and found.masks.shape[1:] == image.shape[1:]
+    for box, mask in zip(found.boxes, found.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        inside = (columns >= box[0] - 2) & (columns <= box[2] + 2) & (rows >= box[1] - 2) & (rows <= box[3] + 2)
+        assert inside.all()
+    bgr = np.ascontiguousarray(image.permute(1, 2, 0).numpy()[..., ::-1])
+    drawn = demo.run_on_opencv_image(bgr)
+    assert drawn.shape == bgr.shape and (drawn != bgr).any()
+    with pytest.raises(UserError, match="uint8"):
+        demo.compute_prediction(np.zeros((4, 4), np.uint8))

@@ -16,6 +16,7 @@ from PIL import Image
 import hubconf
 from detcore import UserError
 from detcore.data import transforms
+from detcore.detection.inference import read_image
 from detcore.training import checkpoint
 from ssd300 import inference, train
 from ssd300.config import IMAGE_SIZE, Config
@@ -110,7 +111,7 @@ def test_nothing_found_is_three_empty_arrays(folder):
 
 
 def test_images_are_shown_as_in_validation(folder):
-    image = inference.read_image(folder / "picture.png")
+    image = read_image(folder / "picture.png")
     shown = transforms.resize(image, IMAGE_SIZE, flip=False, antialias=Config().antialias)
     assert np.array_equal(inference.prepare(image), shown.numpy())
     cut = transforms.resize(image[:, :, 15:75].contiguous(), IMAGE_SIZE, flip=False, antialias=Config().antialias)
