@@ -5,7 +5,7 @@ itself is an alias of the field's flag: `MODEL.RPN.NMS_THRESH 0.7` is `--rpn-nms
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -215,6 +215,12 @@ class Config(ModelConfig):
         if not names:
             return super().layout
         return LAYOUTS["coco" if all(is_coco(name) for name in names) else "custom"]
+
+    @property
+    def class_ids(self) -> Sequence[int] | None:
+        """With 91 classes on COCO its own ids, as torchvision's networks have them: ten of the 90 never occur."""
+        known = self.layout == LAYOUTS["coco"] and self.roi_box_head_num_classes == 91
+        return range(1, 91) if known else None
 
     def split(self, name: str) -> tuple[Path, Path]:
         """As of every detector; of training sets by name the first."""

@@ -116,6 +116,13 @@ def test_a_set_of_the_users_own_in_a_run(tmp_path):
     assert str(other.split("train")[1]) == "/elsewhere"
 
 
+def test_91_classes_on_coco_are_its_ids():
+    names = ("DATASETS.TRAIN", "coco_2017_train", "DATASETS.TEST", "coco_2017_val")
+    assert config(*names).class_ids is None
+    assert list(config(*names, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", 91).class_ids) == list(range(1, 91))
+    assert config("--dataset", "custom", "MODEL.ROI_BOX_HEAD.NUM_CLASSES", 91).class_ids is None
+
+
 def test_without_names_the_layout_says_where_the_data_is(tmp_path):
     run = config("--dataset-path", tmp_path, "--dataset", "custom")
     assert run.split("train") == (tmp_path / "annotations/instances_train.json", tmp_path / "train")
