@@ -40,7 +40,7 @@ def match_reference(
         union = (areas(part).unsqueeze(2) + anchor_areas).sub_(inter)
         real = (labels[:, start : start + part.shape[1]] >= 0).unsqueeze(2)
         iou = torch.where(real & (inter > 0), inter.div_(union), inter.new_zeros(()))
-        if low_quality == "ties":
+        if low_quality == "ties" and a:
             highest = iou.amax(2, keepdim=True)
             tied |= ((iou == highest) & (highest > 0)).any(1)
         elif low_quality == "best" and a:
