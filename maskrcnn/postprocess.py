@@ -1,9 +1,11 @@
 """From images to detections, for a whole batch at once and with fixed shapes."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from detcore.boxes import decode
 from detcore.ops.largest import largest
@@ -52,13 +54,22 @@ def postprocess(model: MaskRCNN, images: Tensor, extent: Tensor) -> Detections:
     )  # fmt: skip
     if not model.makes_masks:
         return Detections(boxes, scores, labels)
+    return Detections(boxes, scores, labels, _masks(model, features, boxes, labels), pooled(boxes, model.legacy))
+
+
+def _masks(model: MaskRCNN, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+    """The probabilities [N, D, M, M] of detections, 0 for unused places."""
+    slots = labels.shape[1]
+    if labels.device.type == "cpu":  # reading a value costs nothing here, and used places come first
+        slots = int((labels >= 0).sum(1).max())
+    boxes, few = boxes[:, :slots], labels[:, :slots]
     shared = None
     if model.roi_heads["mask"].shares:
         box = model.roi_heads["box"]
-        shared = box.feature_extractor(box.pooler(features, boxes)).unflatten(0, labels.shape)
-    masks = model.roi_heads["mask"](features, boxes, (labels + 1).clamp(min=1), shared).float().sigmoid()
-    masks = masks.masked_fill((labels < 0)[..., None, None], 0)
-    return Detections(boxes, scores, labels, masks, pooled(boxes, model.legacy))
+        shared = box.feature_extractor(box.pooler(features, boxes)).unflatten(0, few.shape)
+    masks = model.roi_heads["mask"](features, boxes, (few + 1).clamp(min=1), shared).float().sigmoid()
+    masks = masks.masked_fill((few < 0)[..., None, None], 0)
+    return F.pad(masks, (0, 0, 0, 0, 0, labels.shape[1] - slots))
 
 
 def detect(

@@ -64,8 +64,8 @@ __global__ void used_kernel(const int64_t* labels, int most, int* used, int* cou
 }
 
 // A block takes kThreads * kEach anchors of one image and raises the highest overlap of each used box.
-__global__ void highest_kernel(const Corners* anchors, int64_t total, int64_t step, int chunks, const Corners* boxes, int most,
-                               const int* used, const int* counts, int* highest) {
+__global__ void highest_kernel(const Corners* anchors, int64_t total, int64_t step, int chunks, const Corners* boxes,
+                               int most, const int* used, const int* counts, int* highest) {
   __shared__ Staged staged;
   const int image = blockIdx.x / chunks;
   anchors += image * step;
@@ -99,8 +99,8 @@ __global__ void highest_kernel(const Corners* anchors, int64_t total, int64_t st
 }
 
 // A thread takes one anchor of one image and lowers the first anchor of each used box whose highest overlap it has.
-__global__ void first_kernel(const Corners* anchors, int64_t total, int64_t step, int chunks, const Corners* boxes, int most,
-                             const int* used, const int* counts, const int* highest, int* first_anchor) {
+__global__ void first_kernel(const Corners* anchors, int64_t total, int64_t step, int chunks, const Corners* boxes,
+                             int most, const int* used, const int* counts, const int* highest, int* first_anchor) {
   __shared__ Staged staged;
   const int image = blockIdx.x / chunks;
   anchors += image * step;
@@ -122,8 +122,8 @@ __global__ void first_kernel(const Corners* anchors, int64_t total, int64_t step
 
 // A thread takes one anchor of one image. first_anchor: the anchors that the boxes claim, or null: those that tie for
 // a box's highest overlap take their own best box.
-__global__ void match_kernel(const Corners* anchors, int64_t total, int64_t step, int chunks, const Corners* boxes, int most,
-                             const int* used, const int* counts, const int* highest, const int* first_anchor,
+__global__ void match_kernel(const Corners* anchors, int64_t total, int64_t step, int chunks, const Corners* boxes,
+                             int most, const int* used, const int* counts, const int* highest, const int* first_anchor,
                              Thresholds thresholds, int64_t* out) {
   __shared__ Staged staged;
   __shared__ int goal[kBoxes];
@@ -171,15 +171,15 @@ static Tensor match(const Tensor& anchors, const Tensor& boxes, const Tensor& la
   const int64_t wide = ceil_div(a.count, kThreads * kEach), narrow = ceil_div(a.count, kThreads);
   gpu.launch(&used_kernel, a.images, 32, a.labels, a.most, places, many, best, first_anchor);
   if (a.low_quality != LowQuality::kNone) {  // else the highest overlaps stay 0, which no anchor has
-    gpu.launch(&highest_kernel, a.images * wide, kThreads, a.anchors, a.count, a.step, wide, a.boxes, a.most, places, many,
-               best);
+    gpu.launch(&highest_kernel, a.images * wide, kThreads, a.anchors, a.count, a.step, wide, a.boxes, a.most, places,
+               many, best);
   }
   if (claims) {
-    gpu.launch(&first_kernel, a.images * narrow, kThreads, a.anchors, a.count, a.step, narrow, a.boxes, a.most, places, many,
-               best, first_anchor);
+    gpu.launch(&first_kernel, a.images * narrow, kThreads, a.anchors, a.count, a.step, narrow, a.boxes, a.most, places,
+               many, best, first_anchor);
   }
-  gpu.launch(&match_kernel, a.images * narrow, kThreads, a.anchors, a.count, a.step, narrow, a.boxes, a.most, places, many,
-             best, first_anchor, a.thresholds, static_cast<int64_t*>(a.out.data_ptr()));
+  gpu.launch(&match_kernel, a.images * narrow, kThreads, a.anchors, a.count, a.step, narrow, a.boxes, a.most, places,
+             many, best, first_anchor, a.thresholds, static_cast<int64_t*>(a.out.data_ptr()));
   return a.out;
 }
 

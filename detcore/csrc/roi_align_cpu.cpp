@@ -13,8 +13,8 @@ template <typename T>
 WIDE_VECTORS static void add_sample(const Sample& s, const T* values, int64_t channels, float* sum) {
   const T *a = values + s.place[0], *b = values + s.place[1], *c = values + s.place[2], *d = values + s.place[3];
   for (int64_t k = 0; k < channels; ++k) {
-    sum[k] += s.read(static_cast<float>(a[k]), static_cast<float>(b[k]), static_cast<float>(c[k]),
-                     static_cast<float>(d[k]));
+    sum[k] +=
+        s.read(static_cast<float>(a[k]), static_cast<float>(b[k]), static_cast<float>(c[k]), static_cast<float>(d[k]));
   }
 }
 
@@ -149,8 +149,8 @@ static void roi_align_backward_(std::vector<Tensor> grads, Tensor grad, Tensor b
   for_floating(grad, "grad", [&](auto zero) {
     torch::stable::parallel_for(0, a.rois.images * levels * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        map_gradient<decltype(zero)>(a, static_cast<int>(i / parts % levels), i / parts / levels,
-                                     i % parts * kChannels, values);
+        map_gradient<decltype(zero)>(a, static_cast<int>(i / parts % levels), i / parts / levels, i % parts * kChannels,
+                                     values);
       }
     });
   });

@@ -14,7 +14,8 @@ __global__ void roi_align_kernel(RoIs rois, Pyramid pyramid, Map out, bool last,
   if (i >= total) return;
   const int64_t bins = rois.bins, groups = rois.channels / kWidth;
   const int64_t spot = last ? i / groups : i % (bins * bins);  // last: of all regions
-  const int64_t region = i / (groups * bins * bins), channel = (last ? i % groups : i / (bins * bins) % groups) * kWidth;
+  const int64_t region = i / (groups * bins * bins),
+                channel = (last ? i % groups : i / (bins * bins) % groups) * kWidth;
   const int y_bin = static_cast<int>(spot / bins % bins), x_bin = static_cast<int>(spot % bins);
   float sum[kWidth] = {};
   T* to = static_cast<T*>(out.values) + out.place(region, y_bin, x_bin, channel);
@@ -86,7 +87,8 @@ struct TileWeights {
   bool any[2][kMostBins];
 };
 
-// Finds which of kThreads regions from `start` on touch a tile; list: those, in order. All threads of the block call it.
+// Finds which of kThreads regions from `start` on touch a tile; list: those, in order. All threads of the block call
+// it.
 __device__ inline int touching(const RoIs& rois, const Map& map, int which, int64_t image, int64_t start, int y, int x,
                                int* list) {
   __shared__ int of_warp[kThreads / 32];
@@ -115,7 +117,8 @@ __device__ inline int touching(const RoIs& rois, const Map& map, int which, int6
 
 // A block sums the gradients of a tile of cells, a thread those of one channel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) roi_align_backward_kernel(RoIs rois, Pyramid pyramid, Blocks blocks, Map grad) {
+__global__ void __launch_bounds__(kThreads)
+    roi_align_backward_kernel(RoIs rois, Pyramid pyramid, Blocks blocks, Map grad) {
   __shared__ int list[kThreads];
   __shared__ TileWeights tile;
   int which = 0;

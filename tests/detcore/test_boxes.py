@@ -38,12 +38,14 @@ def test_areas():
     assert areas(torch.tensor([[1.0, 2, 4, 7], [0, 0, 0, 5]])).tolist() == [15, 0]
 
 
-def test_encode_and_decode_equal_torchvisions_coder():
-    coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
+def test_encode_and_decode_equal_torchvisions_coder(weights):
+    coder = BoxCoder(weights=weights)
     boxes, anchors = random_boxes(3, 50), random_boxes(4, 50)
-    torch.testing.assert_close(encode(boxes, anchors), coder.encode_single(boxes, anchors), rtol=1e-6, atol=1e-6)
-    deltas = torch.randn(50, 4, generator=torch.Generator().manual_seed(5)) * 3
-    torch.testing.assert_close(decode(deltas, anchors), coder.decode_single(deltas, anchors), rtol=0, atol=0)
+    expected = coder.encode_single(boxes, anchors)
+    torch.testing.assert_close(encode(boxes, anchors, weights), expected, rtol=1e-6, atol=1e-6)
+    deltas = torch.randn(50, 4, generator=torch.Generator().manual_seed(5)) * 3 * torch.tensor(weights)
+    torch.testing.assert_close(decode(deltas, anchors, weights), coder.decode_single(deltas, anchors), rtol=0, atol=0)
 
 
 def test_decode_inverts_encode():

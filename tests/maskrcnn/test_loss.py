@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from detcore.data.batch import Batch, whole_images
+from detcore.device import native
 from maskrcnn.loss import losses
 from maskrcnn.model import MaskRCNN
 from tests.maskrcnn.settings import FPN, GN, MASKS, SMALL, XCONV, settings
@@ -132,3 +133,30 @@ def test_float64_gradients(kind):
                 values.append(total())
                 parameter.view(-1)[at] -= side * step
         torch.testing.assert_close((values[0] - values[1]) / (2 * step), gradient.view(-1)[at], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["mask, FPN", "mask, C4"])
+def test_native_ops_give_what_the_references_give(kind):
+    model, given, results = network(kind), batch(), []
+    images = model.normalized(given.images, given.extent).contiguous(memory_format=torch.channels_last) / 100
+    for policy in ("native", "reference"):
+        with native.using(policy):
+            terms = losses(model, given._replace(images=images), filled, draws)
+        results.append((terms, torch.autograd.grad(sum(terms.values()), model.rpn.head.conv.weight)[0]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mask, FPN", "mask, C4", "group norm, Xconv"])
+def test_mixed_precision(kind):
+    """bfloat16 through autocast: float32 losses near those of float32, and finite gradients."""
+    model, given = network(kind), batch()
+    images = model.normalized(given.images, given.extent) / 100
+    expected = losses(model, given._replace(images=images), filled, draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses(model, given, filled, draws)
+        near = losses(model, given._replace(images=images), filled, draws)
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in found.values())
+    for name in ("loss_objectness", "loss_classifier"):
+        torch.testing.assert_close(near[name], expected[name], rtol=0.05, atol=0.02)
+    sum(near.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
 from detcore.device import native
-from detcore.nn.resnet import BACKBONES, NORMS, ResNet, load_backbone, load_exactly, weights_file_name
+from detcore.nn.resnet import BACKBONES, NORMS, LastStage, ResNet, load_backbone, load_exactly, weights_file_name
 from detcore.ops import conv as conv_module
 from detcore.ops.bias_relu import bias_relu, bias_relu_reference
 
@@ -366,3 +366,58 @@ def test_load_exactly_lists_every_kind_of_difference():
         load_exactly(model, {"weight": torch.zeros(3, 5), "extra": torch.zeros(1), "text": "x"}, "file.pth")
     message = str(error.value)
     assert all(part in message for part in ("file.pth", "missing bias", "unexpected extra", "[3, 5]", "[3, 2]", "str"))
+
+
+def plain(layer: nn.Sequential, x: torch.Tensor, strides: tuple[int, int, int], dilation: int = 1) -> torch.Tensor:
+    """A stage of bottlenecks, frozen norms written out; strides: of the first block's 1x1, 3x3 and shortcut."""
+
+    def normed(conv, norm, x, stride, dilation=1):
+        x = F.conv2d(x, conv.weight, None, stride, dilation * (conv.kernel_size[0] // 2), dilation, conv.groups)
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        return (x - norm.running_mean.view(-1, 1, 1)) * factor.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    for i, block in enumerate(layer):
+        first, second, beside = strides if i == 0 else (1, 1, 1)
+        out = F.relu(normed(block.conv1, block.bn1, x, first))
+        out = F.relu(normed(block.conv2, block.bn2, out, second, dilation))
+        shortcut = normed(*block.downsample, x, beside) if block.downsample is not None else x
+        x = F.relu(normed(block.conv3, block.bn3, out, 1) + shortcut)
+    return x
+
+
+@pytest.mark.parametrize("in_1x1", [True, False])
+def test_levels_and_where_the_stride_is(in_1x1):
+    torch.manual_seed(0)
+    model = ResNet("resnet50", "frozen", 3, (2, 4), in_1x1)
+    randomise_norms(model)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.fold()
+    model, x = model.double(), torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    assert model.channels == (256, 1024) and not hasattr(model, "layer4")
+    c2, c4 = model(x)
+    assert c2.shape[2:] == (16, 24)
+    strides = (2, 1, 2) if in_1x1 else (1, 2, 2)
+    expected = plain(model.layer3, plain(model.layer2, c2, strides), strides)
+    torch.testing.assert_close(c4, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_last_stage_by_itself(dilation):
+    torch.manual_seed(0)
+    whole = ResNet("resnet50", "frozen", 3, (4, 5), True)
+    stage = whole.cut_last_stage()
+    assert whole.channels == (1024,) and whole.levels == (4,) and not hasattr(whole, "layer4")
+    head, x = LastStage(stage, dilation).double(), torch.randn(2, 1024, 6, 6, dtype=torch.float64)
+    found = head(x)
+    expected = plain(stage, x, (2, 1, 2) if dilation == 1 else (1, 1, 1), dilation)
+    assert found.shape[2:] == ((3, 3) if dilation == 1 else (6, 6))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_frozen_norm_without_variance_or_eps_gives_its_bias():
+    norm = NORMS["frozen"](2, eps=0.0)
+    norm.running_var.copy_(torch.tensor([0.0, 4]))
+    norm.bias.copy_(torch.tensor([3.0, 0]))
+    norm.fold()
+    assert norm.scale.tolist() == [0, 0.5] and norm.shift.tolist() == [3, 0]
