@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from detcore import UserError
-from detcore.detection.inference import read_image
+from detcore.data.transforms import read_image
 from ssd300 import inference
 from ssd300.model import SSD300
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from detcore import UserError
 from detcore.config import load
+from detcore.data.transforms import read_image
 from detcore.detection.drawing import draw
-from detcore.detection.inference import look, read_image
+from detcore.detection.inference import look
 from detcore.device.select import select_backend
 from detcore.training.checkpoint import load_checkpoint
 from maskrcnn.config import IGNORED_FLAGS, Config

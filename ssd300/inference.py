@@ -17,7 +17,7 @@ from detcore import UserError
 from detcore.config import from_dict
 from detcore.data import torch_loader
 from detcore.data.recipes import central_square, stretched
-from detcore.detection.inference import read_image
+from detcore.data.transforms import read_image
 from detcore.device.select import select_backend
 from detcore.training.checkpoint import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors

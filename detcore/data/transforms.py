@@ -11,10 +11,13 @@ notices, it prints a warning and goes on), BMP, GIF, TIFF, WebP. The checksums o
 
 import io
 import re
+import urllib.error
+import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from detcore import UserError
-from detcore.data import exif
+from detcore.data import exif, files
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit; a damaged header must not ask for gigabytes
 _FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow knows stranger ones, some of which run programs
@@ -233,3 +236,16 @@ def resize(
         image = image.flip(-1)
     resized = functional.resize(image, list(image_size), antialias=antialias)
     return resized.permute(1, 2, 0).contiguous()
+
+
+def read_image(uri: str | Path) -> Tensor:
+    """An image as uint8 [3, h, w], from a path, or a URL (http, https, file). Raises UserError, naming it."""
+    if urlparse(str(uri)).scheme not in ("http", "https", "file"):
+        data = files.read_bytes(Path(uri), 0)
+    else:
+        try:
+            with urllib.request.urlopen(str(uri), timeout=60) as answer:
+                data = np.frombuffer(bytearray(answer.read()), np.uint8)
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise UserError(f"{uri} can't be fetched: {error}") from error
+    return decode(data, path=Path(str(uri)), image_id=0)

@@ -8,12 +8,9 @@ import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -269,19 +266,6 @@ def look(
 def _canvas(recipe: Recipe, size: np.ndarray) -> tuple[int, int]:
     """The canvas of one image of int64 [1, 2] height and width."""
     return recipe.canvases[int(recipe.canvas_of(size)[0]) if recipe.canvas_of else 0]
-
-
-def read_image(uri: str | Path) -> Tensor:
-    """An image as uint8 [3, h, w], from a path, or a URL (http, https, file). Raises UserError, naming it."""
-    if urlparse(str(uri)).scheme not in ("http", "https", "file"):
-        data = files.read_bytes(Path(uri), 0)
-    else:
-        try:
-            with urllib.request.urlopen(str(uri), timeout=60) as answer:
-                data = np.frombuffer(bytearray(answer.read()), np.uint8)
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise UserError(f"{uri} can't be fetched: {error}") from error
-    return transforms.decode(data, path=Path(str(uri)), image_id=0)
 
 
 def image_paths(source: Path, without: Path) -> tuple[list[Path], int]:

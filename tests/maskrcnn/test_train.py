@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 import hubconf
 from detcore import UserError
-from detcore.detection.inference import read_image
+from detcore.data.transforms import read_image
 from maskrcnn.inference import main
 from maskrcnn.last_checkpoint import LAST
 

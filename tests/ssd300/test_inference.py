@@ -16,7 +16,7 @@ from PIL import Image
 import hubconf
 from detcore import UserError
 from detcore.data import transforms
-from detcore.detection.inference import read_image
+from detcore.data.transforms import read_image
 from detcore.training import checkpoint
 from ssd300 import inference, train
 from ssd300.config import IMAGE_SIZE, Config
