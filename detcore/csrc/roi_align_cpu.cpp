@@ -27,38 +27,55 @@ static std::vector<Tap> taps(const Span& span, int bins) {
   return found;
 }
 
+// The samples of a region bin after bin, each bin's from begin[bin] to begin[bin + 1].
+struct Samples {
+  std::vector<Sample> at;
+  std::vector<size_t> begin;
+
+  Samples(const Map& map, int64_t image, const Span& rows, const Span& columns, int bins) {
+    const std::vector<Tap> ys = taps(rows, bins), xs = taps(columns, bins);
+    for (int bin = 0; bin < bins * bins; ++bin) {
+      begin.push_back(at.size());
+      for (int i = 0; i < rows.samples; ++i) {
+        const Tap& y = ys[bin / bins * rows.samples + i];
+        for (int j = 0; j < columns.samples; ++j) {
+          const Tap& x = xs[bin % bins * columns.samples + j];
+          if (y.used() && x.used()) at.push_back(corners_of(map, image, y, x));
+        }
+      }
+    }
+    begin.push_back(at.size());
+  }
+};
+
 template <typename T>
-static void align_region(const RoIAlign& a, int64_t region, const Map& out, T* to) {
+static void align_region(const RoIAlign& a, int64_t region, T* to) {
   const RoIs& rois = a.rois;
-  const int64_t values = rois.channels * rois.bins * rois.bins;
-  to += region * values;
-  if (rois.nowhere(region)) return void(std::fill_n(to, values, T(0.f)));
+  const int64_t bins = rois.bins * rois.bins, channels = rois.channels;
+  to += region * channels * bins;
+  if (rois.nowhere(region)) return void(std::fill_n(to, channels * bins, T(0.f)));
   const Map& map = a.pyramid.at[rois.level[region]];
   const T* from = static_cast<const T*>(map.values);
   const Span rows = rois.rows(region, map), columns = rois.columns(region, map);
-  const std::vector<Tap> ys = taps(rows, rois.bins), xs = taps(columns, rois.bins);
-  std::vector<Sample> samples;
-  std::vector<float> sum(rois.channels);
-  for (int y_bin = 0; y_bin < rois.bins; ++y_bin) {
-    for (int x_bin = 0; x_bin < rois.bins; ++x_bin) {
-      samples.clear();
-      for (int i = 0; i < rows.samples; ++i) {
-        for (int j = 0; j < columns.samples; ++j) {
-          const Tap &y = ys[y_bin * rows.samples + i], &x = xs[x_bin * columns.samples + j];
-          if (y.used() && x.used()) samples.push_back(corners_of(map, region / rois.count, y, x));
-        }
+  const Samples samples(map, region / rois.count, rows, columns, rois.bins);
+  std::vector<float> sum(channels);
+  for (int64_t bin = 0; a.last && bin < bins; ++bin) {
+    std::fill(sum.begin(), sum.end(), 0.f);
+    for (size_t k = samples.begin[bin]; k < samples.begin[bin + 1]; ++k) {
+      add_sample(samples.at[k], from, channels, sum.data());
+    }
+    for (int64_t c = 0; c < channels; ++c) to[bin * channels + c] = T(mean_of(sum[c], rows, columns));
+  }
+  for (int64_t c = 0; !a.last && c < channels; ++c) {
+    const T* plane = from + c * map.channel_step;
+    for (int64_t bin = 0; bin < bins; ++bin) {
+      float total = 0;
+      for (size_t k = samples.begin[bin]; k < samples.begin[bin + 1]; ++k) {
+        const Sample& s = samples.at[k];
+        total += s.read(static_cast<float>(plane[s.place[0]]), static_cast<float>(plane[s.place[1]]),
+                        static_cast<float>(plane[s.place[2]]), static_cast<float>(plane[s.place[3]]));
       }
-      std::fill(sum.begin(), sum.end(), 0.f);
-      if (a.last) {
-        for (const Sample& s : samples) add_sample(s, from, rois.channels, sum.data());
-      } else {
-        for (int64_t c = 0; c < rois.channels; ++c) {
-          const T* plane = from + c * map.channel_step;
-          for (const Sample& s : samples) add_sample(s, plane, 1, &sum[c]);
-        }
-      }
-      T* place = to + out.place(0, y_bin, x_bin, 0);
-      for (int64_t c = 0; c < rois.channels; ++c) place[c * out.channel_step] = T(mean_of(sum[c], rows, columns));
+      to[c * bins + bin] = T(mean_of(total, rows, columns));
     }
   }
 }
@@ -67,11 +84,10 @@ static Tensor roi_align(std::vector<Tensor> features, Tensor boxes, Tensor level
                         int64_t resolution, int64_t sampling_ratio, bool aligned) {
   const RoIAlign a(features, boxes, level, scales, resolution, sampling_ratio, aligned);
   const Tensor out = a.empty(features[0]);
-  const Map map = a.values(out, features[0]);
   for_floating(out, "features", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, a.regions(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) align_region<T>(a, i, map, static_cast<T*>(out.data_ptr()));
+      for (int64_t i = begin; i < end; ++i) align_region<T>(a, i, static_cast<T*>(out.data_ptr()));
     });
   });
   return out;
