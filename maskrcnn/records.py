@@ -12,6 +12,7 @@ from detcore.training.records import JsonSummary, unwritable
 from maskrcnn.config import Config
 from maskrcnn.last_checkpoint import LAST
 
+METRICS = {"AP": "BBOX_mAP", "segm_AP": "MASK_mAP"}  # and what the summary calls them
 WINDOW = 20  # intervals that a median is of
 
 
@@ -101,8 +102,7 @@ class Records:
                 (self.config.output_dir / LAST).write_text(f"{path}\n", encoding="utf-8")
             case "eval":
                 metrics = fields["metrics"]
-                names = {"AP": "BBOX_mAP", "segm_AP": "MASK_mAP"}
-                self.summary.log((fields["epoch"] - 1,), {names[k]: metrics[k] for k in names if k in metrics})
+                self.summary.log((fields["epoch"] - 1,), {METRICS[k]: metrics[k] for k in METRICS if k in metrics})
             case "end":
                 seconds = fields["time_s"]
                 self.trainer.end(seconds, self.steps)

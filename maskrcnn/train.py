@@ -1,19 +1,21 @@
 """Mask R-CNN, Faster R-CNN and RPN: `python -m maskrcnn.train`."""
 
 import dataclasses
+import datetime
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from mlperf_logging.mllog import constants as keys
 
-from detcore import UserError
 from detcore.cli import run_main
 from detcore.config import DEFAULT
 from detcore.data.batch import Batch
+from detcore.detection import inference
 from detcore.detection.config import adopt_checkpoint
 from detcore.detection.detector import Inference, class_count, examples, open_data
 from detcore.detection.program import draw_gallery, program
@@ -32,8 +34,7 @@ from maskrcnn.flags import translate_flags
 from maskrcnn.last_checkpoint import LAST, last_checkpoint
 from maskrcnn.loss import losses
 from maskrcnn.model import MaskRCNN
-from maskrcnn.records import Records, checkpoint_file
-from maskrcnn.weight_files import find
+from maskrcnn.records import METRICS, Records, checkpoint_file
 from maskrcnn.weights import load_weights
 
 INTRO = (
@@ -146,12 +147,31 @@ def train(config: Config, world: World) -> int:
     return outcome.code
 
 
+def evaluate(config: Config, world: World) -> int:
+    """`--mode evaluate`: as all detectors, with the results where the original has them and its line on speed."""
+    summary = open_summary(config, world)
+    name = config.datasets_test[0] if config.datasets_test else config.dataset
+    results = config.output_dir / "inference" / name
+    began = time.perf_counter()
+    code = inference.evaluate(config, DETECTOR, build_model, results, not config.skip_eval, max(config.infer_steps, 0))
+    if summary is None:
+        return code
+    seconds = time.perf_counter() - began
+    took = datetime.timedelta(seconds=round(seconds))
+    print(f"Total inference time: {took} on {world.size} devices; the results lie in {results}")
+    data = {"e2e_infer_time": seconds, "eval_dataset_name": name}
+    if not config.skip_eval:
+        found = json.loads((config.output_dir / "evaluation.json").read_text(encoding="utf-8"))
+        data |= {key: found[metric] for metric, key in METRICS.items() if metric in found}
+    summary.log((), data)
+    return code
+
+
 def complete(config: Config, sources: dict[str, str]) -> Config:
     """The config with what follows from the processes, from the output folder and from its checkpoint.
 
     As in the original a folder with a file last_checkpoint goes on from there, which is said: a training with --resume,
-    or from the weights if the checkpoint is another program's; evaluation and prediction with that checkpoint. These
-    take MODEL.WEIGHT where there is none.
+    or from the weights if the checkpoint is another program's; evaluation and prediction with that checkpoint.
     """
     world, _ = launcher.discover(os.environ)
     config = config.over_processes(world.size, sources)
@@ -163,21 +183,11 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
         changes["resume"], sources["resume"] = True, LAST
     elif newest:
         changes["checkpoint"], sources["checkpoint"] = newest, LAST
-    elif config.mode in ("evaluate", "predict") and not config.checkpoint:
-        changes["checkpoint"], sources["checkpoint"] = _evaluable(find(config.weights)), "MODEL.WEIGHT"
     if newest and world.rank == 0:
         print(
             f"{config.output_dir} has a file {LAST}: goes on from {newest} (--overwrite begins anew)", file=sys.stderr
         )
     return adopt_checkpoint(dataclasses.replace(config, **changes), ADOPTED, sources)
-
-
-def _evaluable(path: Path) -> Path:
-    """The path, if it holds PyTorch's format, which evaluation and prediction read."""
-    if path.suffix == ".pkl":
-        raise UserError(f"{path}: convert it first: public-scripts/convert_weights.sh {path} weights.pth, then "
-                        "--checkpoint weights.pth")  # fmt: skip
-    return path
 
 
 def main(argv: Sequence[str]) -> int:
@@ -193,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
         ignored_flags=IGNORED_FLAGS,
         translate=translate_flags,
         complete=complete,
-        modes={"train": train},
+        modes={"train": train, "evaluate": evaluate},
     )
 
 

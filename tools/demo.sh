@@ -40,7 +40,7 @@ log=$OUTPUT_DIR/result_0.txt
 verdict=$OUTPUT_DIR/compliance.out
 rm -f "$verdict"
 checked=0
-said=$("$python" tools/trials.py check "$log" --ruleset 5.1.0 --append "$verdict") || checked=$?
+said=$("$python" tools/trials.py check "$log" --ruleset "${MLPERF_RULESET:-5.1.0}" --append "$verdict") || checked=$?
 if ((checked == 0)); then
     echo "$said"
 fi

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,13 @@ def _no_beat(phase: str, count: int) -> None:
 
 def evaluate(
     config: DetectionConfig, detector: Detector, build_model: BuildModel, results: Path | None = None,
-    score: bool = True,
+    score: bool = True, batches: int = 0,
 ) -> int:  # fmt: skip
     """The twelve COCO numbers of a checkpoint on the validation images; all processes of the job share the work.
 
     Writes evaluation.json into the output folder and prints a table, with the AP of every class. results: file that
-    gets all detections as COCO results. score: False spares the numbers.
+    gets all detections as COCO results; without a suffix a folder, with bbox.json and, of masks, segm.json. score:
+    False spares the numbers. batches: of each process at most, for a look at part of the images; 0: all.
     """
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
@@ -65,7 +67,7 @@ def evaluate(
         images = detection.eval_batch_size(detector, config, model, index, world, device)
         infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
         stream = detection.eval_stream(detector, config, index, world, device, images)
-        found = detection.detect_all(infer, stream, device, _no_beat)
+        found = detection.detect_all(infer, islice(stream, batches or None), device, _no_beat)
         everyone = gathered(found, detector.masks(config), device.collective_device)
         if everyone is None:
             return cli.OK
@@ -74,8 +76,14 @@ def evaluate(
     finally:
         device.close()
         distributed.shutdown()
-    if results:
+    if results and results.suffix:
         write_json(results, coco_results(everyone))
+    elif results:
+        write_json(results / "bbox.json", coco_results(everyone._replace(masks=None)))
+        if everyone.masks:
+            write_json(
+                results / "segm.json", [{k: v for k, v in one.items() if k != "bbox"} for one in coco_results(everyone)]
+            )
     count = len(everyone.rows)
     if not score:
         print(f"{len(index)} images, {count} detections, {len(index) / seconds:.1f} images/s")

@@ -138,12 +138,28 @@ def test_resumed_to_the_same_bits(trained, scenes, tmp_path):
 
 
 def test_evaluates_the_last_checkpoint_with_masks(trained):
-    run(trained, "--mode", "evaluate")
+    summary = trained / "inference.json"
+    said = run(trained, "--mode", "evaluate", "--json-summary", str(summary)).stdout
+    assert "Total inference time: 0:00:" in said
     found = json.loads((trained / "evaluation.json").read_text())
     last = [json.loads(line) for line in (trained / "progress.jsonl").open()]
     metrics = [line["metrics"] for line in last if line["kind"] == "eval"][-1]
     names = ("AP", "AP50", "segm_AP", "segm_AR100")
     assert {name: found[name] for name in names} == pytest.approx({name: metrics[name] for name in names})
+    boxes, masks = (json.loads((trained / f"inference/custom/{kind}.json").read_text()) for kind in ("bbox", "segm"))
+    assert len(boxes) == len(masks) > 0
+    assert boxes[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    assert masks[0].keys() == {"image_id", "category_id", "segmentation", "score"}
+    data = json.loads(summary.read_text().splitlines()[-1].removeprefix("DLLL "))["data"]
+    assert data["BBOX_mAP"] == found["AP"] and data["MASK_mAP"] == found["segm_AP"] and data["e2e_infer_time"] > 0
+
+
+def test_part_of_the_images_without_their_numbers(trained, tmp_path):
+    said = run(tmp_path, "--mode", "evaluate", "--checkpoint", str(trained / "last.pt"), "--skip-eval",
+               "--infer_steps", "1").stdout  # fmt: skip
+    assert "images/s" in said and not (tmp_path / "evaluation.json").exists()
+    rows = json.loads((tmp_path / "inference/custom/bbox.json").read_text())
+    assert len({row["image_id"] for row in rows}) == 2  # a batch
 
 
 def test_predicts_masks_with_the_checkpoint_alone(trained, scenes, tmp_path):
@@ -163,13 +179,6 @@ def test_both_targets_end_the_run(scenes, tmp_path):
     assert state(tmp_path)["step"] == 4  # after the first epoch
     (stop,) = (event for event in events(tmp_path) if event["key"] == "run_stop")
     assert stop["metadata"]["status"] == "success"
-
-
-def test_weights_of_detectron_are_converted_first(tmp_path):
-    (tmp_path / "R-50.pkl").write_bytes(b"anything")
-    weights = ("MODEL.WEIGHT", str(tmp_path / "R-50.pkl"), "DATASETS.TEST", "coco_2017_val")
-    said = run(tmp_path / "out", "--mode", "evaluate", *weights, code=None)
-    assert said.returncode == 2 and "convert_weights.sh" in said.stderr
 
 
 def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):
