@@ -156,7 +156,7 @@ def test_evaluates_the_last_checkpoint_with_masks(trained):
 
 def test_part_of_the_images_without_their_numbers(trained, tmp_path):
     said = run(tmp_path, "--mode", "evaluate", "--checkpoint", str(trained / "last.pt"), "--skip-eval",
-               "--infer_steps", "1").stdout  # fmt: skip
+               "--infer_steps", "1", "TEST.IMS_PER_BATCH", "2").stdout  # fmt: skip
     assert "images/s" in said and not (tmp_path / "evaluation.json").exists()
     rows = json.loads((tmp_path / "inference/custom/bbox.json").read_text())
     assert len({row["image_id"] for row in rows}) == 2  # a batch
