@@ -101,3 +101,12 @@ def test_a_network_that_only_proposes():
     assert found.boxes.shape == (3, 40, 4) and found.masks is None
     assert set(found.labels.unique().tolist()) == {0} and (found.scores.diff(dim=1) <= 0).all()
     assert (found.boxes[..., 2] <= given.extent[:, 1:]).all() and CANVAS[1] > 170
+
+
+@pytest.mark.parametrize("kind", ["mask, FPN", "mask, C4"])
+def test_mixed_precision(kind):
+    torch.manual_seed(0)
+    model, given = MaskRCNN(settings(*KINDS[kind], roi_heads_score_thresh=0.0)).eval(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = postprocess(model, given.images, given.extent)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (found.boxes, found.scores, found.masks))
