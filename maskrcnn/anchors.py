@@ -75,4 +75,4 @@ def clip(boxes: Tensor, extent: Tensor, legacy: bool = True) -> Tensor:
 
 def pooled(boxes: Tensor, legacy: bool = True) -> Tensor:
     """The corners [..., 4] between which a box's features and masks are sampled. legacy: to the original's x2, y2."""
-    return boxes - boxes.new_ones(4).cumsum(0).gt(2).to(boxes.dtype) if legacy else boxes
+    return torch.cat((boxes[..., :2], boxes[..., 2:] - 1), -1) if legacy else boxes

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore.boxes import encode
@@ -18,19 +18,22 @@ MaskTargets = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def losses(
-    model: MaskRCNN, batch: Batch, mask_targets: MaskTargets | None = None, draws: Draws = torch.rand_like
+    model: MaskRCNN,
+    batch: Batch,
+    mask_targets: MaskTargets | None = None,
+    draws: Draws = torch.rand_like,
+    network: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """{"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}: scalars, float32
     unless the network is float64.
 
     Their sum is what the training minimises. A network without masks has no loss_mask, one that only proposes has the
     first two. batch.images: uint8, or floats that `MaskRCNN.normalized` made. mask_targets: wanted where the network
-    makes masks. draws: the randomness of both samplers. Images without boxes, and M = 0, are fine.
+    makes masks. draws: the randomness of both samplers. network: the model as it is wrapped for several processes.
+    Images without boxes, and M = 0, are fine.
     """
-    images, boxes, labels = batch.images, batch.boxes, batch.labels
-    if not images.is_floating_point():
-        images = model.normalized(images, batch.extent)
-    features = model.features(images)
+    boxes, labels = batch.boxes, batch.labels
+    features = (network or model)(batch.images, batch.extent)
     found = model.find(features)
     anchors = torch.cat(found.anchors)
     objectness, rpn_box = rpn_losses(

@@ -109,12 +109,23 @@ class MaskRCNN(nn.Module):
     def makes_masks(self) -> bool:
         return self.roi_heads is not None and "mask" in self.roi_heads
 
-    def normalized(self, images: Tensor, extent: Tensor) -> Tensor:
+    def forward(self, images: Tensor, extent: Tensor | None = None) -> list[Tensor]:
+        """Feature maps of uint8 images, finest first, as `normalized` and then `features` make them.
+
+        Floats are taken as normalised. What follows the maps is called by its own name: the reducer of gradients over
+        processes only wants to know when a forward pass begins.
+        """
+        return self.features(images if images.is_floating_point() else self.normalized(images, extent))
+
+    def normalized(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """uint8 RGB [N, 3, H, W] -> what `features` wants, in autocast's type and channels_last.
 
-        extent: int64 [N, 2], height and width of the images on their canvas, beyond which all values are 0.
+        extent: int64 [N, 2], height and width of the images on their canvas, beyond which all values are 0; None: all
+        of it.
         """
         out = normalize(images, self.pixel_scale, self.pixel_shift, autocast_dtype(self.pixel_scale))
+        if extent is None:
+            return out.flip(1) if self.bgr else out
         rows, columns = (torch.arange(n, device=extent.device) for n in images.shape[2:])
         covered = (rows < extent[:, :1])[:, :, None] & (columns < extent[:, 1:])[:, None]
         out = out.masked_fill(~covered[:, None], 0)

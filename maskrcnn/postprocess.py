@@ -39,9 +39,7 @@ def postprocess(model: MaskRCNN, images: Tensor, extent: Tensor) -> Detections:
     images: uint8 [N, 3, H, W], or floats that `MaskRCNN.normalized` made. extent: int64 [N, 2], height and width of
     what the images cover of the canvas, to which boxes are clipped.
     """
-    if not images.is_floating_point():
-        images = model.normalized(images, extent)
-    features = model.features(images)
+    features = model(images, extent)
     proposals = model.propose(model.find(features), extent, training=False)
     if model.roi_heads is None:
         none = proposals.scores < 0

@@ -119,7 +119,7 @@ def test_float64_gradients(kind):
     """Of the heads, by differences; what comes before them also decides where proposals lie, which has no gradient."""
     model, given = network(kind).double(), batch((2, 1))
     given = given._replace(images=model.normalized(given.images, given.extent) / 100)
-    picked = [p for n, p in model.named_parameters() if "roi_heads" in n]
+    picked = [p for n, p in model.named_parameters() if "roi_heads" in n][::5]
 
     def total() -> torch.Tensor:
         return sum(losses(model, given, filled, draws).values())

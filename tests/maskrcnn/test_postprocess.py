@@ -4,8 +4,11 @@ import pytest
 import torch
 from torchvision.ops import nms
 
+from detcore.boxes import encode, iou
+from maskrcnn.anchors import cell_anchors, level_anchors
 from maskrcnn.model import MaskRCNN
 from maskrcnn.postprocess import detect, postprocess
+from maskrcnn.rpn import Selection, propose
 from tests.maskrcnn.settings import settings
 from tests.maskrcnn.test_loss import CANVAS, KINDS, batch
 
@@ -59,6 +62,29 @@ def test_detections_are_those_of_a_loop(thresh, most):
         assert not boxes[i, count:].any() and not scores[i, count:].any()
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_targets_lead_to_the_boxes_that_they_were_made_of(legacy):
+    """Both stages: anchors to boxes, and proposals to boxes, also where these touch the image's border."""
+    truth = torch.tensor([[[0.0, 0, 33, 20], [10, 12, 80, 60], [41.5, 7.25, 64, 30]]])
+    extent, sizes = torch.tensor([[60, 80]]), (16, 32)
+    cells = [cell_anchors(stride, (size,), legacy=legacy) for stride, size in zip((8, 16), sizes, strict=True)]
+    grids = [(8, 10), (4, 5)]
+    anchors = [level_anchors(*of) for of in zip(cells, grids, (8, 16), strict=True)]
+    nearest = [iou(a, truth[0]).argmax(1) for a in anchors]
+    deltas = [encode(truth[0][at], a)[None] for at, a in zip(nearest, anchors, strict=True)]
+    logits = [iou(a, truth[0]).amax(1)[None] for a in anchors]
+    found = propose(logits, deltas, anchors, (8, 16), grids, extent, Selection(50, 10, 10), legacy)
+    real = found.boxes[found.scores >= 0]
+    assert (iou(real, truth[0]).amax(1) > 0.999).all() and (iou(truth[0], real).amax(1) > 0.999).all()
+    around = truth + torch.tensor([-3.0, 2, 4, 5])
+    logits = torch.full((1, 3, 4), -9.0).scatter(2, torch.tensor([[[3], [1], [2]]]), 9.0)
+    deltas = encode(truth, around, WEIGHTS)[:, :, None].expand(1, 3, 4, 4)
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    boxes, _, labels = detect(logits, deltas, around, valid, extent, detections=3, weights=WEIGHTS, legacy=legacy)
+    assert labels[0].tolist() == [2, 0, 1]
+    torch.testing.assert_close(boxes, truth, rtol=0, atol=1e-4)
+
+
 def test_unused_proposals_are_no_detections():
     logits, deltas, proposals, valid = head()
     boxes, scores, labels = detect(logits, deltas, proposals, torch.zeros_like(valid), EXTENT)
@@ -101,3 +127,12 @@ def test_a_network_that_only_proposes():
     assert found.boxes.shape == (3, 40, 4) and found.masks is None
     assert set(found.labels.unique().tolist()) == {0} and (found.scores.diff(dim=1) <= 0).all()
     assert (found.boxes[..., 2] <= given.extent[:, 1:]).all() and CANVAS[1] > 170
+
+
+@pytest.mark.parametrize("kind", ["mask, FPN", "mask, C4"])
+def test_mixed_precision(kind):
+    torch.manual_seed(0)
+    model, given = MaskRCNN(settings(*KINDS[kind], roi_heads_score_thresh=0.0)).eval(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = postprocess(model, given.images, given.extent)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (found.boxes, found.scores, found.masks))

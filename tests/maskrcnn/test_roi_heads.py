@@ -86,10 +86,10 @@ def test_box_losses_by_hand():
     given, truth = regions(), torch.tensor([[[12.0, 9, 55, 52], [40, 30, 80, 90]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
     classifier, box = box_losses(logits, deltas, given, truth, (10, 10, 5, 5))
     picked = given.valid
-    wanted = F.cross_entropy(logits[picked].float(), given.labels[picked])
+    wanted = F.cross_entropy(logits[picked], given.labels[picked])
     torch.testing.assert_close(classifier, wanted)
     target = encode(truth[0], given.boxes[0, :2], (10, 10, 5, 5))
-    error = deltas[0, [0, 1], [3, 1]].float() - target
+    error = deltas[0, [0, 1], [3, 1]] - target
     error = torch.where(error.abs() < 1, 0.5 * error**2, error.abs() - 0.5).sum() / 6
     torch.testing.assert_close(box, error)
 
