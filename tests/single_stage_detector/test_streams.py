@@ -220,7 +220,7 @@ def test_inference_is_made_before_there_is_data(config, model, images):
         made.prepare(model, 1)
         assert model.training == (device is not CPU)
         model.eval()
-        found += [made.evaluate(model, val, lambda *told: None) for _ in range(2)]
+        found += [made.evaluate(model, val, lambda *told: None).rows for _ in range(2)]
     assert recorder.recordings == 1 and len(found[0]) and set(found[0][:, 6].tolist()) == {7}
     assert all(torch.equal(one, found[0]) for one in found)
 
