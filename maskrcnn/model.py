@@ -5,8 +5,8 @@ backbone.body.{conv1, bn1, layer1...}, backbone.fpn.{fpn_inner1, fpn_layer1...},
 roi_heads.box.{feature_extractor, predictor}.*, roi_heads.mask.{feature_extractor, predictor}.*.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +100,6 @@ class MaskRCNN(nn.Module):
         self.box_weights = tuple(config.roi_heads_bbox_reg_weights)
         self.score_thresh, self.nms_thresh = config.roi_heads_score_thresh, config.roi_heads_nms
         self.detections = config.roi_heads_detections_per_img
-
-    def forward(self, part: Callable[..., Any], *inputs: Any) -> Any:
-        """part(self, *inputs): what several processes share goes through here, where their wrapper takes hold of it."""
-        return part(self, *inputs)
 
     @property
     def makes_masks(self) -> bool:

@@ -80,7 +80,7 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
     box_target, mask_target = config.targets
 
     def loss(network: torch.nn.Module, batch: Batch) -> dict:
-        return network(losses, batch, mask_targets)
+        return losses(model, batch, mask_targets, network=network)
 
     return Task(
         model=model,
