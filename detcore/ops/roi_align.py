@@ -40,6 +40,14 @@ def _taps(
     return cells.nan_to_num(0).long(), torch.where(used[:, None], weights, 0)
 
 
+def _most_samples(features: Sequence[Tensor], corners: Tensor, resolution: int) -> int:
+    """Of a bin along an axis, where each has as many as it has cells: on a CPU those of the largest region."""
+    if corners.device.type == "cpu" and len(corners):  # reading a value costs nothing here
+        largest = (corners[:, 2:] - corners[:, :2]).nan_to_num(0).max() / resolution
+        return int(torch.ceil(largest.clamp(1, 1024)))
+    return -(-max(max(x.shape[2:]) for x in features) // resolution)
+
+
 def roi_align_reference(
     features: Sequence[Tensor],
     boxes: Tensor,
@@ -49,7 +57,10 @@ def roi_align_reference(
     sampling_ratio: int = 0,
     aligned: bool = False,
 ) -> Tensor:
-    """`roi_align` in plain PyTorch, for any floating dtype; of the regions a few at a time."""
+    """`roi_align` in plain PyTorch, for any floating dtype; of the regions a few at a time.
+
+    With sampling_ratio 0 a region may be larger than its map on a CPU only.
+    """
     images, count = level.shape
     dtype = torch.promote_types(features[0].dtype, torch.float32)
     channels, device = features[0].shape[1], features[0].device
@@ -68,8 +79,7 @@ def roi_align_reference(
     factors = of_level(scales, dtype)
     image = torch.arange(images, device=device).repeat_interleave(count)
     cells, corners = cells.reshape(-1, channels), boxes.to(dtype).reshape(-1, 4) * factors[:, None]
-    most = max(max(x.shape[2:]) for x in features) + resolution - 1
-    samples = sampling_ratio or -(-most // resolution)
+    samples = sampling_ratio or _most_samples(features, corners, resolution)
     outs = []
     chunk = max(1, ops.work_elements(device) // max(1, (resolution * samples) ** 2 * channels))
     for part in torch.arange(len(image), device=device).split(chunk):

@@ -38,7 +38,9 @@ def regions(count: int, images: int = 2, side: float = 60.0) -> tuple[Tensor, Te
     ]
     strange = torch.tensor(strange, dtype=torch.float32)[:count]
     boxes[:, : len(strange)] = strange
-    return boxes, torch.randint(-1, len(SCALES), (images, count), generator=generator)
+    level = torch.randint(-1, len(SCALES), (images, count), generator=generator)
+    level[:, : len(strange)] = torch.arange(len(strange)) % 2
+    return boxes, level
 
 
 def of_torchvision(features, boxes, level, resolution, ratio, aligned) -> Tensor:
