@@ -25,7 +25,7 @@ FIRST = (
 CORE = (*FIRST, *(stage for ours in _OURS for stage in ours.core_only))
 """--only core; three to four minutes where the libraries are carried and nothing is slow."""
 STAGES = (
-    *FIRST, *(stage for ours in _OURS for stage in ours.main), Stage("tests", 20), Stage("ops", 20),
+    *FIRST, *(stage for ours in _OURS for stage in ours.main), Stage("tests", 15), Stage("ops", 20),
     *(stage for ours in _OURS for stage in ours.rest), Stage("sanitizer", 5),
 )  # fmt: skip
 """All of a check; a call's minutes are shared out by the stages' seconds. What a stage leaves is the next one's."""

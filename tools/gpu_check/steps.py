@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from detcore.data.synthetic import synthetic_batches
-from detcore.detection.detector import class_count
+from detcore.detection.detector import class_count, examples
 from detcore.device import native
 from detcore.nn import optim
 from detcore.processes.launcher import World
@@ -61,9 +60,9 @@ class Program:
         self.backend = engine.open_device(config, World())
         torch.manual_seed(1)
         self.task = import_module(f"{config.program}.train").build_task(config, RunContext(self.backend, World(), 1))
-        self.classes = class_count(import_module(f"{config.program}.data").DETECTOR, config)
-        shape = (config.image_size, config.batch_size, config.max_boxes)
-        self.batch = self.backend.to_device(next(synthetic_batches(self.classes, *shape, 1)))
+        detector = import_module(f"{config.program}.data").DETECTOR
+        self.classes = class_count(detector, config)
+        self.batch = self.backend.to_device(examples(detector, config, self.classes, 1)[0])
 
 
 class TrainStep(Program):

@@ -15,14 +15,14 @@ BENCHMARK = Benchmark(
         Part("losses", f"{__name__}.training", "losses", None),
         Part("bccd", f"{__name__}.training", "bccd", None),
     ),
-    first=(Stage("probe", 50),),
+    first=(Stage("probe", 40),),
     core_only=(Stage("train", 50, first=1),),
     # The first one begins with the core list's case; the compiler, which is slow, has its own, early.
     main=(
         Stage("train", 80, cases=("bf16 b32 graph *", "bf16 b32 eager *")),
         Stage("train", 90, cases=("bf16 b32 compiled+graph native",)),
     ),
-    rest=(Stage("train", 15), Stage("inference", 10), Stage("losses", 30), Stage("peers", 10), Stage("bccd", 10)),
+    rest=(Stage("train", 10), Stage("inference", 10), Stage("losses", 30), Stage("peers", 10), Stage("bccd", 10)),
     ops=f"{__name__}.ops",
     published=table.PUBLISHED,
     targets=table.TARGETS,
