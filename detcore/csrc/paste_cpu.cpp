@@ -13,13 +13,13 @@ constexpr float kNear = 1e-4f;                   // of the threshold: closer tha
 
 // Along one axis, where the pixels of a box take their values from: `weight` of the source after `from`, the rest of
 // it.
-struct Samples {
+struct PasteAxis {
   int64_t begin, end;  // the pixels of the box that lie within the image
   std::vector<int> from;
   std::vector<float> weight;
 
   // low, high: the box. sources: of the mask with its border. side: pixels of the image.
-  Samples(float low, float high, int sources, int64_t side) {
+  PasteAxis(float low, float high, int sources, int64_t side) {
     const float half = (high - low) * .5f, centre = (high + low) * .5f;
     const float reach = half * static_cast<float>(static_cast<double>(sources) / (sources - 2));
     const int64_t first = whole(centre - reach), last = whole(centre + reach);
@@ -43,7 +43,7 @@ struct Samples {
 };
 
 // The places, counted down the columns of an image, from which on pixels are on the other side of a mask.
-class Changes {
+class PasteChanges {
  public:
   void set(bool inside, int64_t place) {
     if (inside == inside_) return;
@@ -89,11 +89,11 @@ static std::vector<float> bordered(const float* mask, int side) {
 static std::string paste_one(const float* mask, int side, const float* box, int64_t height, int64_t width,
                              float threshold) {
   const int size = side + 2;
-  const Samples across(box[0], box[2], size, width), down(box[1], box[3], size, height);
+  const PasteAxis across(box[0], box[2], size, width), down(box[1], box[3], size, height);
   const std::vector<float> columns = bordered(mask, side);
   const int64_t rows = down.end - down.begin;
   std::vector<float> profile(size);
-  Changes changes;
+  PasteChanges changes;
   for (int64_t k = 0; rows > 0 && k < across.end - across.begin; ++k) {
     const int x = across.from[k], next = std::min(x + 1, size - 1);
     const float right = across.weight[k], left = 1 - right;
