@@ -11,7 +11,6 @@ from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
 from detcore.data.recipes import Recipe, shortest_edge
 from detcore.detection.detector import Detector
-from maskrcnn.anchors import pooled
 from maskrcnn.config import Config
 from maskrcnn.model import MaskRCNN
 from maskrcnn.postprocess import postprocess
@@ -39,9 +38,7 @@ def infer(model: MaskRCNN, batch: Batch, autocast: Callable[[], AbstractContextM
     """Boxes, scores, labels and, with a mask head, masks and their places as `detection.Detector` has them."""
     with autocast():
         found = postprocess(model, batch.images, batch.extent)
-    if found.masks is None:
-        return found.boxes, found.scores, found.labels
-    return found.boxes, found.scores, found.labels, found.masks, pooled(found.boxes, model.legacy)
+    return tuple(found if found.masks is not None else found[:3])
 
 
 DETECTOR = Detector(recipe, infer, classes=80, masks=lambda config: config.mask_on and not config.rpn_only)

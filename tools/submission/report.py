@@ -57,7 +57,7 @@ def metric_chart(run: Run) -> Markup:
     """The metrics after each epoch, and the band in which public runs of the same batch size were."""
     if not run.evals:
         return el("figure", el("h2", "mAP"), el("p", "No evaluation was recorded.", class_="none"))
-    names = {"AP": "AP (IoU 0.50 to 0.95)", "AP50": "AP50", "SEGM": "AP of masks"}
+    names = {"AP": "AP (IoU 0.50 to 0.95)", "AP50": "AP50", "SEGM": "AP of masks", "segm_AP": "AP of masks"}
     series = [
         Series(label, f"c{1 + i}", [max(e["metrics"].get(key, 0.0), 0.0) for e in run.evals])
         for i, (key, label) in enumerate(names.items())
@@ -199,10 +199,11 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     best, done = run.best, run.evals[-1]["epoch"] if run.evals else 0
     goal = "no target" if run.target is None else f"target {run.target:g}"
     where = f"after epoch {best['epoch']}; {goal}" if best else f"no evaluation yet; {goal}"
+    most = run.start["config"].get("epochs", "?")  # 0: so many steps, not epochs
     rate = "-" if run.rate is None else f"{run.rate:,.1f}"
     return [
         ("Time to train", duration(seconds), between),
-        ("Epochs evaluated", f"{done}", f"of at most {run.start['config'].get('epochs', '?')}"),
+        ("Epochs evaluated", f"{done}", f"of at most {most}" if most else "the run's length is in steps"),
         ("Best mAP", f"{best['metrics']['AP']:.4f}" if best else "-", where),
         ("Images/s", rate, "over all training steps, waiting for data included"),
     ]
