@@ -4,7 +4,7 @@
 
 Both have the same random weights and get the same images, boxes and polygons in tensors, on a canvas of one size, so
 that neither resizes. 512 regions of an image train, and training ends with the gradients. 1,000 proposals are looked
-at, scores must be above 0.05 (the spread of the weights is such that many are), and up to 100 masks are pasted into each
+at, scores must be above 0.05 (with the spread of these weights many are), and up to 100 masks are pasted into each
 image; ours also encodes them as RLE, which is what a result is. The two run alternately in one process; the table gives
 medians of seconds and how many masks there were.
 """

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,20 @@ def test_check_of_an_old_name_under_its_ruleset(tool, tmp_path, write_log):
     assert "no rules" not in tool.check(log, "4.0.0").line
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ("", "", "SUCCESS"), ('"open"', '"closed"', "FAILED"), ('"adam"', '"sgd"', "FAILED"),
+        ('"key": "eval_stop"', '"key": "other"', "FAILED"),
+    ],
+)  # fmt: skip
+def test_check_of_a_log_of_efficientdet(tool, tmp_path, write_log, before, after, word):
+    log = write_log(tmp_path / "log", benchmark="efficientdet", division="open", metric=0.25)
+    log.write_text(log.read_text().replace(before, after) if before else log.read_text())
+    line = tool.check(log, "5.1.0").line
+    assert "rules_efficientdet.yaml" in line and word in line, line
+
+
 def test_check_of_a_benchmark_that_only_this_project_has_rules_for(tool, tmp_path, write_log):
     log = write_log(tmp_path / "log", benchmark="ssd300", division="open", metric=0.25)
     more = {"opt_momentum": 0.9, "opt_learning_rate_warmup_steps": 300, "opt_learning_rate_decay_factor": 0.1}
@@ -134,6 +149,8 @@ def test_check_of_a_benchmark_that_only_this_project_has_rules_for(tool, tmp_pat
     assert verdict.line == f"events of {log}, rules_ssd300.yaml (no MLPerf ruleset has this benchmark): SUCCESS"
     whole = log.read_text()
     log.write_text(whole.replace('"open"', '"closed"'))
+    assert "FAILED" in tool.check(log, "5.1.0").line
+    log.write_text(re.sub(r'.*"key": "init_stop".*\n', "", whole))  # a rule that the benchmarks share
     assert "FAILED" in tool.check(log, "5.1.0").line
     adam = whole.replace('"sgd"', '"adam"')  # which has no momentum
     log.write_text(adam)
