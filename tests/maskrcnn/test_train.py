@@ -207,3 +207,19 @@ def test_the_demo_of_the_original(trained, scenes):
     assert drawn.shape == bgr.shape and (drawn != bgr).any()
     with pytest.raises(UserError, match="uint8"):
         demo.compute_prediction(np.zeros((4, 4), np.uint8))
+
+
+def test_the_notebook_runs_and_shows_pictures(trained, scenes, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "maskrcnn/inference.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    monkeypatch.setenv("MASKRCNN_CHECKPOINT", str(trained / "last.pt"))
+    monkeypatch.setenv("MASKRCNN_IMAGES", str(scenes / "val"))
+    monkeypatch.setenv("MASKRCNN_THRESHOLD", "0.001")
+    there = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3", resources=there).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert text.count(".jpg") == 3 and "pixels)" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
