@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from detcore.training.checkpoint import link_or_copy
+from detcore.training.mlperf import SUCCESS
 from detcore.training.records import JsonSummary, unwritable
 from maskrcnn.config import Config
 from maskrcnn.last_checkpoint import LAST
 
+FINAL = "model_final.pth"
 METRICS = {"AP": "BBOX_mAP", "segm_AP": "MASK_mAP"}  # and what the summary calls them
 WINDOW = 20  # intervals that a median is of
 
@@ -24,7 +27,7 @@ def checkpoint_file(config: Config, step: int, completed: int | None) -> Path | 
     if not config.save_checkpoint:
         return None
     if completed == config.epochs if config.epochs else step == config.solver_max_iter:
-        return config.output_dir / "model_final.pth"
+        return config.output_dir / FINAL
     return None if step % config.solver_checkpoint_period else config.output_dir / f"model_{step:07d}.pth"
 
 
@@ -86,7 +89,7 @@ class Records:
         self.config, self.summary = config, summary
         self.images_per_step, self.memory_gib = images_per_step, memory_gib
         self.trainer: Trainer | None = None
-        self.steps = 0
+        self.steps, self.newest = 0, Path()
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         match kind:
@@ -99,14 +102,28 @@ class Records:
                 data = {"learning_rate": fields["lr"], "loss": fields["loss"], **fields["terms"]}
                 self.summary.log((fields["epoch"] - 1, fields["step"] - 1), data)
             case "saved" if path := fields["file"]:
-                (self.config.output_dir / LAST).write_text(f"{path}\n", encoding="utf-8")
+                self._announce(path)
             case "eval":
                 metrics = fields["metrics"]
                 self.summary.log((fields["epoch"] - 1,), {METRICS[k]: metrics[k] for k in METRICS if k in metrics})
             case "end":
+                if fields["status"] == SUCCESS and self.config.save_checkpoint:
+                    self._finish()
                 seconds = fields["time_s"]
                 self.trainer.end(seconds, self.steps)
                 speed = {"e2e_train_time": seconds}
                 if seconds and self.steps:
                     speed["train_perf_fps"] = self.steps * self.images_per_step / seconds
                 self.summary.log((), speed)
+
+    def _announce(self, path: Path) -> None:
+        self.newest = path
+        (self.config.output_dir / LAST).write_text(f"{path}\n", encoding="utf-8")
+
+    def _finish(self) -> None:
+        """A run that its targets have ended has a model_final.pth, too: last.pt under that name."""
+        final, last = (self.config.output_dir / name for name in (FINAL, "last.pt"))
+        if self.newest == final or not last.is_file():
+            return
+        link_or_copy(last, final)
+        self._announce(final)

@@ -179,6 +179,8 @@ def test_both_targets_end_the_run(scenes, tmp_path):
     assert state(tmp_path)["step"] == 4  # after the first epoch
     (stop,) = (event for event in events(tmp_path) if event["key"] == "run_stop")
     assert stop["metadata"]["status"] == "success"
+    assert (tmp_path / LAST).read_text().strip() == str(tmp_path / "model_final.pth")
+    assert state(tmp_path, "model_final.pth")["step"] == 4
 
 
 def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):

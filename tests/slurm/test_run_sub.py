@@ -85,9 +85,9 @@ def test_two_jobs_share_the_nodes_one_of_ssd300_and_one_that_may_not_drop_caches
 def test_mask_rcnn_reaches_both_targets_on_two_nodes(submit):
     config = "source configs/config_maskrcnn_cpu_demo.sh; export DGXNNODES=2 DGXNGPU=2"
     words = (
-        "--config-file maskrcnn/recipes/cpu_demo.yaml --dataset custom --no-pretrained --workers 0 --max-boxes 32 --device cpu "
-        "MIN_BBOX_MAP 0 MIN_MASK_MAP 0 INPUT.MIN_SIZE_TRAIN 64 INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64 "
-        "INPUT.MAX_SIZE_TEST 96 MODEL.BACKBONE.OUT_CHANNELS 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8"
+        "--config-file maskrcnn/recipes/cpu_demo.yaml --dataset custom --no-pretrained --workers 0 --max-boxes 32 "
+        "--device cpu MIN_BBOX_MAP 0 MIN_MASK_MAP 0 INPUT.MIN_SIZE_TRAIN 64 INPUT.MAX_SIZE_TRAIN 96 "
+        "INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 MODEL.BACKBONE.OUT_CHANNELS 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8"
     )
     job = submit(config=config, EXTRA_PARAMS=words, BATCHSIZE=4, EVALBATCHSIZE=4)
     assert job.wait() == 0, job.said()
