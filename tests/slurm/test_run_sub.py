@@ -87,7 +87,7 @@ def test_mask_rcnn_reaches_both_targets_on_two_nodes(submit):
     words = (
         "--config-file maskrcnn/recipes/cpu_demo.yaml --dataset custom --no-pretrained --workers 0 --max-boxes 32 "
         "--device cpu MIN_BBOX_MAP 0 MIN_MASK_MAP 0 INPUT.MIN_SIZE_TRAIN 64 INPUT.MAX_SIZE_TRAIN 96 "
-        "INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 MODEL.BACKBONE.OUT_CHANNELS 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8"
+        "INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 MODEL.BACKBONE.OUT_CHANNELS 16"
     )
     job = submit(config=config, EXTRA_PARAMS=words, BATCHSIZE=4, EVALBATCHSIZE=4)
     assert job.wait() == 0, job.said()
