@@ -140,6 +140,7 @@ class Config(ModelConfig):
     )
     input_to_bgr255: bool = key_option("INPUT.TO_BGR255", True, "channels B, G, R of 0 to 255; else R, G, B of 0 to 1")
     dataset_path: Path = redefine(DetectionConfig, "dataset_path", Path("/datasets"))
+    max_boxes: int = redefine(DetectionConfig, "max_boxes", 512)
     max_edges: int = option(
         0, "edges of an image's masks that a batch has room for; 0: what the fullest image of the data set has",
         check=at_least(0), group="Data",
@@ -189,6 +190,18 @@ class Config(ModelConfig):
                 )
         if (self.group_norm_dim_per_gp > 0) == (self.group_norm_num_groups > 0):
             raise UserError("MODEL.GROUP_NORM: one of DIM_PER_GP and NUM_GROUPS must be -1, and the other above 0")
+        for name in (
+            "roi_mask_head_conv_layers", "roi_box_head_pooler_scales", "roi_mask_head_pooler_scales",
+            "rpn_aspect_ratios", "rpn_anchor_sizes", "rpn_anchor_stride",
+        ):  # fmt: skip
+            if not getattr(self, name):
+                raise UserError(f"MODEL.{name.upper()} (): at least one value is needed")
+        for part in ("train", "test"):
+            low, high = (getattr(self, f"input_{kind}_size_{part}") for kind in ("min", "max"))
+            if low > high:
+                raise UserError(f"INPUT.MIN_SIZE_{part.upper()} {low} is above INPUT.MAX_SIZE_{part.upper()} {high}")
+        if self.roi_mask_head_postprocess_masks_threshold != 0.5:
+            raise UserError("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD: masks begin at a probability of 0.5")
         if list(self.solver_steps) != sorted(set(self.solver_steps)):
             raise UserError(f"SOLVER.STEPS {self.solver_steps}: they must rise")
         if len(self.datasets_test) > 1:

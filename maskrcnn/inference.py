@@ -54,6 +54,7 @@ class COCODemo:
     ):  # fmt: skip
         size = ["INPUT.MIN_SIZE_TEST", str(min_image_size)] if min_image_size else []
         words = ["--mode", "predict", "--images", ".", "--checkpoint", str(checkpoint), "--device", device]
+        words += ["--score-threshold", str(confidence_threshold)]
         found = load(Config, translate_flags([*words, *configuration, *size]), {}, IGNORED_FLAGS)
         self.config = complete(found.config, found.sources)
         saved = load_checkpoint(self.config.checkpoint)
@@ -94,6 +95,8 @@ class COCODemo:
 def _tensor(image: np.ndarray | Tensor) -> Tensor:
     """uint8 [3, h, w], red first."""
     if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise UserError(f"a tensor is uint8 [3, h, w], this one is {image.dtype} {list(image.shape)}")
         return image
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"an image is uint8 [h, w, 3], this one is {image.dtype} {list(image.shape)}")

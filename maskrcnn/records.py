@@ -89,13 +89,16 @@ class Records:
         self.config, self.summary = config, summary
         self.images_per_step, self.memory_gib = images_per_step, memory_gib
         self.trainer: Trainer | None = None
-        self.steps, self.newest = 0, Path()
+        self.before = self.steps = 0  # of the run, when this process began, and now
+        self.newest = Path()
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         match kind:
             case "start":
                 path, append = self.config.output_dir / "log.txt", self.config.resume
                 self.trainer = Trainer(path, self.images_per_step, self.memory_gib, append=append)
+            case "run_start":
+                self.before = self.steps = fields["step"]
             case "step":
                 self.steps = fields["step"]
                 self.trainer.step(fields)
@@ -110,10 +113,11 @@ class Records:
                 if fields["status"] == SUCCESS and self.config.save_checkpoint:
                     self._finish()
                 seconds = fields["time_s"]
-                self.trainer.end(seconds, self.steps)
+                done = self.steps - self.before
+                self.trainer.end(seconds, done)
                 speed = {"e2e_train_time": seconds}
-                if seconds and self.steps:
-                    speed["train_perf_fps"] = self.steps * self.images_per_step / seconds
+                if seconds and done:
+                    speed["train_perf_fps"] = done * self.images_per_step / seconds
                 self.summary.log((), speed)
 
     def _announce(self, path: Path) -> None:

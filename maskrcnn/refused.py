@@ -25,7 +25,9 @@ _ONLY: dict[str, tuple[tuple, str]] = {
     "INPUT.SATURATION": ((0,), _JITTER),
     "INPUT.HUE": ((0,), _JITTER),
     "INPUT.HORIZONTAL_FLIP_PROB": ((0.5,), "half of the training images are mirrored"),
+    "INPUT.HORIZONTAL_FLIP_PROB_TRAIN": ((0.5,), "half of the training images are mirrored"),
     "INPUT.VERTICAL_FLIP_PROB": ((0,), "training images are not turned upside down"),
+    "INPUT.VERTICAL_FLIP_PROB_TRAIN": ((0,), "training images are not turned upside down"),
     "INPUT.MIN_SIZE_TRAIN_RANGE": (((-1, -1),), "training at several scales, drawn at random, is not offered"),
     "TEST.DETECTIONS_PER_IMG": ((100,), "it belongs to augmentation in evaluation; MODEL.ROI_HEADS.DETECTIONS_PER_IMG "
                                 "is the number of detections"),

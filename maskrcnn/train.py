@@ -6,12 +6,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from mlperf_logging.mllog import constants as keys
 
+from detcore import UserError
 from detcore.cli import run_main
 from detcore.config import DEFAULT
 from detcore.data.batch import Batch
@@ -104,6 +107,8 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
 
 def evaluates(config: Config, completed: int, epochs: int) -> bool:
     """Whether to evaluate after so many epochs of so many."""
+    if config.rpn_only:
+        return False
     return not config.synthetic and (config.per_epoch_eval or (completed == epochs and not config.skip_test))
 
 
@@ -124,12 +129,38 @@ def hyperparameters(config: Config) -> dict:
     }
 
 
+STRIDES = {"FPN": (4, 8, 16, 32, 64), "C4": (16,), "C5": (32,)}
+"""Of a body's maps, by where it ends."""
+
+
 def notes(config: Config, classes: int) -> tuple[str, ...]:
     """What a reader of this run must know."""
-    wanted = config.roi_box_head_num_classes - 1
-    if wanted == classes:
-        return ()
-    return (f"The heads have {classes} classes and the background, as the data set has; NUM_CLASSES says {wanted}.",)
+    said = []
+    if config.roi_box_head_num_classes != classes + 1:
+        said.append(
+            f"The heads have {classes + 1} outputs, for the data set's classes and the background; "
+            f"MODEL.ROI_BOX_HEAD.NUM_CLASSES says {config.roi_box_head_num_classes}."
+        )
+    strides = STRIDES[config.backbone_conv_body.rpartition("-")[2]]
+    if config.rpn_anchor_stride != strides:
+        said.append(
+            f"WARNING: MODEL.RPN.ANCHOR_STRIDE {config.rpn_anchor_stride}: the maps of {config.backbone_conv_body} "
+            f"have strides {strides}, so that the anchors do not lie where their features do."
+        )
+    scales = tuple(1 / stride for stride in strides)
+    for head in ("box", "mask"):
+        own = getattr(config, f"roi_{head}_head_pooler_scales")
+        used = not config.rpn_only and (head == "box" or (config.mask_on and config.roi_heads_use_fpn))
+        if used and own != scales[: len(own)]:
+            said.append(
+                f"WARNING: MODEL.ROI_{head.upper()}_HEAD.POOLER_SCALES {own}: the maps of {config.backbone_conv_body} "
+                f"have the scales {scales}, so that regions are read from other places."
+            )
+    if not config.dataloader_aspect_ratio_grouping:
+        said.append("DATALOADER.ASPECT_RATIO_GROUPING False changes nothing: all images of a batch share a canvas.")
+    if config.rpn_only:
+        said.append("Proposals have no class, so there is no AP; --mode evaluate --skip-eval writes them.")
+    return tuple(said)
 
 
 def open_summary(config: Config, world: World) -> JsonSummary | None:
@@ -149,22 +180,45 @@ def train(config: Config, world: World) -> int:
 
 def evaluate(config: Config, world: World) -> int:
     """`--mode evaluate`: as all detectors, with the results where the original has them and its line on speed."""
+    if config.rpn_only and not config.skip_eval:
+        raise UserError(
+            "MODEL.RPN_ONLY True: proposals have no class and so no AP; --skip-eval writes them to "
+            f"{config.output_dir}/inference"
+        )
     summary = open_summary(config, world)
     name = config.datasets_test[0] if config.datasets_test else config.dataset
     results = config.output_dir / "inference" / name
     began = time.perf_counter()
-    code = inference.evaluate(config, DETECTOR, build_model, results, not config.skip_eval, max(config.infer_steps, 0))
+    part = max(config.infer_steps, 0)
+    code = inference.evaluate(config, DETECTOR, build_model, results, not config.skip_eval, part)
     if summary is None:
         return code
     seconds = time.perf_counter() - began
     took = datetime.timedelta(seconds=round(seconds))
     print(f"Total inference time: {took} on {world.size} devices; the results lie in {results}")
     data = {"e2e_infer_time": seconds, "eval_dataset_name": name}
-    if not config.skip_eval:
+    if not config.skip_eval and not part:
         found = json.loads((config.output_dir / "evaluation.json").read_text(encoding="utf-8"))
         data |= {key: found[metric] for metric, key in METRICS.items() if metric in found}
+        print("".join(compared(config, found)), end="")
     summary.log((), data)
     return code
+
+
+def compared(config: Config, found: Mapping[str, Any]) -> list[str]:
+    """A line for each of TEST.EXPECTED_RESULTS. Raises UserError for a result that there is not."""
+    lines = []
+    for one in config.test_expected_results:
+        kind, metric, mean, deviation = one.split(":")
+        name = {"bbox": metric, "segm": f"segm_{metric}"}.get(kind)
+        if name not in found:
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS {one}: there is no {kind} {metric}; evaluation.json has what there is"
+            )
+        reach = config.test_expected_results_sigma_tol * float(deviation)
+        verdict = "PASS" if abs(found[name] - float(mean)) <= reach else "FAIL"
+        lines.append(f"{verdict}: {kind} {metric} {found[name]:.4f}, expected {float(mean):g} +- {reach:g}\n")
+    return lines
 
 
 def complete(config: Config, sources: dict[str, str]) -> Config:
@@ -178,8 +232,11 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
     changes = {}
     if config.save_checkpoint and sources["checkpoint_interval"] == DEFAULT:
         changes["checkpoint_interval"] = config.solver_checkpoint_period
+    if config.mode == "predict":  # what is asked for is not left out by another threshold
+        changes["roi_heads_score_thresh"] = min(config.roi_heads_score_thresh, config.score_threshold)
     newest = None if config.checkpoint or config.resume or config.overwrite else last_checkpoint(config.output_dir)
     if newest and config.mode == "train" and (config.output_dir / "last.pt").is_file():
+        _same_step(newest, config.output_dir / "last.pt")
         changes["resume"], sources["resume"] = True, LAST
     elif newest:
         changes["checkpoint"], sources["checkpoint"] = newest, LAST
@@ -188,6 +245,18 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
             f"{config.output_dir} has a file {LAST}: goes on from {newest} (--overwrite begins anew)", file=sys.stderr
         )
     return adopt_checkpoint(dataclasses.replace(config, **changes), ADOPTED, sources)
+
+
+def _same_step(newest: Path, last: Path) -> None:
+    """Raises UserError where last_checkpoint was changed to name another checkpoint than the run wrote last."""
+    if (newest.parent / LAST).stat().st_mtime <= last.stat().st_mtime or newest.samefile(last):
+        return
+    named, own = (load_checkpoint(path).get("step") for path in (newest, last))
+    if named != own:
+        raise UserError(
+            f"{newest.parent / LAST} names {newest.name}, of step {named}, but the run is at step {own} ({last.name}). "
+            f"To go back, copy {newest.name} over {last.name}; to go on, remove the file {LAST} and give --resume"
+        )
 
 
 def main(argv: Sequence[str]) -> int:

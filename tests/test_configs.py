@@ -26,9 +26,9 @@ MACHINES = {  # GPUs, sockets, cores a socket, hardware threads a core
 LAUNCHER = {
     "BENCHMARK", "EXTRA_PARAMS", "DGXNNODES", "DGXNGPU", "DGXSYSTEM", "DGXSOCKETCORES", "DGXNSOCKET", "DGXHT",
     "WALLTIME_RUNANDTIME", "WALLTIME", "MAXQ_CLK", "MINEDP_CLK",
-    "NCCL_NVLS_ENABLE", "NCCL_GRAPH_REGISTER", "NCCL_LOCAL_REGISTER", "GOMP_SPINCOUNT",
+    "NCCL_NVLS_ENABLE", "NCCL_GRAPH_REGISTER", "NCCL_LOCAL_REGISTER", "GOMP_SPINCOUNT", "MLPERF_RULESET",
 }  # fmt: skip
-REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT"} | {"BATCHSIZE"}
+REQUIRED = LAUNCHER - {"MAXQ_CLK", "MINEDP_CLK", "GOMP_SPINCOUNT", "MLPERF_RULESET"} | {"BATCHSIZE"}
 HERE = 'source "$(dirname "${BASH_SOURCE[0]}")/'
 by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 by_system = pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)

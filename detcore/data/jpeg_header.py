@@ -4,7 +4,6 @@ Structure after ITU-T T.81 annex B and, for EXIF, TIFF 6.0 section 2. Walking th
 of Pillow's lazy open (which parses every segment); the tests hold both to the same answers.
 """
 
-import errno
 import os
 import stat
 import struct
@@ -37,12 +36,12 @@ KINDS = EMPTY, NOT_JPEG, CUT_OFF, NO_SIZE = (
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """The header of a file. Raises BadHeader, or OSError for what is no file or cannot be read."""
+    """The header of a file. Raises BadHeader, also for pipes and devices, or OSError for what cannot be read."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block for ever
     try:
         about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):  # a folder can't be read, which says so
+            raise BadHeader(NOT_JPEG)
         return _walk(handle, about.st_size)
     finally:
         os.close(handle)

@@ -41,18 +41,20 @@ def synthetic_batches(
 
 
 def _ellipses(batch: Batch, max_edges: int) -> tuple[Tensor, Tensor]:
-    """Edges [N, max_edges, 4] and what they belong to [N, max_edges, 2]; as many for each box."""
+    """Edges [N, max_edges, 4] and what they belong to [N, max_edges, 2]; as many for each box.
+
+    Where there is no room for three edges of each box, the first ones alone have masks.
+    """
     count, most = batch.labels.shape
-    each = min(32, max_edges // int((batch.labels >= 0).sum(1).max()))
-    if each < 3:
-        raise ValueError(f"max_edges {max_edges} leaves fewer than three edges for each box")
+    masked = max(1, min(int((batch.labels >= 0).sum(1).max()), max_edges // 3))
+    each = max(3, min(32, max_edges // masked))
     corner, size = batch.boxes[..., :2], batch.boxes[..., 2:] - batch.boxes[..., :2]
     turn = torch.arange(each + 1) * (2 * math.pi / each) + 0.1  # no edge straight down
     circle = 0.5 + 0.5 * torch.stack([turn.cos(), turn.sin()], 1)
     points = corner[:, :, None] + circle * size[:, :, None]
     found = torch.cat([points[:, :, :-1], points[:, :, 1:]], 3).flatten(1, 2)
     box = torch.arange(most).repeat_interleave(each).expand(count, -1)
-    real = batch.labels.gather(1, box) >= 0
+    real = (batch.labels.gather(1, box) >= 0) & (box < masked)
     edges = torch.zeros(count, max_edges, 4)
     edge_of = torch.full((count, max_edges, 2), -1)
     used = min(max_edges, found.shape[1])  # the real boxes come first

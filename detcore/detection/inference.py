@@ -54,8 +54,10 @@ def evaluate(
 
     Writes evaluation.json into the output folder and prints a table, with the AP of every class. results: file that
     gets all detections as COCO results; without a suffix a folder, with bbox.json and, of masks, segm.json. score:
-    False spares the numbers. batches: of each process at most, for a look at part of the images; 0: all.
+    False spares the numbers. batches: of each process at most, for a look at part of the images, which spares the
+    numbers too; 0: all.
     """
+    score = score and not batches
     world, _ = launcher.discover(os.environ)
     device = engine.open_device(config, world)
     distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
@@ -85,12 +87,13 @@ def evaluate(
                 results / "segm.json", [{k: v for k, v in one.items() if k != "bbox"} for one in coco_results(everyone)]
             )
     count = len(everyone.rows)
+    seen = min(len(index), batches * images * world.size) if batches else len(index)
     if not score:
-        print(f"{len(index)} images, {count} detections, {len(index) / seconds:.1f} images/s")
+        print(f"{seen} images, {count} detections, {seen / seconds:.1f} images/s")
         return cli.OK
     result = detection.metrics_of(detector, config, result, class_names(index))
     print(native.describe(config.program, device.device))
-    print(f"{len(index)} images, {count} detections, {len(index) / seconds:.1f} images/s")
+    print(f"{seen} images, {count} detections, {seen / seconds:.1f} images/s")
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")

@@ -55,6 +55,7 @@ class Progress:
         self.seconds["start_up"] = self.elapsed()
         self._begin = time.perf_counter()
         self._mark = (step, 0.0, self.seconds["data"])
+        self.notify("run_start", step=step)
 
     def write(self, kind: str, **fields: Any) -> None:
         """One line of progress.jsonl, flushed."""

@@ -71,10 +71,11 @@ class Task:
     recorded. prepare_evaluation: does the same for evaluations; called before RUN_START, too. judge(epochs completed,
     metrics): a warning to the person at the console about an evaluation's result, such as one that comes too late;
     None: nothing to say. observe(kind, fields): called on rank 0 with each record of progress.jsonl; with "epoch"
-    (epoch, from 1; time_s: seconds of its steps in this process) when its last step is done; and with "saved" (path,
-    step, file) when a checkpoint is written. checkpoint_file(step, epochs completed, None within an epoch): made the
-    same file as the checkpoint written then, in a folder that exists; None: no further file. warmup_option: the option
-    that lengthens the warm-up, for the advice on a loss that is not finite; "": none.
+    (epoch, from 1; time_s: seconds of its steps in this process) when its last step is done; with "saved" (path, step,
+    file) when a checkpoint is written; and with "run_start" (step) when the clock starts. checkpoint_file(step, epochs
+    completed, None within an epoch): made the same file as the checkpoint written then, in a folder that exists; None:
+    no further file. warmup_option: the option that lengthens the warm-up, for the advice on a loss that is not finite;
+    "": none.
     """
 
     model: nn.Module

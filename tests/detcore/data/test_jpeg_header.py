@@ -84,8 +84,10 @@ def test_what_is_no_jpeg(place, data, kind):
 
 def test_a_pipe_is_no_file_and_blocks_nothing(tmp_path):
     os.mkfifo(tmp_path / "b.jpg")
-    with pytest.raises(OSError, match=r"not a regular file.*b\.jpg"):
+    with pytest.raises(BadHeader, match=jpeg_header.NOT_JPEG):
         read_header(tmp_path / "b.jpg")
+    with pytest.raises(IsADirectoryError):
+        read_header(tmp_path)
 
 
 def test_cut_off_at_every_byte_of_the_header(place):
