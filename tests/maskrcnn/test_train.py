@@ -14,9 +14,13 @@ from pycocotools import mask as coco_mask
 
 import hubconf
 from detcore import UserError
+from detcore.config import load
 from detcore.data.transforms import read_image
+from maskrcnn.config import Config
+from maskrcnn.flags import translate_flags
 from maskrcnn.inference import main
 from maskrcnn.last_checkpoint import LAST
+from maskrcnn.train import notes
 
 ROOT = Path(__file__).resolve().parents[2]
 NET = [
@@ -157,9 +161,54 @@ def test_evaluates_the_last_checkpoint_with_masks(trained):
 def test_part_of_the_images_without_their_numbers(trained, tmp_path):
     said = run(tmp_path, "--mode", "evaluate", "--checkpoint", str(trained / "last.pt"), "--skip-eval",
                "--infer_steps", "1", "TEST.IMS_PER_BATCH", "2").stdout  # fmt: skip
-    assert "images/s" in said and not (tmp_path / "evaluation.json").exists()
+    assert said.startswith("2 images, ") and "images/s" in said and not (tmp_path / "evaluation.json").exists()
     rows = json.loads((tmp_path / "inference/custom/bbox.json").read_text())
     assert len({row["image_id"] for row in rows}) == 2  # a batch
+
+
+def test_expected_results_are_compared(trained, tmp_path):
+    expected = ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 0.9, 0.001], ['segm', 'AP', 0.0, 0.3]]")
+    said = run(tmp_path, "--mode", "evaluate", "--checkpoint", str(trained / "last.pt"), *expected).stdout
+    assert re.search(r"^FAIL: bbox AP 0\.\d{4}, expected 0\.9 \+- 0\.004$", said, re.MULTILINE)
+    assert re.search(r"^PASS: segm AP 0\.\d{4}, expected 0 \+- 1\.2$", said, re.MULTILINE)
+
+
+def test_a_last_checkpoint_that_names_an_older_one_is_refused(trained, scenes, tmp_path):
+    for name in ("last.pt", "model_0000004.pth"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    (tmp_path / LAST).write_text("model_0000004.pth")
+    said = train(scenes, tmp_path, "SOLVER.MAX_ITER", "12", code=2).stderr
+    assert "names model_0000004.pth, of step 4, but the run is at step 8" in said
+
+
+def test_proposals_have_no_ap(scenes, tmp_path):
+    train(scenes, tmp_path, "MODEL.RPN_ONLY", "True", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)", code=None)
+    assert not any(event["key"] == "eval_accuracy" for event in events(tmp_path))
+    refused = run(tmp_path, "--mode", "evaluate", "--checkpoint", str(tmp_path / "model_final.pth"), code=2).stderr
+    assert "proposals have no class" in refused
+
+
+def test_settings_that_do_not_fit_the_body_are_said():
+    words = ["--config-file", "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml"]
+
+    def said(*more: str) -> str:
+        return " ".join(notes(load(Config, translate_flags([*words, *more]), {}).config, 80))
+
+    assert said() == ""
+    assert "ANCHOR_STRIDE (8, 16, 32, 64, 128)" in said("MODEL.RPN.ANCHOR_STRIDE", "(8,16,32,64,128)")
+    assert "ROI_BOX_HEAD.POOLER_SCALES" in said("MODEL.ROI_BOX_HEAD.POOLER_SCALES", "(.5,.25,.125,.0625)")
+    assert "81 outputs" in said("MODEL.ROI_BOX_HEAD.NUM_CLASSES", "21")
+    assert "changes nothing" in said("DATALOADER.ASPECT_RATIO_GROUPING", "False")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["MODEL.ROI_MASK_HEAD.CONV_LAYERS ()", "MODEL.RPN.ASPECT_RATIOS ()", "INPUT.MAX_SIZE_TRAIN 100",
+     "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD 0.4"],
+)  # fmt: skip
+def test_settings_that_nothing_fits_are_refused(words):
+    with pytest.raises(UserError, match=re.escape(words.split()[0].rpartition(".")[2])):
+        load(Config, translate_flags(words.split()), {})
 
 
 def test_predicts_masks_with_the_checkpoint_alone(trained, scenes, tmp_path):

@@ -48,6 +48,13 @@ def test_masks_are_ellipses_in_their_boxes(max_edges):
             assert (x1 != x2).all() and x1.min() >= batch.boxes[n, k, 0] and y1.max() <= batch.boxes[n, k, 3]
 
 
-def test_too_few_edges_are_refused():
-    with pytest.raises(ValueError, match="fewer than three"):
-        next(synthetic_batches(5, (48, 64), 6, 50, seed=3, max_edges=20))
+@pytest.mark.parametrize("room", [1, 2, 3, 6, 40])
+def test_where_there_is_little_room_the_first_boxes_alone_have_masks(room):
+    """As in a data set whose masks are rectangles, of which the edges straight down are left out."""
+    batch = next(synthetic_batches(5, (64, 96), 2, 8, 1, room))
+    assert batch.edges.shape == (2, room, 4) and batch.edge_of.shape == (2, room, 2)
+    boxes, parts = batch.edge_of.unbind(2)
+    assert (boxes[:, 0] == 0).all() and (parts[boxes >= 0] == 0).all()
+    if room >= 3:
+        counts = [row[row >= 0].bincount() for row in boxes]
+        assert all((count >= 3).all() for count in counts)
