@@ -34,7 +34,7 @@ from maskrcnn.model import MaskRCNN
 from maskrcnn.postprocess import postprocess
 from maskrcnn.weights import converted, source_of
 
-BOXES, EDGES, CLASSES, SPREAD = 10, 512, 80, 0.3
+BOXES, EDGES, CLASSES, SPREAD = 10, 512, 80, 3.0
 
 
 def polygons(batch: Batch) -> Tensor:
@@ -62,7 +62,8 @@ def ours(state: Mapping[str, Tensor]) -> MaskRCNN:
     """With the weights of torchvision's."""
     words = ["--config-file", "configs/e2e_mask_rcnn_R_50_FPN_1x_bs96.yaml", "MODEL.WEIGHT", ""]
     words += ["MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN", "2000", "MODEL.RPN.FPN_POST_NMS_PER_BATCH", "False"]
-    words += ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "--no-legacy-boxes"]
+    words += ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "--no-legacy-boxes", "INPUT.TO_BGR255", "False"]
+    words += ["INPUT.PIXEL_MEAN", "(0.485, 0.456, 0.406)", "INPUT.PIXEL_STD", "(0.229, 0.224, 0.225)"]
     model = MaskRCNN(load(Config, translate_flags(words), {}, IGNORED_FLAGS).config)
     model.load_state_dict(converted(model, state, source_of(state), "torchvision's"))
     return model
