@@ -150,9 +150,9 @@ def main() -> None:
     rows = measure(words.images, tuple(words.size), words.rounds)
     print(f"{words.images} images of {words.size[0]} x {words.size[1]}, {torch.get_num_threads()} threads")
     for row in rows:
-        print(
-            f"{row['what']:10} ours {row['ours']:7.3f} s  torchvision {row['torchvision']:7.3f} s  {row['times']:.2f}x"
-        )
+        masks = f", {row['masks']} masks" if row["masks"] else ""
+        speeds = f"ours {row['ours']:7.3f} s  torchvision {row['torchvision']:7.3f} s  {row['times']:.2f}x"
+        print(f"{row['what']:10} {speeds}{masks}")
     if words.json:
         words.json.write_text(json.dumps(rows, indent=1))
 
