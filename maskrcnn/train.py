@@ -232,8 +232,6 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
     changes = {}
     if config.save_checkpoint and sources["checkpoint_interval"] == DEFAULT:
         changes["checkpoint_interval"] = config.solver_checkpoint_period
-    if config.mode == "predict":  # what is asked for is not left out by another threshold
-        changes["roi_heads_score_thresh"] = min(config.roi_heads_score_thresh, config.score_threshold)
     newest = None if config.checkpoint or config.resume or config.overwrite else last_checkpoint(config.output_dir)
     if newest and config.mode == "train" and (config.output_dir / "last.pt").is_file():
         _same_step(newest, config.output_dir / "last.pt")
@@ -244,7 +242,11 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
         print(
             f"{config.output_dir} has a file {LAST}: goes on from {newest} (--overwrite begins anew)", file=sys.stderr
         )
-    return adopt_checkpoint(dataclasses.replace(config, **changes), ADOPTED, sources)
+    config = adopt_checkpoint(dataclasses.replace(config, **changes), ADOPTED, sources)
+    if config.mode == "predict":  # what is asked for is not left out by another threshold, also the checkpoint's own
+        least = min(config.roi_heads_score_thresh, config.score_threshold)
+        config = dataclasses.replace(config, roi_heads_score_thresh=least)
+    return config
 
 
 def _same_step(newest: Path, last: Path) -> None:

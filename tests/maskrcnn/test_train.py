@@ -20,7 +20,7 @@ from maskrcnn.config import Config
 from maskrcnn.flags import translate_flags
 from maskrcnn.inference import main
 from maskrcnn.last_checkpoint import LAST
-from maskrcnn.train import notes
+from maskrcnn.train import complete, notes
 
 ROOT = Path(__file__).resolve().parents[2]
 NET = [
@@ -199,6 +199,17 @@ def test_settings_that_do_not_fit_the_body_are_said():
     assert "ROI_BOX_HEAD.POOLER_SCALES" in said("MODEL.ROI_BOX_HEAD.POOLER_SCALES", "(.5,.25,.125,.0625)")
     assert "81 outputs" in said("MODEL.ROI_BOX_HEAD.NUM_CLASSES", "21")
     assert "changes nothing" in said("DATALOADER.ASPECT_RATIO_GROUPING", "False")
+
+
+def test_prediction_goes_down_to_the_score_that_is_asked_for(trained):
+    """Also below the threshold that the checkpoint's run evaluated with, .001."""
+    words = ["--mode", "predict", "--images", ".", "--checkpoint", str(trained / "last.pt"), "--score-threshold"]
+
+    def threshold(score: str) -> float:
+        found = load(Config, translate_flags([*words, score]), {})
+        return complete(found.config, found.sources).roi_heads_score_thresh
+
+    assert threshold("0.5") == 0.001 and threshold("0.0001") == 0.0001
 
 
 @pytest.mark.parametrize(
