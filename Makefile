@@ -14,7 +14,7 @@ SHELL_FILES := run.sub run_and_time.sh run_with_docker.sh .ci/run \
     $(wildcard configs/*.sh configs/systems/*.sh */launch.sh */recipes/*.sh public-scripts/*.sh tools/*.sh)
 CPP_FILES := $(wildcard */csrc/* tests/emulation/*.h tests/emulation/*.cu)
 BENCHES := $(patsubst tools/bench/%.py,tools.bench.%,$(filter-out %/__init__.py,$(wildcard tools/bench/*.py)))
-PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: help setup ops demo test test-slow test-slurm test-docker test-tpu lint bench gpu gpu-carry clean
 

@@ -25,13 +25,14 @@ import torch
 
 from detcore import UserError
 from detcore.data.transforms import read_image
+from detcore.torch_file import cached
 from ssd300 import inference
 from ssd300.model import SSD300
 
 if TYPE_CHECKING:
     from maskrcnn.inference import COCODemo
 
-dependencies = ["torch", "torchvision", "numpy", "PIL", "msgspec", "urllib3"]
+dependencies = ["torch", "torchvision", "numpy", "PIL", "msgspec", "pycocotools", "urllib3", "yaml"]
 
 
 def nvidia_ssd(
@@ -112,7 +113,7 @@ def _fetched(checkpoint: str | Path) -> Path:
     url = urlparse(str(checkpoint))
     if url.scheme not in ("http", "https", "file"):
         return Path(checkpoint)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
+    path = cached(str(checkpoint))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,13 +4,14 @@
 #   source configs/config_<system>.sh
 #   ./run_and_time.sh [options of the program, after those of EXTRA_PARAMS]
 #
-# {output} in a word of EXTRA_PARAMS stands for the run's folder: --output-dir, else OUTPUT_DIR, else the program's default.
+# {output} in a word of EXTRA_PARAMS stands for the run's folder: --output-dir or --output, else OUTPUT_DIR, else the
+# program's default.
 # Under srun or mpirun, call it once for each GPU. Without them, where DGXNGPU is more than 1, it starts all ranks of this
 # machine through torchrun, which turns every failure of a rank into exit code 1. On several machines (DGXNNODES) without
 # srun, call it once on each, with NODE_RANK=0..., and MASTER_ADDR and MASTER_PORT the same everywhere.
 #
 # PYTHON: the interpreter (default: python, else python3). BIND=1: run on the cores of the GPU's socket.
-# EXITS_FILE: gets the line "rank host exit-code unix-seconds" at the end (run.sub reads it).
+# EXITS_FILE: gets the line "rank host exit-code unix-seconds" at the end (run.sub reads it), however that comes.
 # SIGTERM, SIGUSR1, SIGINT and SIGHUP reach the program, which writes a checkpoint and ends with code 4. SIGQUIT makes
 # each of several ranks print its stacks, where srun or mpirun started them (torchrun would end with it).
 set -euo pipefail
@@ -34,12 +35,15 @@ bound_cpus() {
     echo "$cpus"
 }
 
-[[ -n ${BENCHMARK:-} ]] || fail "BENCHMARK is unset: source configs/config_<system>.sh first"
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -f $here/$BENCHMARK/train.py ]] || fail "BENCHMARK=$BENCHMARK: there is no $here/$BENCHMARK/train.py"
-python=${PYTHON:-$(command -v python || command -v python3)} || fail "no python found: activate .venv, or set PYTHON"
+# leave CODE: the line of EXITS_FILE, whatever ends this script, also before the program starts.
+# shellcheck disable=SC2329  # the trap calls it
+leave() {
+    [[ -n ${EXITS_FILE:-} ]] || return 0
+    echo "$rank $host $1 $(date +%s)" >>"$EXITS_FILE" || echo "run_and_time.sh: $EXITS_FILE can't be written" >&2
+}
 
 gpus=${DGXNGPU:-1}
+host=${SLURMD_NODENAME:-${HOSTNAME:-unknown}}
 rank=0
 launched=1
 if [[ -n ${RANK:-} ]]; then
@@ -51,15 +55,23 @@ elif [[ -n ${OMPI_COMM_WORLD_RANK:-} ]]; then
 else
     launched=0 local_rank=0
 fi
+trap 'leave $?' EXIT
+
+[[ -n ${BENCHMARK:-} ]] || fail "BENCHMARK is unset: source configs/config_<system>.sh first"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -f $here/$BENCHMARK/train.py ]] || fail "BENCHMARK=$BENCHMARK: there is no $here/$BENCHMARK/train.py"
+python=${PYTHON:-$(command -v python || command -v python3)} || fail "no python found: activate .venv, or set PYTHON"
 
 read -r -d '' -a extra <<<"${EXTRA_PARAMS:-}" || true
 trains=1 asks=0 output=${OUTPUT_DIR:-results/run} before=''
 for word in "${extra[@]}" "$@"; do
-    [[ ${before//_/-} != --output-dir ]] || output=$word
+    case ${before//_/-} in
+    --output-dir | --output) output=$word ;;
+    esac
     before=$word
     case ${word//_/-} in
-    --output-dir=*) output=${word#*=} ;;
-    --mode | --mode=* | --test-only) trains=0 ;;
+    --output-dir=* | --output=*) output=${word#*=} ;;
+    --mode | --mode=* | --test-only | --inference) trains=0 ;;
     -h | --help | --print-config) trains=0 asks=1 ;;
     esac
 done
@@ -130,13 +142,9 @@ while ((again)); do # a signal interrupts wait before the program has ended
     fi
 done
 
-host=${SLURMD_NODENAME:-$HOSTNAME}
 if ((status > 128)); then
     echo "run_and_time.sh: rank $rank on $host: the program was killed by signal $((status - 128))" \
         "($(kill -l "$status"))" >&2
-fi
-if [[ -n ${EXITS_FILE:-} ]]; then
-    echo "$rank $host $status $(date +%s)" >>"$EXITS_FILE" || echo "run_and_time.sh: $EXITS_FILE can't be written" >&2
 fi
 if ((status == 0 && rank == 0 && trains)); then
     echo "RESULT,${BENCHMARK^^},,$SECONDS,$(id -un),$begin"

@@ -4,5 +4,5 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/systems/DGXA100.sh"
 export DGXNNODES=1 BATCHSIZE=${BATCHSIZE:-10} EVALBATCHSIZE=${EVALBATCHSIZE:-10} WALLTIME_RUNANDTIME=240
-source "$(dirname "${BASH_SOURCE[0]}")/../efficientdet/recipes/d0_checkpoint.sh" --precision fp16 --workers 14 --mode evaluate --waymo --dataset custom --input-size 1536
+source "$(dirname "${BASH_SOURCE[0]}")/../efficientdet/recipes/d0_checkpoint.sh" --precision fp16 --workers 14 --mode evaluate --waymo --dataset waymo --input-size 1536
 source "$(dirname "${BASH_SOURCE[0]}")/config_common.sh"

@@ -188,6 +188,7 @@ def _coco_part(archive: Archive, path: Path, target: Path, client: Client, args:
     if not archive.complete(target, strict=not args.trust_server):
         raise UserError(f"{target / archive.folder} is not complete after unpacking {path}; remove both and run again")
     if not args.keep_archives:
+        os.sync()  # a power cut must not take the files and the archive
         path.unlink()
 
 

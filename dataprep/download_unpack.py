@@ -4,10 +4,13 @@ A member with an absolute path, with `..`, a link that leads out of the folder o
 before anything of it is written. Everything is unpacked into a hidden folder beside the target and moved from there.
 """
 
+import errno
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -17,6 +20,12 @@ from pathlib import Path, PurePosixPath
 from detcore import UserError
 
 CHUNK = 1 << 20
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError,
+    RuntimeError, ValueError, OverflowError,
+)  # fmt: skip
+"""What the readers raise for archives that are damaged, encrypted or packed in a way that they do not know."""
+_OF_ARCHIVE = (None, errno.EINVAL, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def unpack(archive: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Path]:
@@ -30,10 +39,10 @@ def unpack(archive: Path, target: Path, progress: Callable[[int, int], None] = l
         shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
         hidden.mkdir()
         try:
-            if zipfile.is_zipfile(archive):
-                _unzip(archive, hidden, progress)
-            elif tarfile.is_tarfile(archive):
+            if tarfile.is_tarfile(archive):  # first: a tar file whose last member is a zip file looks like one, too
                 _untar(archive, hidden, progress)
+            elif zipfile.is_zipfile(archive):
+                _unzip(archive, hidden, progress)
             else:
                 raise UserError(f"{archive} is neither a zip nor a tar file; remove it and fetch it again")
             top = sorted(hidden.iterdir())
@@ -41,9 +50,13 @@ def unpack(archive: Path, target: Path, progress: Callable[[int, int], None] = l
                 _move(path, target / path.name)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{archive} cannot be unpacked ({error}); remove it and fetch it again") from error
     except OSError as error:
+        # None: of gzip and bz2. Names that are files and folders at once, or too long, are the archive's own fault.
+        within = error.filename2 is None and Path(error.filename or hidden).is_relative_to(hidden)
+        if within and error.errno in _OF_ARCHIVE:
+            raise UserError(f"{archive} cannot be unpacked ({error}); remove it and fetch it again") from error
         raise UserError(
             f"{error.filename or target}: {error.strerror or error}, while unpacking {archive}; free space or mend the "
             "folder, then run the same command again"
@@ -88,9 +101,9 @@ def _untar(archive: Path, folder: Path, progress: Callable[[int, int], None]) ->
             elif not (member.isfile() or member.isdir()):
                 raise UserError(f"{archive}: the member {member.name!r} is a device; nothing was unpacked")
         # A file that is reached through a link of the archive could still lie elsewhere: links come last.
-        links = {PurePosixPath(member.name) for member in members if member.issym()}
+        links = {_checked(archive, member.name) for member in members if member.issym()}
         for member in members:
-            if links & set(PurePosixPath(member.name).parents):
+            if links & set(_checked(archive, member.name).parents):
                 raise UserError(f"{archive}: the member {member.name!r} lies behind a link; nothing was unpacked")
         for done, member in enumerate(sorted(members, key=lambda m: m.issym() + m.islnk()), 1):
             path = folder / _checked(archive, member.name)
@@ -100,14 +113,28 @@ def _untar(archive: Path, folder: Path, progress: Callable[[int, int], None]) ->
             elif member.issym():
                 path.unlink(missing_ok=True)
                 path.symlink_to(member.linkname)
-                if not path.resolve().is_relative_to(folder.resolve()):  # a way out over several links
-                    raise UserError(
-                        f"{archive}: the link {member.name!r} leads out of the folder; nothing was unpacked"
-                    )
-            else:  # of a hard link, tarfile gives the content
-                with file.extractfile(member) as source, open(path, "wb") as out:
-                    shutil.copyfileobj(source, out, CHUNK)
+            else:
+                _write_member(archive, file, member, path)
             progress(done, len(members))
+    for link in links:  # when all are there: where one leads can depend on another
+        if not (folder / link).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{archive}: the link {str(link)!r} leads out of the folder; nothing was unpacked")
+
+
+def _write_member(archive: Path, file: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """A file, or a hard link, of which tarfile gives the content."""
+    try:
+        source = file.extractfile(member)
+    except KeyError:
+        source = None
+    if source is None:
+        raise UserError(
+            f"{archive}: the link {member.name!r} is to {member.linkname!r}, which is no file of the archive; nothing "
+            "was unpacked"
+        )
+    path.unlink(missing_ok=True)  # a link of that name would be written through
+    with source, open(path, "wb") as out:
+        shutil.copyfileobj(source, out, CHUNK)
 
 
 def _check_link(archive: Path, member: tarfile.TarInfo) -> None:

@@ -112,10 +112,15 @@ def check_annotations(findings: Findings, split: Split, args: argparse.Namespace
         ("names of another spelling", "the file that is there is taken; correct the names for other programs"),
         ("areas below 0", "evaluation ignores such boxes, as COCO's does; write width * height"),
         ("boxes under one pixel", "they train, though a resized image may hold nothing of them"),
-        ("polygons under three points left out", "they enclose nothing; remove them"),
-        ("boxes without a mask left out", "programs with masks do not train with them; give them a segmentation"),
+        (segmentations.SHORT, "they enclose nothing; remove them"),
+        (segmentations.OUTSIDE, "they train and are scored as empty masks: is the image the right one?"),
+        (
+            segmentations.BARE[segmentations.EDGES],
+            "programs with masks do not train with them; give them a segmentation",
+        ),
     ):
-        findings.add(NOTE, split.name, what, index.counts.get(what, 0), [], do)
+        shown = [f"annotation {one}" for one in index.named.get(what, [])]
+        findings.add(NOTE, split.name, what, index.counts.get(what, 0), shown, do)
     check_signs(findings, split, index)
     return index
 

@@ -3,7 +3,7 @@
     public-scripts/voc_to_coco.py DIR              DIR holds VOC2007/ or VOC2012/ (as VOCdevkit does), or both
     public-scripts/voc_to_coco.py DIR --masks      the images of ImageSets/Segmentation, with the masks of
                                                    SegmentationObject; otherwise those of ImageSets/Main, whose masks
-                                                   are their boxes
+                                                   are their boxes: for detectors of boxes
 
 writes DIR/VOC<year>/Annotations/pascal_<split><year>.json for train, val and test, where VOC has published them: the
 names of maskrcnn-benchmark's data sets voc_<year>_<split>_cocostyle. Check them with public-scripts/verify_dataset.py
@@ -14,6 +14,7 @@ pixels VOC counts from 1, the last one included, are in COCO's coordinates.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,29 +53,54 @@ def main(argv: list[str]) -> int:
     return OK
 
 
-def _convert(folder: Path, names: Path, split: str, masks: bool) -> str:
+def _convert(folder: Path, listed: Path, split: str, masks: bool) -> str:
     """One split; returns what to print."""
     images, objects = [], []
     output = folder / "Annotations" / f"pascal_{split}{folder.name.removeprefix('VOC')}.json"
-    for line in names.read_text().splitlines():
-        name = line.strip()
-        if not name:
-            continue
+    description = f"Pascal VOC {folder.name}, {split} of ImageSets/{listed.parent.name}"
+    if output.exists() and (known := _description(output)) != description:
+        raise UserError(
+            f"{output} holds {known or 'something else'}, not {description}; move it away, or convert a folder of "
+            "its own (links to VOC's folders will do)"
+        )
+    try:
+        names = listed.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{listed} can't be read as VOC's list of images ({error}); unpack it again") from error
+    for number, name in zip(_numbers(names), names, strict=True):
         if split == "test" and not (folder / "Annotations" / f"{name}.xml").exists():
             return f"{output}: not written, for VOC has not published the objects of {name}"
-        image, found = read(folder, name, masks)
+        image, found = read(folder, name, number, masks)
         images.append(image)
         objects += found
-    return write(output, f"Pascal VOC {folder.name}, {split}", CLASSES, images, objects)
+    return write(output, description, CLASSES, images, objects)
 
 
-def read(folder: Path, name: str, masks: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """COCO's entries of an image and of its objects. Raises UserError that names the file and what is wrong in it."""
+def _numbers(names: list[str]) -> list[int]:
+    """COCO's ids of images: their names' digits, as VOC's own have them (2007_000027); otherwise 1, 2, ..."""
+    plain = [name.replace("_", "") for name in names]
+    if all(name.isascii() and name.isdecimal() for name in plain) and len({*map(int, plain)}) == len(names):
+        return [int(name) for name in plain]
+    return list(range(1, len(names) + 1))
+
+
+def _description(path: Path) -> str:
+    """Of a COCO file; empty where it has none, or is no such file."""
+    try:
+        return str(json.loads(path.read_bytes())["info"]["description"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def read(folder: Path, name: str, number: int, masks: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """COCO's entries of an image, whose id is `number`, and of its objects.
+
+    Raises UserError that names the file and what is wrong in it.
+    """
     path = folder / "Annotations" / f"{name}.xml"
     try:
         root = ElementTree.parse(path).getroot()
         width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
-        number = int(name.replace("_", ""))
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise UserError(f"{path} can't be read as VOC's XML ({error}); unpack it again") from error
     image = {"id": number, "file_name": f"{name}.jpg", "width": width, "height": height}

@@ -149,7 +149,13 @@ def spellings(cls) -> dict[str, int | None]:
     }
 
 
-def describe(cls, prog: str, intro: str) -> str:
+def key_names(cls) -> dict[str, str]:
+    """What users call each field of `cls`: the key of the original's configuration where an alias is one, else its own
+    name."""
+    return {opt.name: next((flag for flag in opt.flags if flag[0] != "-"), opt.name) for opt in _options(cls)}
+
+
+def describe(cls, prog: str, intro: str, epilog: str = "") -> str:
     """The text of `--help`: for each field its flags, kind, meaning, default and variable, by group."""
     lines = [f"usage: {prog} [options]", "", textwrap.fill(intro, 100), ""]
     groups: dict[str, list[_Option]] = {}
@@ -169,7 +175,7 @@ def describe(cls, prog: str, intro: str) -> str:
         if group == "Options":
             lines += ["  -h, --help", *_indented("show this text")]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([textwrap.fill(epilog, 100), ""] if epilog else [])])
 
 
 def format_config(config, sources: Mapping[str, str]) -> str:
@@ -265,7 +271,7 @@ def _read_words(options, argv: list[str], ignored: Mapping, values: dict, source
             notices[flag] = f"{flag} has no effect here: {reason}"
             continue
         if flag not in known:
-            _refuse_word(word, flag, [*known, *ignored, "--help"])
+            refuse_word(word, flag, [*known, *ignored])
         opt, fixed = known[flag]
         if opt.kind is bool:
             if equals:
@@ -282,10 +288,12 @@ def _read_words(options, argv: list[str], ignored: Mapping, values: dict, source
     return notices
 
 
-def _refuse_word(word: str, flag: str, known: list[str]) -> typing.NoReturn:
+def refuse_word(word: str, flag: str, known: Iterable[str]) -> typing.NoReturn:
+    """Raises UserError for a word of the command line, `flag` without "=VALUE", that is none of the flags `known`."""
     if not flag.startswith("-"):
         raise UserError(f"unexpected word {word!r} on the command line: every value follows a flag such as --name")
-    raise UserError(f"unknown flag {flag}{_suggest(flag.replace('_', '-'), known)}; --help lists all")
+    name = re.sub(r"^--(eval(uate)?|test|val(idate)?)(-only)?$", "--mode evaluate", flag.replace("_", "-"))
+    raise UserError(f"unknown flag {flag}{_suggest(name, [*known, '--help', '--mode evaluate'])}; --help lists all")
 
 
 def _suggest(name: str, known) -> str:
@@ -321,7 +329,9 @@ def _from_text(opt: _Option, words: list[str], where: str):
     if opt.count is None:
         value = _scalar(opt.kind, words[0])
     else:
-        parts = [_scalar(opt.kind, part) for part in re.split(r"[,\s]+", given.strip().strip("()[]")) if part]
+        inner = re.fullmatch(r"\((.*)\)|\[(.*)\]|([^()\[\]]*)", given.strip(), re.DOTALL)
+        listed = re.split(r"[,\s]+", "".join(filter(None, inner.groups()))) if inner else []
+        parts = [_scalar(opt.kind, part) for part in listed if part] if inner else [None]
         value = None if None in parts or (opt.count and len(parts) != opt.count) else tuple(parts)
     return _checked(opt, value, where, given)
 

@@ -1,5 +1,6 @@
 """The EfficientDet models by name: NVIDIA's `efficientdet_*`, and `tf_efficientdet_*` with TensorFlow's padding."""
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -96,4 +97,7 @@ def architecture(name: str) -> Architecture:
         )
     near = get_close_matches(name, ARCHITECTURES, 1)
     hint = f"did you mean {near[0]}? Otherwise choose" if near else "choose"
+    if re.fullmatch(r"efficientdet_d\d+x?", name):  # like efficientdet_d0 in its letters, but large
+        large = f"tf_{name}" if f"tf_{name}" in ARCHITECTURES else "tf_efficientdet_d7"
+        hint = f"did you mean {large} (d5 to d7x are there only as tf_...)? Otherwise choose"
     raise UserError(f"model {name!r} is unknown; {hint} one of {', '.join(ARCHITECTURES)}")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
-from detcore.nn.efficientnet import Activation
+from detcore.device import native
 from detcore.nn.norm_folding import normed
+from efficientdet.ops.fuse import fuse, fuse_reference, halve
 
 FUSIONS = ("fastattn", "attn", "sum")
 norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
@@ -52,15 +53,6 @@ def _projection(inputs: int, outputs: int, bias: bool) -> Chain:
     return named(conv=named(conv=nn.Conv2d(inputs, outputs, 1, bias=bias), bn=norm(outputs)))
 
 
-def halve(x: Tensor, same: bool) -> Tensor:
-    """Maximum of 3x3 cells at stride 2: [N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)].
-
-    same: even sizes are padded at the end only, as TensorFlow pads.
-    """
-    padding = (x.shape[2] % 2, x.shape[3] % 2) if same else 1
-    return F.max_pool2d(x, 3, 2, padding, ceil_mode=same)
-
-
 def nodes(levels: int) -> list[tuple[int, list[int]]]:
     """The nodes of a cell: their level, counted from 0, and what they fuse.
 
@@ -78,63 +70,54 @@ def nodes(levels: int) -> list[tuple[int, list[int]]]:
 
 
 class Fusion(nn.Module):
-    """A node's weighted sum of maps, brought to its own width and size.
+    """A node's weighted sum of maps, brought to its own width and size, and the activation of the sum.
 
     sources: for each map its place among the features, its channels, and its level less the node's; the first is of the
-    node's own level.
+    node's own level. act: one of `detcore.ops.activation.ACTIVATIONS`.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[int, int, int]], channels: int, method: str, same: bool, bias: bool
+        self, sources: Sequence[tuple[int, int, int]], channels: int, method: str, same: bool, bias: bool,
+        act: str = "none",
     ):  # fmt: skip
         super().__init__()
         self.places, self.steps = [s[0] for s in sources], [s[2] for s in sources]
-        self.method, self.same = method, same
+        self.method, self.same, self.act = method, same, act
         self.resample = nn.ModuleDict({str(place): _projection(c, channels, bias) for place, c, _ in sources})
         self.edge_weights = None if method == "sum" else nn.Parameter(torch.ones(len(sources)))
 
-    def weights(self) -> Sequence[Tensor | float]:
-        """The factor of each map; float32."""
+    def weights(self) -> Tensor | None:
+        """The factor of each map, float32 [maps]; None if all are 1."""
         if self.edge_weights is None:
-            return [1.0] * len(self.places)
+            return None
         if self.method == "attn":
-            return self.edge_weights.softmax(0).unbind()
+            return self.edge_weights.softmax(0)
         positive = F.relu(self.edge_weights)
-        return (positive / (positive.sum() + 1e-4)).unbind()
+        return positive / (positive.sum() + 1e-4)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        total = None
-        for place, step, weight, project in zip(
-            self.places, self.steps, self.weights(), self.resample.values(), strict=True
-        ):
-            x = project(features[place])
-            if step < 0:
-                x = halve(x, self.same)
-            if isinstance(weight, Tensor):
-                x = x * weight.to(x.dtype)  # while the map is small
-            if step > 0:
-                x = F.interpolate(x, size=features[self.places[0]].shape[2:], mode="nearest")
-            total = x if total is None else total + x
-        return total
+        maps = [project(features[place]) for place, project in zip(self.places, self.resample.values(), strict=True)]
+        function = fuse if native.variant("pyramid_nodes") else fuse_reference
+        return function(maps, self.steps, self.weights(), self.same, self.act)
 
 
 class Node(nn.Module):
-    """A fusion, the activation and a separable convolution with normalisation."""
+    """A fusion with its activation, and a separable convolution with normalisation."""
 
-    def __init__(self, fusion: Fusion, channels: int, act: Activation, bias: bool):
+    def __init__(self, fusion: Fusion, channels: int, bias: bool):
         super().__init__()
-        self.combine, self.act = fusion, act
+        self.combine = fusion
         self.after_combine = named(conv=separable(channels, channels, bias, bn=norm(channels)))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return self.after_combine(self.act(self.combine(features)))
+        return self.after_combine(self.combine(features))
 
 
 class Cell(nn.Module):
     """Maps of P3, P4, ... -> as many, each of `channels`."""
 
     def __init__(
-        self, in_channels: Sequence[int], channels: int, method: str, act: Activation, same: bool, bias: bool
+        self, in_channels: Sequence[int], channels: int, method: str, act: str, same: bool, bias: bool
     ):  # fmt: skip
         super().__init__()
         self.levels = len(in_channels)
@@ -143,7 +126,7 @@ class Cell(nn.Module):
         self.fnode = nn.ModuleList()
         for level, places in nodes(self.levels):
             sources = [(place, width[place], level_of[place] - level) for place in places]
-            self.fnode.append(Node(Fusion(sources, channels, method, same, bias), channels, act, bias))
+            self.fnode.append(Node(Fusion(sources, channels, method, same, bias, act), channels, bias))
             level_of.append(level)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -157,11 +140,11 @@ class BiFPN(nn.Module):
     """The backbone's maps C3, C4, C5 -> [P3, P4, ...], each [N, channels, rows, columns].
 
     in_channels: of the three maps. levels: how many come out; the further ones are made from C5 by pooling. fusion: one
-    of `FUSIONS`. same: see `halve`. bias: convolutions before a normalisation have a bias.
+    of `FUSIONS`. act: see `Fusion`. same: see `halve`. bias: convolutions before a normalisation have a bias.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], channels: int, cells: int, levels: int, fusion: str, act: Activation,
+        self, in_channels: Sequence[int], channels: int, cells: int, levels: int, fusion: str, act: str,
         same: bool, bias: bool,
     ):  # fmt: skip
         super().__init__()

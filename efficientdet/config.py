@@ -138,8 +138,9 @@ class Config(DetectionConfig):
         DetectionConfig, "dataset_path", Path("/datasets/coco2017"), flags=("--data-path", "--data")
     )
     waymo: bool = option(
-        False, "Waymo's three classes and their metrics; say where the data is with --waymo-train, ...", group="Data"
-    )
+        False, "Waymo's three classes and their metrics, of a set of the layout waymo (waymo_to_coco.py writes it) "
+        "unless --dataset names another; parts that lie elsewhere: --waymo-train, ...", group="Data",
+    )  # fmt: skip
     train_data_path: Path | None = redefine(DetectionConfig, "train_data_path", None, flags=("--waymo-train",))
     train_annotations_file: Path | None = redefine(
         DetectionConfig, "train_annotations_file", None, flags=("--waymo-train-annotation",)
@@ -152,6 +153,13 @@ class Config(DetectionConfig):
         "jitter", "of training images: jitter as the original, a random scale and half of them mirrored; flip mirrors "
         "alone; none", choices=("jitter", "flip", "none"), group="Data",
     )  # fmt: skip
+    train_interpolation: str = option(
+        "bilinear", "how training images are scaled; random: one of the two, drawn for each image",
+        choices=("bilinear", "bicubic", "random"), group="Data",
+    )  # fmt: skip
+    interpolation: str = option(
+        "bilinear", "how images are scaled in evaluation and prediction", choices=("bilinear", "bicubic"), group="Data"
+    )
     fill_color: str = option(
         "mean", "of the canvas beside the image: mean, of the model's pixels, or a grey value", group="Data"
     )
@@ -169,6 +177,13 @@ class Config(DetectionConfig):
             raise UserError(f"--input-size {self.input_size}: give a multiple of 32, better of 128")
         if len(self.lr_noise) > 2:
             raise UserError(f"--lr-noise {' '.join(map(str, self.lr_noise))}: give one or two parts of the epochs")
+        if list(self.lr_noise) != sorted(self.lr_noise):
+            raise UserError(f"--lr-noise {' '.join(map(str, self.lr_noise))}: it would end before it begins")
+        if self.loader == "dali" and {self.train_interpolation, self.interpolation} != {"bilinear"}:
+            raise UserError(
+                "--loader dali scales images bilinearly alone; take --loader torch or nvjpeg for --interpolation and "
+                "--train-interpolation"
+            )
         if self.inference and not self.results:
             raise UserError("--inference: say where the detections go with --results FILE")
 
@@ -210,7 +225,8 @@ class Config(DetectionConfig):
         """What keeps this run from being the original's recipe, in words; empty if nothing does."""
         fixed = {
             "pretrained": True, "dataset": "coco", "waymo": False, "synthetic": False, "augmentation": "jitter",
-            "fill_color": "mean", "checkpoint": None, "freeze_layers": (), "momentum": 0.9, "weight_decay": 4e-5,
+            "train_interpolation": "bilinear", "interpolation": "bilinear", "fill_color": "mean", "checkpoint": None,
+            "freeze_layers": (), "momentum": 0.9, "weight_decay": 4e-5,
             "clip_norm": 10.0, "bn_momentum": 0.01, "sched": "cosine", "cooldown_epochs": 10, "max_iters_per_epoch": 0,
             "target_map": None, "train_data_path": None, "train_annotations_file": None, "val_data_path": None,
             "val_annotations_file": None,
@@ -219,8 +235,8 @@ class Config(DetectionConfig):
 
 
 ADOPTED = (
-    "model", "input_size", "redundant_bias", "fill_color", "antialias", "dataset", "waymo", "dataset_path",
-    "train_data_path", "train_annotations_file", "val_data_path", "val_annotations_file", "shards",
+    "model", "input_size", "redundant_bias", "fill_color", "interpolation", "antialias", "dataset", "waymo",
+    "dataset_path", "train_data_path", "train_annotations_file", "val_data_path", "val_annotations_file", "shards",
 )  # fmt: skip
 """What evaluation and prediction take from the checkpoint where the user says nothing else."""
 

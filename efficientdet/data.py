@@ -11,20 +11,22 @@ from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
 from detcore.data.recipes import Recipe, letterbox
 from detcore.detection.detector import Detector
+from detcore.evaluation import waymo
+from detcore.evaluation.coco import THRESHOLDS
 from efficientdet.config import Config
 from efficientdet.postprocess import postprocess
 
 SCALES = (0.1, 2.0)  # of the canvas, that a training image is made
 SMALLEST = 32  # pixels of a side; smaller images do not train
-WAYMO_IOU = {1: ("vehicle", 0.7), 2: ("pedestrian", 0.5), 3: ("cyclist", 0.5)}
 
 
 def recipe(config: Config) -> Recipe:
     """Images keep their aspect and lie at the top left of the canvas; in training with a random scale and mirrored
-    every other time, or less by --augmentation."""
+    every other time, or less by --augmentation. Scaled as --interpolation and --train-interpolation say."""
     mirror = 0.0 if config.augmentation == "none" else 0.5
     scales = SCALES if config.augmentation == "jitter" else (1.0, 1.0)
-    return dataclasses.replace(letterbox(config.image_size, config.fill, mirror, scales), trains=trains)
+    methods = config.train_interpolation, config.interpolation
+    return dataclasses.replace(letterbox(config.image_size, config.fill, mirror, scales, *methods), trains=trains)
 
 
 def trains(index: CocoIndex) -> np.ndarray:
@@ -43,12 +45,11 @@ def infer(
 
 def waymo_metrics(config: Config, by_iou: dict[int, list[float]]) -> dict[str, float]:
     """With --waymo: AP at IoU .7 of vehicles and .5 of pedestrians and cyclists, and their mean "L2_ALL_NS", as the
-    original calls it. by_iou: AP at .5, .55, ... of each category id."""
+    original calls it; from 0 to 1, -1 without any true box. by_iou: AP at each of THRESHOLDS of each category id."""
     if not config.waymo:
         return {}
-    values = {name: by_iou[number][round((iou - 0.5) / 0.05)] for number, (name, iou) in WAYMO_IOU.items()}
-    mean = sum(values.values()) / len(values)
-    return {"L2_ALL_NS": mean, **{f"AP_{name}": value for name, value in values.items()}}
+    values = {name: by_iou[number][THRESHOLDS.index(iou)] for number, (name, iou) in waymo.CLASSES.items()}
+    return {"L2_ALL_NS": waymo.class_mean(values.values()), **{f"AP_{name}": ap for name, ap in values.items()}}
 
 
 DETECTOR = Detector(

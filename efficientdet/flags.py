@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from detcore import UserError
-from detcore.config import Words, spellings
+from detcore.config import Words, refuse_word, spellings
 from efficientdet.config import IGNORED_FLAGS, OPTIMIZERS, Config
 
 _SAME = {
@@ -23,14 +23,13 @@ _REFUSED = {  # flag: (values that change nothing, why there are no others); Non
     "--eval-metric": (("map",), "the primary metric is AP, with --waymo L2_ALL_NS"),
     "--dist-bn": (("", "broadcast"), "evaluation takes the statistics of the first process for all; --sync-bn has "
                   "them of all"),
-    "--interpolation": (("", "bilinear"), "the loaders resize bilinearly, as the original does whatever it is told"),
-    "--train-interpolation": (
-        ("", "bilinear"), "the loaders resize bilinearly, as the original does whatever it is told"
-    ),
     "--anno": (("val2017",), "say what to evaluate on with --val-annotations-file FILE --val-data-path FOLDER"),
     "--start-epoch": ((), "--resume goes on with the epoch where the run was, to the same bits"),
     "--no-resume-opt": (None, "to train on from weights alone, begin a run with --initial-checkpoint FILE"),
 }  # fmt: skip
+
+_EMPTY = ("--interpolation", "--initial-checkpoint", "--checkpoint", "--pretrained-backbone-path", "--results")
+"""Flags whose value in the originals is empty where nothing is said."""
 
 
 def translate_flags(argv: Sequence[str]) -> Words:
@@ -47,9 +46,20 @@ def translate_flags(argv: Sequence[str]) -> Words:
     folders = [*dict.fromkeys(values[0] for flag, values in of_files + of_argv if flag == "--data-folder")]
     if len(folders) > 1:
         raise UserError(f"{' and '.join(folders)}: only the data folder may stand without a flag before it")
-    said = [values for flag, values in of_files + of_argv if flag == "--model-ema-decay"]
+    every = of_files + of_argv
+    said = [values for flag, values in every if flag == "--model-ema-decay"]
     decay = said[-1] if said else ["0.9998"]
-    return Words(_words(of_argv, decay), _words(of_files, decay), ", ".join(files))
+    return Words(_meant(every) + _words(of_argv, decay), _words(of_files, decay), ", ".join(files))
+
+
+def _meant(parts: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """What flags of the originals mean beside themselves, where nothing else says it: validate.py only evaluates."""
+    flags, words = {flag for flag, _ in parts}, []
+    if flags & {"--inference", "--anno", "--results"} and not flags & {"--mode", "--benchmark"}:
+        words += ["--mode", "evaluate"]
+    if "--inference" in flags and "--results" not in flags:
+        words += ["--results", "results.json"]
+    return words
 
 
 def _words(parts: Sequence[tuple[str, list[str]]], decay: list[str]) -> list[str]:
@@ -82,6 +92,8 @@ def _parts(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         flag = _SAME.get(flag, flag)
         if not flag.startswith("--") and flag not in known:  # -b8
             flag, equals, attached = flag[:2], "=", word[2:]
+        if flag not in known:
+            refuse_word(word, flag, known)
         if equals:
             yield flag, [attached]
             continue
@@ -104,7 +116,7 @@ def _file_parts(path: Path) -> Iterator[tuple[str, list[str]]]:
     for key, value in content.items():
         flag = f"--{key}".replace("_", "-")
         flag = {"--data": "--data-folder", **_SAME}.get(flag, flag)
-        if value in (None, False, "") or key in ("config", "local_rank"):
+        if value is None or value is False or value == "" or key in ("config", "local_rank"):  # 0 says something
             continue
         if isinstance(value, list):
             yield from [(flag, [str(part) for part in value])] if value else []
@@ -138,10 +150,10 @@ def _own(flag: str, values: list[str]) -> list[str]:
             return ["--mode", "benchmark-training"]
         case "--benchmark-steps":
             return ["--benchmark-iterations", *values] if values != ["0"] else []
-        case "--waymo":
-            return ["--waymo", "--dataset", "custom"]
         case "--data-folder":
             return ["--dataset-path", *values]
+        case _ if flag in _EMPTY and values == [""]:
+            return []
     if len(values) > 1:
         return [f"{flag}={','.join(values)}"]
     return [f"{flag}={values[0]}"] if values and values[0].startswith("-") else [flag, *values]

@@ -2,40 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from detcore.ops.focal import focal_loss
 from detcore.ops.match import match
+from efficientdet.ops.wanted_deltas import wanted_deltas
 
 MATCH = {"high": 0.5, "low": 0.5, "low_quality": "best"}
 FOCAL = {"alpha": 0.25, "gamma": 1.5}
 DELTA = 0.1
 """Error of a coordinate up to which the box loss is quadratic."""
 BOX_WEIGHT = 50.0
-
-
-@torch.no_grad()
-def wanted_deltas(anchors: Tensor, boxes: Tensor, matched: Tensor) -> Tensor:
-    """What positive anchors are to predict, [N, A, 4], as `detcore.boxes.encode`; zeros for the other anchors.
-
-    anchors: [A, 4], whose dtype is the result's. boxes: [N, M, 4] in pixels of the canvas. matched: see `match`.
-    """
-    none = anchors.new_full((1, 4), torch.nan)  # the first row, for anchors without a box
-    rows = torch.cat((none, _places(boxes.to(anchors.dtype)).flatten(0, 1)))
-    first = torch.arange(len(boxes), device=boxes.device)[:, None] * boxes.shape[1] + 1
-    chosen = F.embedding((matched + first).masked_fill_(matched < 0, 0), rows)
-    sizes = anchors[:, 2:] - anchors[:, :2]  # centres are in anchor sizes, logarithms as they are
-    chosen.sub_(_places(anchors)).div_(torch.cat((sizes, torch.ones_like(sizes)), 1))
-    return chosen.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-
-
-def _places(boxes: Tensor) -> Tensor:
-    """Centres and logarithms of width and height of boxes [..., 4], [..., 4]."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    sizes = high - low
-    return torch.cat((low + 0.5 * sizes, sizes.log()), -1)
 
 
 def losses(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from detcore import UserError
-from detcore.nn.efficientnet import ACTIVATIONS, Activation, EfficientNet
-from detcore.nn.norm_folding import folded_norms, norm_pairs, normed
+from detcore.nn.efficientnet import EfficientNet
+from detcore.nn.norm_folding import folded_norms, norm_pairs, normed_act
 from detcore.ops.fold import autocast_dtype
 from detcore.ops.normalize import normalize
 from efficientdet.anchors import PER_CELL, anchors
@@ -27,7 +27,7 @@ Outputs = tuple[list[Tensor], list[Tensor]]
 class Head(nn.Module):
     """[P3, ...] -> [[N, A of P3, values], ...]: convolutions shared by the levels, each level with norms of its own."""
 
-    def __init__(self, channels: int, repeats: int, levels: int, values: int, act: Activation, bias: bool):
+    def __init__(self, channels: int, repeats: int, levels: int, values: int, act: str, bias: bool):
         super().__init__()
         self.values, self.act = values, act
         self.conv_rep = nn.ModuleList(separable(channels, channels, bias) for _ in range(repeats))
@@ -45,7 +45,7 @@ class Head(nn.Module):
         outputs = []
         for level, x in enumerate(pyramid):
             for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
-                x = self.act(normed(conv.conv_pw, norms[level].bn, conv.conv_dw(x)), inplace=True)
+                x = normed_act(conv.conv_pw, norms[level].bn, conv.conv_dw(x), self.act)
             # Channels are anchor-major: moved last, a cell's anchors follow each other. No copy in channels_last.
             x = self.predict(x).permute(0, 2, 3, 1)
             outputs.append(x.reshape(x.shape[0], -1, self.values).contiguous())
@@ -84,7 +84,7 @@ class EfficientDet(nn.Module):
             raise UserError(f"image_size is {tuple(size)}; height and width must be positive")
         self.name, self.num_classes, self.image_size = name, num_classes, (int(size[0]), int(size[1]))
         bias = known.redundant_bias if redundant_bias is None else redundant_bias
-        act = ACTIVATIONS[known.activation]
+        act = known.activation
         drop = known.drop_path if drop_path is None else drop_path
         self.soft_nms = False  # what is done with overlapping boxes; see `efficientdet.postprocess`
         self.backbone = EfficientNet(known.backbone, known.same_backbone, drop, known.backbone_eps)

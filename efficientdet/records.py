@@ -16,11 +16,12 @@ def checkpoint_file(config: Config, completed: int | None) -> Path | None:
 class Records:
     """The observer of a training, on rank 0: it keeps the summary, under the original's keys.
 
-    parameters: of the model, those that train and others.
+    parameters: of the model, those that train and others. images_per_step: of all processes.
     """
 
-    def __init__(self, config: Config, summary: JsonSummary, parameters: int):
+    def __init__(self, config: Config, summary: JsonSummary, parameters: int, images_per_step: int):
         self.config, self.summary, self.parameters = config, summary, parameters
+        self.images_per_step = images_per_step
         self.best = (0, -1.0)  # epoch from 0, and its metric
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
@@ -32,7 +33,9 @@ class Records:
                 rate = fields["images_per_s"]
                 # The original writes the throughput under three names over its versions.
                 data = {"train_loss": fields["loss"], "throughput": rate, "train_throughput": rate, "lr": fields["lr"]}
-                self.summary.log((fields["epoch"] - 1, fields["step"] - 1), data)
+                seconds = self.images_per_step / max(rate, 1e-9)
+                times = {"train_batch_time": seconds, "train_data_time": seconds * fields["data_wait"]}
+                self.summary.log((fields["epoch"] - 1, fields["step"] - 1), data | times)
             case "eval":
                 value = fields["metrics"][self.config.metric]
                 if value > self.best[1]:

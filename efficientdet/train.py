@@ -13,6 +13,7 @@ from torch import nn
 
 from detcore import UserError
 from detcore.cli import run_main
+from detcore.config import DEFAULT
 from detcore.data.batch import Batch
 from detcore.detection import inference
 from detcore.detection.benchmark import PARTS, benchmark
@@ -35,7 +36,7 @@ from efficientdet.flags import translate_flags
 from efficientdet.loss import losses
 from efficientdet.model import EfficientDet
 from efficientdet.records import Records, checkpoint_file
-from efficientdet.weights import load_original_state
+from efficientdet.weights import CLASS_LAYER, load_original_state, refuse_other_model
 
 INTRO = (
     "Trains EfficientDet; also evaluates a checkpoint, predicts on images and measures speed (--mode). Takes the flags "
@@ -53,11 +54,19 @@ def build_model(config: Config, num_classes: int) -> EfficientDet:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = config.bn_momentum
     if config.checkpoint:
-        saved = load_checkpoint(config.checkpoint)
+        saved, source = load_checkpoint(config.checkpoint, config.program), str(config.checkpoint)
         own = saved.get("ema")
         removed = config.remove_weights if config.mode == "train" else ()
+        if not removed:  # what is left of another model may fit
+            source = refuse_other_model(saved, source, config.model)
         average = config.use_ema and "state_dict_ema" in saved
-        load_original_state(model, own or saved, str(config.checkpoint), ema=average, remove=removed)
+        how = {"ema": average, "remove": removed, "other_classes": config.weights_only}
+        if load_original_state(model, own or saved, source, **how):
+            layer = CLASS_LAYER.rstrip(".")
+            print(
+                f"{source} knows another number of classes: the layer that predicts them ({layer}) begins with random "
+                "weights", file=sys.stderr,
+            )  # fmt: skip
     elif config.pretrained and not config.resume and not config.synthetic:
         load_weights(model.backbone, config.weights)
     return model
@@ -122,6 +131,10 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
     evaluation = Inference(DETECTOR, config, context)
     rate = schedule(config, context.seed)
     ranks = context.world.size
+    parameters, images_per_step = (
+        sum(p.numel() for p in model.parameters()),
+        config.batch_size * config.accumulate * ranks,
+    )
     together = ranks > 1 and not config.legacy
     over_ranks = partial(distributed.all_reduce_mean, device=context.backend.collective_device) if together else None
 
@@ -151,7 +164,7 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
         },
         notes=notes(config),
         examples=lambda: examples(DETECTOR, config, model.num_classes, context.seed),
-        observe=Records(config, summary, sum(p.numel() for p in model.parameters())) if summary else None,
+        observe=Records(config, summary, parameters, images_per_step) if summary else None,
         checkpoint_file=lambda step, completed: checkpoint_file(config, completed),
         warmup_option="--warmup-epochs",
     )
@@ -183,10 +196,17 @@ def train(config: Config, world: World) -> int:
 def evaluate(config: Config, world: World) -> int:
     """`--mode evaluate`."""
     summary = open_summary(config, world)
-    code = inference.evaluate(config, DETECTOR, build_model, config.results, not config.inference)
+    found: dict[str, float] = {}
+    code = inference.evaluate(config, DETECTOR, build_model, config.results, not config.inference, report=found.update)
+    if summary and config.inference:
+        times = {"total_inference_time": found["seconds"]}
+        if "mean_ms" in found:  # of a batch, where there were more than the first ones
+            times["inference_time"] = found["mean_ms"] / 1e3
+        summary.log((), {"inference_throughput": found["images_per_s"], **times})
     if summary and not config.inference:
         result = json.loads((config.output_dir / "evaluation.json").read_text())
-        summary.log((), {"map": result[config.metric]})
+        times = {"total_eval_time": found["seconds"], "eval_throughput": found["images_per_s"]}
+        summary.log((), {"map": result[config.metric], **times})
     return code
 
 
@@ -208,13 +228,17 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
 
     --resume begins a run where the output folder has none, as the original's scripts want it. A checkpoint gives
     evaluation and prediction its model and data set, wherever the user said nothing else; another program's has none.
+    --waymo is of the layout waymo where nobody, the checkpoint included, said another.
     """
     if config.resume and not (config.output_dir / "last.pt").exists():
         config = dataclasses.replace(config, resume=False)
     if config.validation_batch_size_multiplier and not config.eval_batch_size:
         images = config.batch_size * config.validation_batch_size_multiplier
         config = dataclasses.replace(config, eval_batch_size=images)
-    return adopt_checkpoint(config, ADOPTED, sources)
+    config = adopt_checkpoint(config, ADOPTED, sources)
+    if config.waymo and sources["dataset"] == DEFAULT:
+        config, sources["dataset"] = dataclasses.replace(config, dataset="waymo"), "--waymo"
+    return config
 
 
 def main(argv: Sequence[str]) -> int:

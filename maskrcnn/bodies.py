@@ -87,8 +87,12 @@ def _network(config) -> tuple[str, str]:
             f"MODEL.RESNETS.NUM_GROUPS {groups} with WIDTH_PER_GROUP {width} is unknown for {config.backbone_conv_body}"
             "; choose 1 and 64, for R-50 also 32 and 4, for R-101 32 and 8"
         )
-    if (config.resnets_res2_out_channels, config.resnets_stem_out_channels) != (256, 64):
-        raise UserError("MODEL.RESNETS.RES2_OUT_CHANNELS and STEM_OUT_CHANNELS must be 256 and 64")
+    channels = config.resnets_res2_out_channels, config.resnets_stem_out_channels
+    if channels != (256, 64):
+        raise UserError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS {channels[0]} and STEM_OUT_CHANNELS {channels[1]}: these networks "
+            "have 256 and 64; leave the keys out"
+        )
     return name, found[2]
 
 

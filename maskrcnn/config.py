@@ -148,7 +148,9 @@ class Config(ModelConfig):
     datasets_train: tuple[str, ...] = key_option(
         "DATASETS.TRAIN", (), "names of training sets below --dataset-path; without: --dataset says where they are"
     )
-    datasets_test: tuple[str, ...] = key_option("DATASETS.TEST", (), "names of the sets to evaluate on")
+    datasets_test: tuple[str, ...] = key_option(
+        "DATASETS.TEST", (), "names of the sets to evaluate on; in training the first"
+    )
     workers: int = redefine(
         DetectionConfig, "workers", 4, flags=("-j", "--num-workers", "DATALOADER.NUM_WORKERS")
     )  # fmt: skip
@@ -200,12 +202,14 @@ class Config(ModelConfig):
             low, high = (getattr(self, f"input_{kind}_size_{part}") for kind in ("min", "max"))
             if low > high:
                 raise UserError(f"INPUT.MIN_SIZE_{part.upper()} {low} is above INPUT.MAX_SIZE_{part.upper()} {high}")
-        if self.roi_mask_head_postprocess_masks_threshold != 0.5:
-            raise UserError("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD: masks begin at a probability of 0.5")
+        threshold = self.roi_mask_head_postprocess_masks_threshold
+        if self.roi_mask_head_postprocess_masks and threshold != 0.5:  # else the original doesn't look at it either
+            raise UserError(
+                f"MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD {threshold}: masks begin at a probability of 0.5; "
+                "leave the key out"
+            )
         if list(self.solver_steps) != sorted(set(self.solver_steps)):
             raise UserError(f"SOLVER.STEPS {self.solver_steps}: they must rise")
-        if len(self.datasets_test) > 1:
-            raise UserError(f"DATASETS.TEST {self.datasets_test}: give one; a run evaluates on one set")
 
     @property
     def has_weights(self) -> bool:
@@ -216,18 +220,23 @@ class Config(ModelConfig):
         return self.backbone_conv_body.endswith("-FPN")
 
     @property
+    def length(self) -> tuple[str, str]:
+        return super().length if self.epochs else ("solver_max_iter", "SOLVER.MAX_ITER")
+
+    @property
     def targets(self) -> tuple[float | None, float | None]:
-        """AP of boxes and of masks that end the run, None for none; only PER_EPOCH_EVAL has them."""
-        if not self.per_epoch_eval:
+        """AP of boxes and of masks that end the run, None for none; only with PER_EPOCH_EVAL, not of proposals."""
+        if not self.per_epoch_eval or self.rpn_only:
             return None, None
         return self.target_map, self.target_mask_map if self.mask_on else None
 
     @property
     def layout(self) -> Layout:
-        names = self.datasets_train or self.datasets_test
+        trains = self.mode not in ("evaluate", "benchmark-inference", "predict")
+        names = self.datasets_train or self.datasets_test if trains else self.datasets_test or self.datasets_train
         if not names:
             return super().layout
-        return LAYOUTS["coco" if all(is_coco(name) for name in names) else "custom"]
+        return LAYOUTS[_layout_of(names)]
 
     @property
     def class_ids(self) -> Sequence[int] | None:
@@ -236,7 +245,7 @@ class Config(ModelConfig):
         return range(1, 91) if known else None
 
     def split(self, name: str) -> tuple[Path, Path]:
-        """As of every detector; of training sets by name the first."""
+        """As of every detector; of several sets by name the first."""
         names = {"train": self.datasets_train, "val": self.datasets_test}[name]
         if not names:
             return super().split(name)
@@ -251,6 +260,27 @@ class Config(ModelConfig):
         named = [find(name, self.dataset_path) for name in self.datasets_train[1:]]
         others = dataclasses.replace(self, datasets_train=()).train_sets()[1:] if self.also_train_on else []
         return [self.split("train"), *named, *others]
+
+    def with_said_dataset(self, sources: dict[str, str]) -> tuple["Config", list[str]]:
+        """The config without those DATASETS.TRAIN and DATASETS.TEST of a file that --dataset overrules; and what to
+        know, in sentences.
+
+        sources: as `detcore.config.load` has them; is told. Names of the layout that --dataset says stay. Raises
+        UserError where names of the command line are of another layout than its --dataset.
+        """
+        changes, notes = {}, []
+        for name, key in (("datasets_train", "DATASETS.TRAIN"), ("datasets_test", "DATASETS.TEST")):
+            sets = getattr(self, name)
+            if sources["dataset"] == DEFAULT or not sets or _layout_of(sets) == self.dataset:
+                continue
+            if _weight(sources[name]) >= _weight(sources["dataset"]):
+                raise UserError(
+                    f"--dataset {self.dataset} and {key} {','.join(sets)} name different data sets: leave --dataset "
+                    f'out to take the names, or give {key} "()" to take --dataset'
+                )
+            changes[name], sources[name] = (), "command line --dataset"
+            notes.append(f"--dataset {self.dataset} overrules {key} {','.join(sets)} of the configuration file")
+        return dataclasses.replace(self, **changes), notes
 
     def over_processes(self, processes: int, sources: dict[str, str]) -> "Config":
         """The config with the batches of a process, and without accumulation where the original has none.
@@ -272,6 +302,11 @@ class Config(ModelConfig):
         if sources["accumulate"].endswith("SOLVER.ACCUMULATE_STEPS") and not self.solver_accumulate_grad:
             changes["accumulate"], sources["accumulate"] = 1, "SOLVER.ACCUMULATE_GRAD False"
         return dataclasses.replace(self, **changes)
+
+
+def _layout_of(names: Sequence[str]) -> str:
+    """The layout, as --dataset names it, of data sets by name: COCO's classes, or their own."""
+    return "coco" if all(is_coco(name) for name in names) else "custom"
 
 
 def _weight(source: str) -> int:

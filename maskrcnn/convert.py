@@ -12,38 +12,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from detcore import UserError
 from detcore.cli import OK, run_main
 from detcore.config import load
-from detcore.nn.resnet import load_exactly
+from detcore.nn.weights import load_exactly
+from detcore.training.checkpoint import save
 from maskrcnn.config import IGNORED_FLAGS, Config
 from maskrcnn.flags import translate_flags
 from maskrcnn.model import MaskRCNN
 from maskrcnn.weight_files import find, read, state_of
-from maskrcnn.weights import converted, known_classes, source_of
+from maskrcnn.weights import converted, known_classes, provenance, source_of
 
 
 def convert(weights: str, out: Path, words: Sequence[str]) -> list[str]:
-    """Writes `out`, {"model": state}, and returns what to know. words: of a command line, the network's configuration.
+    """Writes `out`, and returns what to know. words: of a command line, the network's configuration.
 
-    Raises UserError where the file can't be read or is not of this network, whole.
+    The file holds {"model": state, "origin": the program, "advice": the settings that its networks want}, which
+    `load_weights` says where a run has others. Raises UserError where the file can't be read or is not of this network,
+    whole, and where `out` can't be written.
     """
-    path = find(weights)
-    state = state_of(read(path))
+    path = find(weights, "IN")
+    content = read(path)
+    state = state_of(content)
     source = source_of(state, path)
+    origin, wanted = provenance(content, source)
     classes = known_classes(state, source)
     number = ["MODEL.ROI_BOX_HEAD.NUM_CLASSES", str(classes)] if classes else []
     config = load(Config, translate_flags([*words, *number]), os.environ, IGNORED_FLAGS).config
     model = MaskRCNN(config)
     load_exactly(model, converted(model, state, source, str(path)), str(path))
-    part = out.with_name(f".{out.name}.part")
-    torch.save({"model": model.state_dict()}, part)
-    os.replace(part, out)
-    advice = f", whose networks want {source.advice}" if source.advice else ""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(out, {"model": dict(model.state_dict()), "origin": origin, "advice": wanted})
+    advice = f", whose networks want {wanted}" if wanted else ""
     number = f" of {classes - 1} classes" if classes else ""
-    return [f"{path}: a network{number} of {source.program}{advice}", f"written: {out}"]
+    return [f"{path}: a network{number} of {origin}{advice}", f"written: {out}"]
 
 
 def main(argv: Sequence[str]) -> int:

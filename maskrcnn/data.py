@@ -41,4 +41,7 @@ def infer(model: MaskRCNN, batch: Batch, autocast: Callable[[], AbstractContextM
     return tuple(found if found.masks is not None else found[:3])
 
 
-DETECTOR = Detector(recipe, infer, classes=80, masks=lambda config: config.mask_on and not config.rpn_only)
+DETECTOR = Detector(
+    recipe, infer, classes=80, masks=lambda config: config.mask_on and not config.rpn_only,
+    proposals=lambda config: config.rpn_only,
+)  # fmt: skip

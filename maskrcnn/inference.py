@@ -57,7 +57,7 @@ class COCODemo:
         words += ["--score-threshold", str(confidence_threshold)]
         found = load(Config, translate_flags([*words, *configuration, *size]), {}, IGNORED_FLAGS)
         self.config = complete(found.config, found.sources)
-        saved = load_checkpoint(self.config.checkpoint)
+        saved = load_checkpoint(self.config.checkpoint, self.config.program)
         count = len(saved.get("classes") or names) or self.config.roi_box_head_num_classes - 1
         own = [(i, name) for i, name in saved.get("classes") or []]
         self.classes = own or list(enumerate(names or map(str, range(1, count + 1)), 1))

@@ -124,7 +124,7 @@ class MaskRCNN(nn.Module):
             return out.flip(1) if self.bgr else out
         rows, columns = (torch.arange(n, device=extent.device) for n in images.shape[2:])
         covered = (rows < extent[:, :1])[:, :, None] & (columns < extent[:, 1:])[:, None]
-        out = out.masked_fill(~covered[:, None], 0)
+        out.masked_fill_(~covered[:, None], 0)  # in place: the layout stays
         return out.flip(1) if self.bgr else out
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ import datetime
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,8 +15,19 @@ from maskrcnn.config import Config
 from maskrcnn.last_checkpoint import LAST
 
 FINAL = "model_final.pth"
-METRICS = {"AP": "BBOX_mAP", "segm_AP": "MASK_mAP"}  # and what the summary calls them
+METRICS = {"AP": "BBOX_mAP", "segm_AP": "MASK_mAP", "AR@100": "AR@100", "AR@1000": "AR@1000"}
+"""And what the summary calls them."""
 WINDOW = 20  # intervals that a median is of
+
+
+def inference_speed(found: Mapping[str, float]) -> dict[str, float]:
+    """Images a second, and seconds of a batch where they were measured, under the summary's names.
+
+    found: of `inference.evaluate` or `benchmark`, in milliseconds.
+    """
+    names = {"latency_avg": "mean_ms", "latency_90": "p90_ms", "latency_95": "p95_ms", "latency_99": "p99_ms"}
+    times = {name: found[key] / 1e3 for name, key in names.items() if key in found}
+    return {"inference_perf_fps": found["images_per_s"], **times}
 
 
 def checkpoint_file(config: Config, step: int, completed: int | None) -> Path | None:
@@ -48,12 +59,12 @@ class Trainer:
         except OSError as error:
             raise unwritable("--output-dir", path, error) from error
 
-    def step(self, fields: dict[str, Any]) -> None:
-        """The line of an interval."""
+    def step(self, fields: dict[str, Any], steps: int) -> None:
+        """The line of an interval of so many steps."""
         seconds = self.images_per_step / max(fields["images_per_s"], 1e-9)
         times = {"time": seconds, "data": seconds * fields["data_wait"]}
-        parts = [self._meter(name, value) for name, value in {"loss": fields["loss"], **fields["terms"]}.items()]
-        parts += [self._meter(name, value) for name, value in times.items()]
+        values = {"loss": fields["loss"], **fields["terms"], **times}
+        parts = [self._meter(name, value, steps) for name, value in values.items()]
         count, total = self.sums["time"]
         eta = datetime.timedelta(seconds=round(total / count * (fields["last_step"] - fields["step"])))
         memory = round(self.memory_gib() * 1024)
@@ -62,16 +73,19 @@ class Trainer:
         ))  # fmt: skip
 
     def end(self, seconds: float, steps: int) -> None:
-        """The last line of a training."""
+        """The last lines of a training: the trainer's, and what scripts/train_benchmark.sh makes of it, printed too."""
         whole = str(datetime.timedelta(seconds=round(seconds)))
-        self._write(f"Total training time: {whole} ({seconds / max(steps, 1):.4f} s / it)")
+        self._write(f"Total training time: {whole} ({seconds / steps:.4f} s / it)")
+        line = f"Training perf is: {steps * self.images_per_step / seconds:f} FPS"
+        print(line, file=self.file, flush=True)
+        print(line, flush=True)
 
-    def _meter(self, name: str, value: float) -> str:
+    def _meter(self, name: str, value: float, steps: int) -> str:
         recent = self.recent.setdefault(name, deque(maxlen=WINDOW))
         recent.append(value)
         count, total = self.sums.get(name, (0, 0.0))
-        self.sums[name] = count + 1, total + value
-        return f"{name}: {statistics.median(recent):.4f} ({(total + value) / (count + 1):.4f})"
+        count, total = self.sums[name] = count + steps, total + value * steps
+        return f"{name}: {statistics.median(recent):.4f} ({total / count:.4f})"
 
     def _write(self, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -90,6 +104,7 @@ class Records:
         self.images_per_step, self.memory_gib = images_per_step, memory_gib
         self.trainer: Trainer | None = None
         self.before = self.steps = 0  # of the run, when this process began, and now
+        self.seconds = 0.0  # to the last step: what is evaluated after it is no training, as in the original
         self.newest = Path()
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
@@ -100,8 +115,8 @@ class Records:
             case "run_start":
                 self.before = self.steps = fields["step"]
             case "step":
-                self.steps = fields["step"]
-                self.trainer.step(fields)
+                self.trainer.step(fields, fields["step"] - self.steps)
+                self.steps, self.seconds = fields["step"], fields["time_s"]
                 data = {"learning_rate": fields["lr"], "loss": fields["loss"], **fields["terms"]}
                 self.summary.log((fields["epoch"] - 1, fields["step"] - 1), data)
             case "saved" if path := fields["file"]:
@@ -112,12 +127,10 @@ class Records:
             case "end":
                 if fields["status"] == SUCCESS and self.config.save_checkpoint:
                     self._finish()
-                seconds = fields["time_s"]
-                done = self.steps - self.before
-                self.trainer.end(seconds, done)
-                speed = {"e2e_train_time": seconds}
-                if seconds and done:
-                    speed["train_perf_fps"] = done * self.images_per_step / seconds
+                speed = {"e2e_train_time": self.seconds}
+                if done := self.steps - self.before:
+                    self.trainer.end(self.seconds, done)
+                    speed["train_perf_fps"] = done * self.images_per_step / self.seconds
                 self.summary.log((), speed)
 
     def _announce(self, path: Path) -> None:

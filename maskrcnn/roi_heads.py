@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from detcore import UserError
 from detcore.boxes import areas
 from detcore.nn.resnet import LastStage
+from detcore.ops.bias_relu import bias_relu
 from detcore.ops.match import match
 from detcore.ops.roi_align import roi_align
 from maskrcnn.anchors import pooled
@@ -207,7 +208,7 @@ class MaskLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i in range(1, self.count + 1):
-            x = F.relu(self.get_submodule(f"mask_fcn{i}")(x))
+            x = F.relu(self.get_submodule(f"mask_fcn{i}")(x), inplace=True)
         return x
 
 
@@ -230,11 +231,16 @@ class MaskPredictor(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """labels: int64 [R], 0..K; 0 is the background."""
-        x = F.relu(self.conv5_mask(x))
+        # The squares of 2 x 2 do not overlap: one matrix product, and only the few logits are put in their places.
+        up = self.conv5_mask.weight.permute(2, 3, 1, 0)  # [2, 2, hidden, C]
+        squares = F.linear(x.permute(0, 2, 3, 1), up.flatten(0, 2)).permute(0, 3, 1, 2)
+        squares = bias_relu(squares, self.conv5_mask.bias.repeat(4)).permute(0, 2, 3, 1)
+        squares = squares.unflatten(3, (2, 2, -1))  # [R, r, r, 2, 2, hidden]
         # As products with rows that choose a class: their gradients are sums in a fixed order.
         which = F.one_hot(labels, self.classes).to(self.mask_fcn_logits.weight.dtype)
         weight = which @ self.mask_fcn_logits.weight.flatten(1)
-        logits = torch.bmm(weight[:, None].to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:])[:, 0]
+        logits = torch.bmm(squares.flatten(1, 4), weight[:, :, None].to(squares.dtype)).view(squares.shape[:5])
+        logits = logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return logits + (which @ self.mask_fcn_logits.bias)[:, None, None].to(logits.dtype)
 
 

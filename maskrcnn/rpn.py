@@ -35,7 +35,7 @@ class RPNHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = [], []
         for x in features:
-            x = F.relu(self.conv(x))
+            x = F.relu(self.conv(x), inplace=True)
             logits.append(self.cls_logits(x).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.bbox_pred(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
         return logits, deltas

@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,16 @@ import torch
 from mlperf_logging.mllog import constants as keys
 
 from detcore import UserError
-from detcore.cli import run_main
+from detcore.cli import OK, run_main
 from detcore.config import DEFAULT
 from detcore.data.batch import Batch
 from detcore.detection import inference
+from detcore.detection.benchmark import benchmark
 from detcore.detection.config import adopt_checkpoint
 from detcore.detection.detector import Inference, class_count, examples, open_data
 from detcore.detection.program import draw_gallery, program
+from detcore.device.base import Backend
+from detcore.device.select import resolve
 from detcore.nn import optim
 from detcore.nn.schedule import warmup_multistep
 from detcore.ops.mask_targets import mask_targets
@@ -37,7 +39,7 @@ from maskrcnn.flags import translate_flags
 from maskrcnn.last_checkpoint import LAST, last_checkpoint
 from maskrcnn.loss import losses
 from maskrcnn.model import MaskRCNN
-from maskrcnn.records import METRICS, Records, checkpoint_file
+from maskrcnn.records import METRICS, Records, checkpoint_file, inference_speed
 from maskrcnn.weights import load_weights
 
 INTRO = (
@@ -48,13 +50,21 @@ INTRO = (
     "--dataset-path DIR."
 )
 
+EPILOG = (
+    "What users of the originals type, with - or _ in flags: --config-file FILE, their YAML file or one of configs/ by "
+    "its published name; KEY VALUE pairs of its tree before or after it, also behind --opts, which override the "
+    "file; --max-steps N for SOLVER.MAX_ITER N (0: as without); --fp16 and --amp for --precision auto; "
+    "--skip-checkpoint for SAVE_CHECKPOINT False; --skip-test, --skip-eval, --infer-steps and --json-summary as they "
+    "are. What test_net.py does is --mode evaluate. Accepted without effect: " + ", ".join(IGNORED_FLAGS) + "."
+)
+
 
 def build_model(config: Config, num_classes: int) -> MaskRCNN:
     """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
     config = dataclasses.replace(config, roi_box_head_num_classes=num_classes + 1)
     model = MaskRCNN(config)
     if config.checkpoint:
-        if average := load_checkpoint(config.checkpoint).get("ema"):
+        if average := load_checkpoint(config.checkpoint, config.program).get("ema"):
             model.load_state_dict(average)
             return model
         config = dataclasses.replace(config, weights=str(config.checkpoint))
@@ -80,7 +90,6 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
     decay = config.solver_steps, config.solver_gamma
     warmup = config.solver_warmup_method, config.solver_warmup_iters, config.solver_warmup_factor
     images_per_step = config.batch_size * config.accumulate * context.world.size
-    box_target, mask_target = config.targets
 
     def loss(network: torch.nn.Module, batch: Batch) -> dict:
         return losses(model, batch, mask_targets, network=network)
@@ -92,12 +101,12 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
         loss=loss,
         open_data=lambda: open_data(DETECTOR, config, context, evaluation),
         prepare_evaluation=lambda: evaluation.prepare(model, model.num_classes),
-        targets={"AP": box_target} | ({"segm_AP": mask_target} if DETECTOR.masks(config) else {}),
+        targets=targets(config),
         accuracy_names={"AP": "BBOX", "segm_AP": "SEGM"},
         eval_epochs=partial(evaluates, config),
         total_steps=None if config.epochs else config.solver_max_iter,
         hyperparameters=hyperparameters(config),
-        notes=notes(config, classes),
+        notes=(*started_from(config), *notes(config, classes)),
         examples=lambda: examples(DETECTOR, config, model.num_classes, context.seed),
         observe=Records(config, summary, images_per_step, context.backend.peak_memory_gib) if summary else None,
         checkpoint_file=partial(checkpoint_file, config),
@@ -105,10 +114,16 @@ def build_task(config: Config, context: Context, summary: JsonSummary | None = N
     )
 
 
+def targets(config: Config) -> dict[str, float | None]:
+    """As `Task` has them: AP of boxes and of masks, or the recall of proposals, which has none."""
+    boxes, masks = config.targets
+    if config.rpn_only:
+        return {"AR@1000": None}
+    return {"AP": boxes} | ({"segm_AP": masks} if DETECTOR.masks(config) else {})
+
+
 def evaluates(config: Config, completed: int, epochs: int) -> bool:
     """Whether to evaluate after so many epochs of so many."""
-    if config.rpn_only:
-        return False
     return not config.synthetic and (config.per_epoch_eval or (completed == epochs and not config.skip_test))
 
 
@@ -129,6 +144,14 @@ def hyperparameters(config: Config) -> dict:
     }
 
 
+def started_from(config: Config) -> tuple[str, ...]:
+    """What the weights of a run that begins are, in words."""
+    if config.resume:
+        return ()
+    given = config.checkpoint or (config.pretrained and not config.synthetic and config.weights)
+    return (f"The network begins with the weights of {given}." if given else "The network begins with random weights.",)
+
+
 STRIDES = {"FPN": (4, 8, 16, 32, 64), "C4": (16,), "C5": (32,)}
 """Of a body's maps, by where it ends."""
 
@@ -136,7 +159,7 @@ STRIDES = {"FPN": (4, 8, 16, 32, 64), "C4": (16,), "C5": (32,)}
 def notes(config: Config, classes: int) -> tuple[str, ...]:
     """What a reader of this run must know."""
     said = []
-    if config.roi_box_head_num_classes != classes + 1:
+    if config.roi_box_head_num_classes != classes + 1 and not config.rpn_only:
         said.append(
             f"The heads have {classes + 1} outputs, for the data set's classes and the background; "
             f"MODEL.ROI_BOX_HEAD.NUM_CLASSES says {config.roi_box_head_num_classes}."
@@ -156,10 +179,21 @@ def notes(config: Config, classes: int) -> tuple[str, ...]:
                 f"WARNING: MODEL.ROI_{head.upper()}_HEAD.POOLER_SCALES {own}: the maps of {config.backbone_conv_body} "
                 f"have the scales {scales}, so that regions are read from other places."
             )
+    begins = config.mode == "train" and not (config.checkpoint or config.resume or config.synthetic)
+    if begins and not (config.pretrained and config.weights) and config.backbone_freeze_conv_body_at:
+        said.append(
+            f"WARNING: MODEL.BACKBONE.FREEZE_CONV_BODY_AT {config.backbone_freeze_conv_body_at} keeps the first stages "
+            "at their random weights; give 0, and a body with group normalisation (configs/gn_baselines/scratch_*), "
+            "since batch normalisation is frozen in the others."
+        )
     if not config.dataloader_aspect_ratio_grouping:
         said.append("DATALOADER.ASPECT_RATIO_GROUPING False changes nothing: all images of a batch share a canvas.")
+    if config.mode == "train" and len(config.datasets_test) > 1:
+        said.append(
+            f"Evaluates on {config.datasets_test[0]}, the first of DATASETS.TEST; --mode evaluate scores each of them."
+        )
     if config.rpn_only:
-        said.append("Proposals have no class, so there is no AP; --mode evaluate --skip-eval writes them.")
+        said.append("Proposals have no class, so that there is no AP: evaluation gives their average recall, AR.")
     return tuple(said)
 
 
@@ -179,30 +213,54 @@ def train(config: Config, world: World) -> int:
 
 
 def evaluate(config: Config, world: World) -> int:
-    """`--mode evaluate`: as all detectors, with the results where the original has them and its line on speed."""
-    if config.rpn_only and not config.skip_eval:
-        raise UserError(
-            "MODEL.RPN_ONLY True: proposals have no class and so no AP; --skip-eval writes them to "
-            f"{config.output_dir}/inference"
-        )
+    """`--mode evaluate`: as all detectors, on each set of DATASETS.TEST, with the results where the original has them.
+
+    The numbers of several sets lie beside the results of each.
+    """
     summary = open_summary(config, world)
-    name = config.datasets_test[0] if config.datasets_test else config.dataset
-    results = config.output_dir / "inference" / name
-    began = time.perf_counter()
-    part = max(config.infer_steps, 0)
-    code = inference.evaluate(config, DETECTOR, build_model, results, not config.skip_eval, part)
+    folders = {name: config.output_dir / "inference" / name for name in config.datasets_test or [config.dataset]}
+    sets = {name: dataclasses.replace(config, datasets_test=(name,), output_dir=folder)
+            for name, folder in folders.items()} if len(folders) > 1 else dict.fromkeys(folders, config)  # fmt: skip
+    for one in sets.values():
+        one.check_folders()
+    with engine.joined(config) as processes:
+        for name, one in sets.items():
+            _evaluate_set(one, name, folders[name], summary, processes)
+    return OK
+
+
+def _evaluate_set(
+    config: Config, name: str, results: Path, summary: JsonSummary | None, processes: tuple[World, Backend]
+) -> None:
+    """`evaluate` on one set, with the original's line on speed. results: the folder of the detections."""
+    size, part = processes[0].size, max(config.infer_steps, 0)
+    found: dict[str, float] = {}
+    inference.evaluate(config, DETECTOR, build_model, results, not config.skip_eval, part, found.update, processes)
     if summary is None:
-        return code
-    seconds = time.perf_counter() - began
-    took = datetime.timedelta(seconds=round(seconds))
-    print(f"Total inference time: {took} on {world.size} devices; the results lie in {results}")
-    data = {"e2e_infer_time": seconds, "eval_dataset_name": name}
+        return
+    each = found["seconds"] * size / found["images"]
+    took = datetime.timedelta(seconds=round(found["seconds"]))
+    print(f"Total inference time: {took} ({each:.4f} s / img per device, on {size} devices)")
+    print(f"Inference perf is: {found['images_per_s']:.2f} FPS; the results lie in {results}")
+    data = {"e2e_infer_time": found["seconds"], "eval_dataset_name": name, **inference_speed(found)}
     if not config.skip_eval and not part:
-        found = json.loads((config.output_dir / "evaluation.json").read_text(encoding="utf-8"))
-        data |= {key: found[metric] for metric, key in METRICS.items() if metric in found}
-        print("".join(compared(config, found)), end="")
+        scores = json.loads((config.output_dir / "evaluation.json").read_text(encoding="utf-8"))
+        data |= {key: scores[metric] for metric, key in METRICS.items() if metric in scores}
+        print("".join(compared(config, scores)), end="")
     summary.log((), data)
-    return code
+
+
+def measure(config: Config, world: World) -> int:
+    """`--mode benchmark`: as all detectors, with the original's keys in the summary."""
+    summary = open_summary(config, world)
+
+    def report(results: list[dict[str, Any]]) -> None:
+        for result in results:  # those with data come last and are what counts
+            inferring = result["name"].startswith("inference")
+            data = inference_speed(result) if inferring else {"train_perf_fps": result["images_per_s"]}
+            summary.log((), data)
+
+    return benchmark(config, DETECTOR, build_task, report=report)
 
 
 def compared(config: Config, found: Mapping[str, Any]) -> list[str]:
@@ -210,7 +268,7 @@ def compared(config: Config, found: Mapping[str, Any]) -> list[str]:
     lines = []
     for one in config.test_expected_results:
         kind, metric, mean, deviation = one.split(":")
-        name = {"bbox": metric, "segm": f"segm_{metric}"}.get(kind)
+        name = {"bbox": metric, "segm": f"segm_{metric}", "box_proposal": metric}.get(kind)
         if name not in found:
             raise UserError(
                 f"TEST.EXPECTED_RESULTS {one}: there is no {kind} {metric}; evaluation.json has what there is"
@@ -226,8 +284,18 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
 
     As in the original a folder with a file last_checkpoint goes on from there, which is said: a training with --resume,
     or from the weights if the checkpoint is another program's; evaluation and prediction with that checkpoint.
+    Raises UserError on a TPU.
     """
+    if resolve(config.device, config.precision)[0] == "tpu":
+        most = max(config.rpn_post_nms_top_n_train, config.rpn_post_nms_top_n_test)
+        raise UserError(
+            f"Mask R-CNN does not run on a TPU: suppression takes one step for each of the {most} proposals that may "
+            "stay, and a TPU's compiler would write them all out (docs/tpu.md). Choose --device cpu, or a GPU"
+        )
     world, _ = launcher.discover(os.environ)
+    config, overruled = config.with_said_dataset(sources)
+    if world.rank == 0 and overruled:
+        print("\n".join(overruled), file=sys.stderr)
     config = config.over_processes(world.size, sources)
     changes = {}
     if config.save_checkpoint and sources["checkpoint_interval"] == DEFAULT:
@@ -242,7 +310,8 @@ def complete(config: Config, sources: dict[str, str]) -> Config:
         print(
             f"{config.output_dir} has a file {LAST}: goes on from {newest} (--overwrite begins anew)", file=sys.stderr
         )
-    config = adopt_checkpoint(dataclasses.replace(config, **changes), ADOPTED, sources)
+    known = [name for name in ADOPTED if name != "datasets_test" or sources["dataset"] == DEFAULT]
+    config = adopt_checkpoint(dataclasses.replace(config, **changes), known, sources)
     if config.mode == "predict":  # what is asked for is not left out by another threshold, also the checkpoint's own
         least = min(config.roi_heads_score_thresh, config.score_threshold)
         config = dataclasses.replace(config, roi_heads_score_thresh=least)
@@ -266,6 +335,7 @@ def main(argv: Sequence[str]) -> int:
         argv,
         module="maskrcnn.train",
         intro=INTRO,
+        epilog=EPILOG,
         config_class=Config,
         benchmark=BENCHMARK,
         detector=DETECTOR,
@@ -274,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
         ignored_flags=IGNORED_FLAGS,
         translate=translate_flags,
         complete=complete,
-        modes={"train": train, "evaluate": evaluate},
+        modes={"train": train, "evaluate": evaluate, "benchmark": measure},
     )
 
 

@@ -3,18 +3,20 @@
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detcore import UserError
+from detcore.foreign import not_weights
 from detcore.nn.detectron import CATALOG
-from detcore.nn.resnet import read_weights
+from detcore.nn.weights import read_weights
+from detcore.torch_file import cached
 
 _PREFIX = "catalog://"
 _NUMPY = {
@@ -41,28 +43,37 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def find(weights: str) -> Path:
-    """The file that MODEL.WEIGHT names: catalog://..., an address, of which the cache has the file, or a path.
+def find(weights: str, said_by: str = "MODEL.WEIGHT") -> Path:
+    """The file that an option names: catalog://..., an address, of which the cache has the file, or a path.
 
+    A file that lies in the cache itself, as torch.hub puts it there, stands for any address of its name, which is said.
     Raises UserError, which says how to fetch it, where the file does not exist.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if weights.startswith(_PREFIX):
         name = weights.removeprefix(_PREFIX)
         if name not in CATALOG:
-            raise UserError(f"MODEL.WEIGHT {weights} is unknown; after catalog:// stands one of {', '.join(CATALOG)}")
+            raise UserError(f"{said_by} {weights} is unknown; after catalog:// stands one of {', '.join(CATALOG)}")
         path, fetch = cache / CATALOG[name].file, f"public-scripts/download_backbone.sh -d DIR {name}"
     elif weights.startswith(("http://", "https://")):
-        path = cache / Path(unquote(urlsplit(weights).path)).name
-        fetch = f"public-scripts/download.py file -d DIR/hub/checkpoints {weights}"
+        path = cached(weights)
+        fetch = f"public-scripts/download.py file -d DIR/{path.parent.relative_to(cache.parent.parent)} {weights}"
+        shared = cache / path.name
+        if not path.is_file() and shared.is_file():
+            print(f"{weights}: {shared} is taken for it, which has the same name; its own place is {path}",
+                  file=sys.stderr)  # fmt: skip
+            path = shared
     else:
         path, fetch = Path(weights), ""
     if path.is_file():
         return path
     advice = f"fetch it with `{fetch}` and set TORCH_HOME=DIR" if fetch else "correct the path"
-    raise UserError(
-        f"MODEL.WEIGHT {weights}: there is no {path}; {advice}, or begin with random weights by MODEL.WEIGHT ''"
+    begin = (
+        f", or begin with random weights by {said_by} '' and a configs/gn_baselines/scratch_*.yaml"
+        if said_by == "MODEL.WEIGHT"
+        else ""
     )
+    raise UserError(f"{said_by} {weights}: there is no {path}; {advice}{begin}")
 
 
 def read(path: Path) -> Mapping[str, Any]:
@@ -76,7 +87,8 @@ def read(path: Path) -> Mapping[str, Any]:
     data = path.read_bytes()
     published = next((one for one in CATALOG.values() if one.file == path.name), None)
     if published and published.md5 and hashlib.md5(data).hexdigest() != published.md5:
-        raise UserError(f"{path} is not the published file: its md5 is not {published.md5}; fetch it again")
+        other = f"is not the published file: its md5 is not {published.md5}; fetch it again"
+        raise UserError(f"{path} {not_weights(path) or other}")
     return _unpickled(data, path)
 
 
@@ -84,7 +96,8 @@ def _unpickled(data: bytes, path: Path) -> Mapping[str, Any]:
     try:
         content = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises any type
-        raise UserError(f"{path} can't be read as weights ({error}); fetch it again") from error
+        told = not_weights(path) or f"can't be read as weights ({error}); fetch it again"
+        raise UserError(f"{path} {told}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds {type(content).__name__}, not a dictionary of weights")
     return tensors(content)

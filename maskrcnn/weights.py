@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from detcore import UserError
 from detcore.config import DEFAULT, load
-from detcore.nn.resnet import load_exactly
+from detcore.nn.weights import load_exactly
+from detcore.training.checkpoint import refuse_other_program
 from maskrcnn.config import Config
 from maskrcnn.flags import translate_flags
 from maskrcnn.weight_files import find, read, state_of
@@ -166,8 +167,11 @@ def load_weights(model: nn.Module, config: Config, training: bool) -> list[str]:
     that are missing, unexpected or of another shape, and for evaluation where a part or the classes would be missing.
     """
     path = find(config.weights)
-    state = state_of(read(path))
+    content = read(path)
+    refuse_other_program(content, path, config.program)
+    state = state_of(content)
     source = source_of(state, path)
+    origin, advice = provenance(content, source)
     own, notes = converted(model, state, source, str(path)), []
     target = model.state_dict()
     for part in _PARTS:
@@ -187,9 +191,15 @@ def load_weights(model: nn.Module, config: Config, training: bool) -> list[str]:
         own |= {name: value for name, value in target.items() if name.startswith(_OF_CLASSES)}
         notes.append(f"{said}: the layers that predict them (cls_score, bbox_pred, mask_fcn_logits) begin anew")
     load_exactly(model, own, str(path))
-    if _differs(config, source.advice):
-        notes.append(f"{path} is of {source.program}, whose networks want {source.advice}")
+    if _differs(config, advice):
+        notes.append(f"{path} is of {origin}, whose networks want {advice}")
     return notes
+
+
+def provenance(content: Mapping, source: _Source) -> tuple[str, str]:
+    """The program that trained a file's network, and what its networks want: the converter's word, or the source's."""
+    said = content.get("origin"), content.get("advice")
+    return said if all(isinstance(one, str) for one in said) else (source.program, source.advice)
 
 
 def _differs(config: Config, advice: str) -> bool:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from detcore import UserError
 from detcore.device import native
 from detcore.device.streams import side_by_side
-from detcore.nn.resnet import ResNet, load_exactly, other_number_of_classes
+from detcore.nn.resnet import ResNet
+from detcore.nn.weights import load_with_classes
 from detcore.ops.bias_relu import conv2d, conv_bias_relu
 from detcore.ops.conv3x3 import EightBits, conv3x3, in_8_bits
 from detcore.ops.fold import autocast_dtype, narrow_copies
@@ -241,12 +242,4 @@ def load_reference_state(
         return re.sub(r"(_head\.conv)\.(\d+)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", key)
 
     state = {own_name(str(key)): value for key, value in state.items()}
-    known = known_classes(state)
-    if known in (None, model.num_classes):
-        load_exactly(model, state, source)
-        return False
-    if not other_classes:
-        raise UserError(other_number_of_classes(source, known, model.num_classes))
-    state = {key: value for key, value in state.items() if not key.startswith(_CLASSES)}
-    load_exactly(model, state | {k: v for k, v in model.state_dict().items() if k.startswith(_CLASSES)}, source)
-    return True
+    return load_with_classes(model, state, source, known_classes(state), _CLASSES, other_classes=other_classes)

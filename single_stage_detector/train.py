@@ -42,7 +42,7 @@ def build_model(config: Config, num_classes: int) -> RetinaNet:
         anchor_sizes=config.anchor_sizes,
     )
     if config.checkpoint:
-        saved, source = load_checkpoint(config.checkpoint), str(config.checkpoint)
+        saved, source = load_checkpoint(config.checkpoint, config.program), str(config.checkpoint)
         if load_reference_state(model, saved.get("ema") or saved, source, other_classes=config.weights_only):
             print(f"{source} knows other classes: the layer that predicts them starts anew", file=sys.stderr)
     elif config.pretrained and not config.resume and not config.synthetic:

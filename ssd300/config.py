@@ -195,12 +195,14 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
     """A command line for the original programs with the flags of this one.
 
     Underscores in flags become dashes, as the TPU variant's have them; a bare --save gets its folder, a bare list is
-    empty. What says the precision becomes --precision (`_precision`).
+    empty. What says the precision becomes --precision (`_precision`). Raises UserError for --image-size.
     """
     words: list[str] = []
     dashed = [_dashed(word) for word in argv]
     precision = _precision(dashed)
     for word, after in zip(dashed, [*dashed[1:], "--"]):
+        if word.partition("=")[0] == "--image-size":
+            raise UserError(f"{word}: SSD300 sees images of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} pixels only; leave it out")
         if word == "--save" and after.startswith("-"):
             words += ["--save", "models"]
         elif word in _LISTS and after.startswith("-") and not after[1:2].isdigit():

@@ -21,7 +21,7 @@ from detcore.data.transforms import read_image
 from detcore.device.select import select_backend
 from detcore.training.checkpoint import load_checkpoint
 from ssd300.anchors import IMAGE_SIZE, priors
-from ssd300.config import NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
+from ssd300.config import BENCHMARK, NMS_THRESHOLD, SCORE_THRESHOLD, TOPK_PER_CLASS, Config
 from ssd300.model import SSD300, known_backbone, known_classes, load_original_state, scale_as_the_originals_inference
 from ssd300.postprocess import postprocess
 
@@ -95,7 +95,7 @@ def load_model(checkpoint: Path, backbone: str | None = None) -> tuple[SSD300, l
     Where a checkpoint does not say its backbone, as the original's, the weights do, unless `backbone` says another.
     Raises UserError for a file that is no checkpoint of SSD300.
     """
-    saved = load_checkpoint(checkpoint)
+    saved = load_checkpoint(checkpoint, BENCHMARK)
     stored = saved.get("config") or {}
     config = from_dict(Config, {key: stored[key] for key in ("backbone", "predictor_norm") if key in stored})
     state = saved.get("ema") or saved.get("model", saved)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
-from detcore.nn.resnet import ResNet, load_exactly, other_number_of_classes
+from detcore.nn.resnet import ResNet
+from detcore.nn.weights import load_with_classes
 from detcore.ops.normalize import normalize
 from ssd300.anchors import IMAGE_SIZE, PER_CELL, priors
 
@@ -171,15 +172,7 @@ def load_original_state(
         )
 
     state = {own_name(str(key)): value for key, value in state.items()}
-    known = known_classes(state)
-    keeps = known not in (None, model.num_classes)
-    if keeps and not other_classes:
-        raise UserError(other_number_of_classes(source, known, model.num_classes))
-    if keeps:
-        state = {key: value for key, value in state.items() if not key.startswith(_CLASSES)}
-        state |= {key: value for key, value in model.state_dict().items() if key.startswith(_CLASSES)}
-    load_exactly(model, state, source)
-    return keeps
+    return load_with_classes(model, state, source, known_classes(state), _CLASSES, other_classes=other_classes)
 
 
 @torch.no_grad()

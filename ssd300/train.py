@@ -64,7 +64,7 @@ def build_model(config: Config, num_classes: int) -> SSD300:
     """The model of a config with its starting weights, on the CPU. Raises UserError if weights are missing."""
     model = SSD300(config.backbone, num_classes, config.predictor_norm)
     if config.checkpoint:
-        saved = load_checkpoint(config.checkpoint)
+        saved = load_checkpoint(config.checkpoint, config.program)
         weights, source = saved.get("ema") or saved, str(config.checkpoint)
         if load_original_state(model, weights, source, other_classes=config.weights_only):
             print(f"{source} knows another number of classes: the layers that predict them start anew", file=sys.stderr)
@@ -138,7 +138,7 @@ def adopt_checkpoint(config: Config, sources: dict[str, str]) -> Config:
     file of --save has its settings. Where training takes the weights alone, it is the network alone. The original's
     checkpoints have no config; their weights tell the backbone.
     """
-    saved = load_checkpoint(config.checkpoint)
+    saved = load_checkpoint(config.checkpoint, config.program)
     known = saved.get("config") or {"backbone": known_backbone(saved.get("model", saved))}
     names = ADOPTED
     if config.mode in TRAINING_MODES:
@@ -162,7 +162,7 @@ def go_on(config: Config, world: World) -> Config:
     """
     if not config.checkpoint or config.resume:
         return config
-    path, saved = config.checkpoint, load_checkpoint(config.checkpoint)
+    path, saved = config.checkpoint, load_checkpoint(config.checkpoint, config.program)
     if config.weights_only or not _goes_on(path, saved):
         if world.rank == 0:
             print(f"{path}: its weights alone are taken; training starts with epoch 0", file=sys.stderr)

@@ -5,11 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import emulation
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Drawn examples are the same in every run, or no change could trust a pass; --hypothesis-seed=N draws others.
+    # The health check is about fixtures with a state from example to example: those used with examples have none.
+    same = config.getoption("--hypothesis-seed") is None
+    settings.register_profile(
+        "same", derandomize=same, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    settings.load_profile("same")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are compared bit for bit: their threads must not adapt to load
     if not hasattr(config, "workerinput"):  # xdist's workers come after the process that starts them
         emulation.build_cpu_libraries()

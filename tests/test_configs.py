@@ -3,6 +3,7 @@
 What a benchmark's recipes are to be stands in tests/<benchmark>/test_recipes.py.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 
+from detcore import UserError
 from tests.configs import FILES, FOLDER, MODULES, PROGRAMS, ROOT, exports, launch, settings, triple, variables
 
 DEMOS = [path for path in FILES if "cpu_demo" in path.name]
@@ -155,3 +157,11 @@ def test_what_all_benchmarks_share_names_none():
     own = [*MODULES, *(launch(name)["container_data"] for name in MODULES)]
     found = [(path.name, word) for path in [*launchers, *shared, *tests] for word in own if word in path.read_text()]
     assert len(own) > 3 and found == []
+
+
+@pytest.mark.parametrize("benchmark", MODULES)
+@pytest.mark.parametrize("flag", ["--eval-only", "--eval_only", "--evaluate", "--validate=1"])
+def test_every_program_knows_what_others_call_mode_evaluate(benchmark, flag):
+    program = importlib.import_module(f"{benchmark}.train")
+    with pytest.raises(UserError, match=r"unknown flag --\w.*\(did you mean --mode evaluate\?\)"):
+        program.main([flag, "--lr", "0.1"])

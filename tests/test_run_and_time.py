@@ -90,6 +90,7 @@ def test_one_rank_with_both_kinds_of_options(box):
         ([], {"OUTPUT_DIR": "/a & b/*/S_2"}, "/a & b/*/S_2"),
         (["--output-dir", "of the user"], {"OUTPUT_DIR": "/other"}, "of the user"),
         (["--output_dir=of_the=user"], {}, "of_the=user"),
+        (["--output", "of EfficientDet"], {"OUTPUT_DIR": "/other"}, "of EfficientDet"),
     ],
 )
 def test_output_in_extra_params_is_the_runs_folder(box, words, environ, folder):
@@ -161,6 +162,26 @@ def test_how_each_rank_ended_is_noted(box):
     done = box.run(EXITS_FILE=str(exits), SLURMD_NODENAME="n3", CODE="137", **SLURM)
     assert done.stderr == "run_and_time.sh: rank 5 on n3: the program was killed by signal 9 (KILL)\n"
     assert re.fullmatch(r"5 n3 3 \d{10}\n5 n3 137 \d{10}\n", exits.read_text())
+
+
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        ({"BENCHMARK": None}, "BENCHMARK is unset"), ({"BENCHMARK": "other"}, "there is no"),
+        ({"PATH": None}, "no python found"), ({"BIND": "1", "DGXNSOCKET": "2"}, "DGXSOCKETCORES"),
+        ({"DGXNGPU": "many"}, "unbound variable"),
+    ],
+)  # fmt: skip
+def test_an_end_before_the_program_starts_is_noted_too(box, environ, words):
+    """run.sub ends the other ranks once it reads that one has failed."""
+    if environ.pop("PATH", "") is None:
+        (box.bin / "python").unlink()
+    if "BIND" in environ:
+        box.put("numactl")
+    exits = box.notes / "exits.txt"
+    done = box.run(**{"EXITS_FILE": str(exits), "SLURMD_NODENAME": "n3", **SLURM, **environ})
+    assert words in done.stderr and done.returncode != 0 and not (box.notes / "argv").exists()
+    assert re.fullmatch(rf"5 n3 {done.returncode} \d{{10}}\n", exits.read_text())
 
 
 @pytest.mark.parametrize("word", ["--print-config", "--help", "-h"])

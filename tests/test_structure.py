@@ -250,6 +250,10 @@ def test_tools_that_need_no_torch_start_without_it():
     single = ("gpu_check", "gpu_carry", "preflight", "compare_losses", "make_scenes", "make_openimages", "tpu_check")
     help_of("without torch", *(f"tools.{name}" for name in single))
     help_of("without torch", *(f"tools.bench.{name}" for name in ("evaluation", "index", "openimages", "shards")))
+    for name in ("report", "trials", "package_results"):  # older names, also as modules; each becomes another process
+        command = [sys.executable, "-m", f"tools.{name}", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
 def test_every_benchmark_says_what_it_does():

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """The older name of `python -m tools.submission package`; see tools/submission/package.py."""
 
-from run_module import run
+if __package__:
+    from tools.run_module import run  # python -m tools.package_results
+else:
+    from run_module import run
 
 run("tools.submission.package")

@@ -51,13 +51,15 @@ class PasteChanges {
     inside_ = inside;
   }
 
-  // COCO's letters: numbers by five bits, from the fourth on the difference to the one two before.
-  std::string text(int64_t pixels) {
+  // COCO's letters: numbers by five bits, from the fourth on the difference to the one two before. area: the pixels
+  // inside, every second count.
+  std::string text(int64_t pixels, int64_t& area) {
     if (places_.empty() || places_.back() < pixels) places_.push_back(pixels);
     std::string letters;
     int64_t before[3] = {0, 0, 0};  // the two counts before, and the place
     for (size_t i = 0; i < places_.size(); ++i) {
       const int64_t count = places_[i] - before[2];
+      if (i % 2) area += count;
       int64_t number = i > 2 ? count - before[i % 2] : count;
       before[i % 2] = count;
       before[2] = places_[i];
@@ -87,7 +89,7 @@ static std::vector<float> bordered(const float* mask, int side) {
 }
 
 static std::string paste_one(const float* mask, int side, const float* box, int64_t height, int64_t width,
-                             float threshold) {
+                             float threshold, int64_t& area) {
   const int size = side + 2;
   const PasteAxis across(box[0], box[2], size, width), down(box[1], box[3], size, height);
   const std::vector<float> columns = bordered(mask, side);
@@ -120,11 +122,11 @@ static std::string paste_one(const float* mask, int side, const float* box, int6
     if (down.end < height) changes.set(false, top + down.end);
   }
   if (across.end < width) changes.set(false, across.end * height);
-  return changes.text(height * width);
+  return changes.text(height * width, area);
 }
 
-static std::tuple<Tensor, Tensor> paste(const Tensor& masks, const Tensor& boxes, const Tensor& sizes,
-                                        double threshold) {
+static std::tuple<Tensor, Tensor, Tensor> paste(const Tensor& masks, const Tensor& boxes, const Tensor& sizes,
+                                                double threshold) {
   check(masks.scalar_type() == ScalarType::Float && masks.dim() == 3 && masks.size(1) == masks.size(2) &&
             masks.size(1) > 0 && masks.size(1) < (1 << 15),
         "masks must be float32 [D, M, M], M from 1 to 2^15 - 1");
@@ -138,10 +140,13 @@ static std::tuple<Tensor, Tensor> paste(const Tensor& masks, const Tensor& boxes
   const auto* size = static_cast<const int64_t*>(contiguous(sizes, "sizes").data_ptr());
   for (int64_t i = 0; i < 2 * count; ++i) check(size[i] > 0 && size[i] < (1 << 30), "sizes must be from 1 to 2^30 - 1");
   std::vector<std::string> texts(count);
+  const Tensor areas = torch::stable::empty({count}, ScalarType::Long, std::nullopt, masks.device());
+  auto* area = static_cast<int64_t*>(areas.data_ptr());
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      area[i] = 0;
       texts[i] = paste_one(mask + i * side * side, static_cast<int>(side), box + 4 * i, size[2 * i], size[2 * i + 1],
-                           static_cast<float>(threshold));
+                           static_cast<float>(threshold), area[i]);
     }
   });
   int64_t letters = 0;
@@ -153,10 +158,10 @@ static std::tuple<Tensor, Tensor> paste(const Tensor& masks, const Tensor& boxes
     at = std::copy(texts[i].begin(), texts[i].end(), at);
     static_cast<int64_t*>(counts.data_ptr())[i] = static_cast<int64_t>(texts[i].size());
   }
-  return {all, counts};
+  return {all, counts, areas};
 }
 
 }  // namespace detcore
 
-SCHEMAS(m) { m.def("paste(Tensor masks, Tensor boxes, Tensor sizes, float threshold) -> (Tensor, Tensor)"); }
+SCHEMAS(m) { m.def("paste(Tensor masks, Tensor boxes, Tensor sizes, float threshold) -> (Tensor, Tensor, Tensor)"); }
 CPU_OPS(m) { m.impl("paste", TORCH_BOX(&detcore::paste)); }

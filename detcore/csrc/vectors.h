@@ -7,3 +7,10 @@
 #else
 #define WIDE_VECTORS
 #endif
+
+// FLAT beside it: all calls inlined, so that they are compiled for wide vectors, too.
+#if defined(__GNUC__) && !defined(__clang__)
+#define FLAT __attribute__((flatten))
+#else
+#define FLAT
+#endif

@@ -16,8 +16,10 @@ Treatments, each with its count in `CocoIndex.counts`:
 * crowd box: kept, with its flag ("crowd boxes"). Area missing or null: width * height. `iscrowd` missing: 0.
 * only where masks are asked for (`CocoIndex.open`): a polygon of fewer than three points is left out ("polygons under
   three points left out"). A box without any mask is left out of training, unless it is crowd ("boxes without a mask
-  left out"), and scored as a mask without pixels ("annotations scored as empty masks"). A polygon with an odd number of
-  coordinates, an RLE of another size than its image, or one whose counts do not sum to it: error.
+  left out"), and scored as a mask without pixels ("annotations scored as empty masks"). One whose polygons all lie
+  outside of the image is kept, without pixels ("masks wholly outside of their image"). The first annotations of each
+  of these are named. A polygon with an odd number of coordinates, an RLE of another size than its image, or one whose
+  counts do not sum to it: error.
 * image listed but not in the folder ("missing images"): the folder is read once, when the cache is built, and again
   at each start while images are missing; the loaders refuse to start. All of them missing: error at once.
 * image in the folder but not listed: not used ("unlisted files").
@@ -35,6 +37,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,10 +46,11 @@ import numpy as np
 from detcore import UserError
 from detcore.data import columns as columns_file
 from detcore.data import exif, image_names, segmentations, shards, signs
-from detcore.data.collect import collect, training_boxes
+from detcore.data.collect import collect, training_boxes, within
 from detcore.data.files import read_bytes
 
-_MAGIC = b"detcore index 2\n"
+_MAGIC = b"detcore index 3\n"
+_LARGE = 16 << 20  # bytes of an annotation file from which reading it takes so long that it is announced
 
 
 class CocoIndex:
@@ -56,7 +60,7 @@ class CocoIndex:
     category_ids: int64 [K], the file's ids, ascending; the class index 0..K-1 is the position. category_names: K names.
     counts: what was found and how it was treated. missing: int64, positions of images that are not in the folder.
     content_hash: SHA-256 of the annotation file, in hexadecimal. signs: see `detcore.data.signs`; exif: what
-    `detcore.data.exif.survey` found.
+    `detcore.data.exif.survey` found. named: ids of the first annotations of a count about masks.
     """
 
     def __init__(self, cache_file: Path, key: dict, header: dict, columns: dict[str, np.ndarray]) -> None:
@@ -67,6 +71,7 @@ class CocoIndex:
         self.content_hash: str = header["content_hash"]
         self.signs: dict[str, int] = header["signs"]
         self.exif: dict[str, int] = header["exif"]
+        self.named: dict[str, list[int]] = header["named"]
         self.missing = np.empty(0, np.int64)
         self.shards = shards.open_folder(self.image_dir) if key["shards"] else None
         self._cache_file, self._key, self._columns = cache_file, key, columns
@@ -182,17 +187,24 @@ class CocoIndex:
 
         Returns float32 [n, 4] x1, y1, x2, y2 in pixels of the original image; int64 [n] class index; bool [n] crowd.
         """
-        rows, boxes = self._training_rows(i)
-        return boxes, self._class_of[self._columns["ann_class"][rows]], self._columns["iscrowd"][rows] != 0
+        return self.boxes_of(np.array([i]))[1:]
 
-    def _training_rows(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """int [n], which annotations are the boxes of image i, and the boxes."""
+    def boxes_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes of int64 [n] images, those of the first one first: int64 [m], which of the n has the box, and the
+        three of `boxes`."""
+        of, rows, boxes = self._training_rows(images)
+        return of, boxes, self._class_of[self._columns["ann_class"][rows]], self._columns["iscrowd"][rows] != 0
+
+    def _training_rows(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int [m], which of the images has the box, int [m], which annotation it is, and the boxes."""
         starts = self._columns["starts"]
-        rows = self._columns["order"][starts[i] : starts[i + 1]]
-        boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[i], self.widths[i])
+        counts = starts[images + 1] - starts[images]
+        of = np.repeat(np.arange(len(images)), counts)
+        rows = self._columns["order"][within(counts) + starts[images][of]]
+        boxes, keep, _ = training_boxes(self._columns["bbox"][rows], self.heights[images][of], self.widths[images][of])
         if self.has_edges:
             keep &= (self._columns["iscrowd"][rows] != 0) | (self._columns["edge_counts"][rows] > 0)
-        return rows[keep], boxes[keep]
+        return of[keep], rows[keep], boxes[keep]
 
     @property
     def has_edges(self) -> bool:
@@ -205,10 +217,10 @@ class CocoIndex:
         Returns float32 [e, 4] x1, y1, x2, y2 in pixels of the original image, not clipped, and int64 [e, 2]: the
         position of the box in `boxes(i)`, and which of its parts the edge belongs to.
         """
-        rows, _ = self._training_rows(i)
-        counts, ends = self._columns["edge_counts"][rows], self._edge_ends[rows]
+        _, rows, _ = self._training_rows(np.array([i]))
+        counts = self._columns["edge_counts"][rows]
         box = np.repeat(np.arange(len(rows)), counts)
-        at = np.arange(len(box)) + np.repeat(ends - np.cumsum(counts), counts)
+        at = within(counts) + (self._edge_ends[rows] - counts)[box]
         part = self._columns["edge_parts"][at].astype(np.int64)
         return self._columns["edges"][at], np.stack([box, part], 1)
 
@@ -259,7 +271,7 @@ class CocoIndex:
             return None
         at = self._columns["ann_image"]
         sizes = np.stack([self.heights[at], self.widths[at]], 1).astype(np.int64)
-        return Rles(self._columns["rle_text"], self._columns["rle_counts"], sizes)
+        return Rles.read(self._columns["rle_text"], self._columns["rle_counts"], sizes)
 
     def summary(self, crowd: str = "keep") -> str:
         """A few lines for the start-up log: what the file holds and how it was treated.
@@ -275,6 +287,10 @@ class CocoIndex:
             f"  sha256 {self.content_hash[:16]}, category ids {self.category_ids[0]} to {self.category_ids[-1]}",
         ]
         lines += [f"  {', '.join(rest)}"] * bool(rest) + [f"  {line}" for line in exif.words(self.exif, len(self))]
+        for name, ids in self.named.items():
+            dots = ", ..." if self.counts[name] > len(ids) else ""
+            found = f"annotation{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}{dots}"
+            lines.append(f"  Warning: {self.annotation_file}: {name} {self.counts[name]:,}: {found}")
         return "\n".join(lines + [f"  Warning: {words}." for words in signs.suspicions(self.signs)])
 
     def check_images(self) -> None:
@@ -346,6 +362,11 @@ def _build(places: list[Path], name: str, key: dict) -> CocoIndex:
             with _only_one_builder(place):
                 index = _load(place / name, key)
                 if index is None:
+                    if key["size"] >= _LARGE:
+                        words = (
+                            f"{key['annotation_file']} ({key['size'] / 1e6:,.0f} MB) is read, once; {place} keeps it"
+                        )
+                        print(words, file=sys.stderr, flush=True)
                     columns_file.save(place / name, _MAGIC, *collect(key))
                     index = _load(place / name, key)
         except OSError as error:

@@ -20,19 +20,14 @@ from msgspec import Meta, Struct
 
 from detcore import UserError
 from detcore.data import segmentations
+from detcore.foreign import kind_of
 
 _PIECE = 8 << 20
+_NAMED = 5  # annotations of a treatment whose ids are kept
 _CUT = re.compile(rb"\}\s*(,)\s*\{")
 
 _RECODE = "if it was saved on Windows or in an old program: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 _BOM = b"\xef\xbb\xbf"
-_KINDS = {
-    b"\x1f\x8b": "a gzip file: gunzip it first.",
-    b"PK\3\4": "a zip archive: unzip it first, and name the JSON file inside.",
-    b"BZh": "a bzip2 file: bunzip2 it first.",
-    b"\xfd7zXZ": "an xz file: unxz it first.",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
-}
 
 # Ids travel as float64 in COCO result rows, and -1 marks padding, so only these are usable.
 _Id = Annotated[int, Meta(ge=0, le=2**53)]
@@ -71,7 +66,8 @@ class Parsed(NamedTuple):
 
     columns: image_ids int64 [I], heights and widths int32 [I], category_ids int64 [K] ascending, ann_image int32 [B]
     (position of the image), ann_class int32 [B] (position of the category), bbox float64 [B, 4] x, y, w, h in pixels,
-    area float64 [B], iscrowd uint8 [B]; with masks those of `segmentations.masks`.
+    area float64 [B], iscrowd uint8 [B]; with masks those of `segmentations.masks`. named: by a treatment of masks that
+    has a count, the ids of the first annotations that got it.
     """
 
     columns: dict[str, np.ndarray]
@@ -79,6 +75,7 @@ class Parsed(NamedTuple):
     category_names: list[str]
     counts: dict[str, int]
     content_hash: str
+    named: dict[str, list[int]]
 
 
 def parse(file: Path, masks: str | None = None) -> Parsed:
@@ -112,7 +109,7 @@ def _parse(file: Path, data: mmap.mmap, digest: str, masks: str | None) -> Parse
     image_columns, file_names, image_counts = _images(file, images)
     del images
     category_ids, category_names, category_counts = _categories(file, lists.categories)
-    annotations, annotation_counts = _annotations(file, lists.annotations, image_columns, category_ids, masks)
+    annotations, annotation_counts, named = _annotations(file, lists.annotations, image_columns, category_ids, masks)
     counts = {
         "images": len(file_names),
         "annotations": len(annotations["bbox"]),
@@ -122,7 +119,7 @@ def _parse(file: Path, data: mmap.mmap, digest: str, masks: str | None) -> Parse
         **annotation_counts,
     }
     columns = {**image_columns, "category_ids": category_ids, **annotations}
-    return Parsed(columns, file_names, category_names, counts, digest)
+    return Parsed(columns, file_names, category_names, counts, digest, named)
 
 
 def _other_kind(data: mmap.mmap) -> str | None:
@@ -134,13 +131,11 @@ def _other_kind(data: mmap.mmap) -> str | None:
             return f"this is {code} text, and JSON is UTF-8: iconv -f {code} -t UTF-8 OLD > NEW"
     if head[:4].count(0) in (2, 3):
         return "this is UTF-16 or UTF-32 text, and JSON is UTF-8; save the file as UTF-8."
-    for mark, told in _KINDS.items():
-        if head.startswith(mark):
-            return f"this is {told}"
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<annotation")):
-        return "this is HTML or XML, not JSON: a server's error page, or annotations to be converted to COCO's format."
-    if re.match(rb"\{\s*'", text):
+    if head.startswith(b"PK\3\4"):
+        return "this is a zip archive: unzip it first, and name the JSON file inside."
+    if told := kind_of(head):
+        return f"this is {told}. COCO's format is JSON; other annotations must be converted."
+    if re.match(rb"\{\s*'", head.lstrip()):
         return "this is what Python prints of a dictionary, not JSON: write it with json.dump instead of str."
     if re.match(rb"\{[^\n]*\}\s*\n\s*\{", data[: 1 << 16]):
         return "this is one JSON object a line (JSON Lines); a COCO file is one object with three lists."
@@ -252,7 +247,7 @@ def _categories(file: Path, raw: msgspec.Raw) -> tuple[np.ndarray, list[str], di
 
 def _annotations(
     file: Path, raw: msgspec.Raw, images: dict[str, np.ndarray], category_ids: np.ndarray, masks: str | None
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, list[int]]]:
     by_id = np.argsort(images["image_ids"])
     ascending = images["image_ids"][by_id]
     kind = segmentations.annotation_type(_Annotation) if masks else _Annotation
@@ -261,7 +256,8 @@ def _annotations(
     }
     columns |= {"bbox": [np.empty((0, 4))], "area": [np.empty(0)], "iscrowd": [np.empty(0, np.uint8)]}
     columns |= {name: [column] for name, column in segmentations.empty(masks).items()} if masks else {}
-    parts_left_out, bare = 0, 0
+    counts: dict[str, int] = {}
+    named: dict[str, list[int]] = {}
     for items in _objects(file, "annotations", raw, kind):
         piece, of_image = _piece(file, items, by_id, ascending, category_ids)
         if masks:
@@ -272,21 +268,22 @@ def _annotations(
 
             found = segmentations.masks(masks, [a.segmentation for a in items], sizes, refuse)
             piece |= found.columns
-            parts_left_out, bare = parts_left_out + found.parts_left_out, bare + found.bare
+            for name, rows in found.treated.items():
+                if name == segmentations.BARE[segmentations.EDGES]:
+                    rows = [k for k in rows if not piece["iscrowd"][k]]
+                counts[name] = counts.get(name, 0) + len(rows)
+                more = dict.fromkeys(piece["ids"][rows].tolist())
+                named[name] = [*dict.fromkeys([*named.get(name, []), *more])][:_NAMED]
         for name, column in piece.items():
             columns[name].append(column)
     # one at a time, so that only one column exists twice
     joined = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
     ids = np.sort(joined.pop("ids"))
-    counts = {
+    counts |= {
         "duplicate annotation ids": int((ids[1:] == ids[:-1]).sum()),
         "crowd boxes": int(joined["iscrowd"].sum()),
     }
-    if masks:
-        counts["polygons under three points left out"] = parts_left_out
-    if masks == segmentations.RLE:
-        counts["annotations scored as empty masks"] = bare
-    return joined, counts
+    return joined, counts, {name: found for name, found in named.items() if found}
 
 
 def _piece(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from detcore import UserError
-from detcore.data import coco_json, exif, image_names, segmentations, shards, signs
+from detcore.data import coco_json, exif, image_names, shards, signs
 
 
 def training_boxes(
@@ -26,6 +26,11 @@ def training_boxes(
     return clipped, keep, (np.abs(corners - clipped) > 0.01).any(1)
 
 
+def within(counts: np.ndarray) -> np.ndarray:
+    """int64 [counts.sum()]: each item's position in its group, for groups of int [n] counts one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
     """Header and columns of the cache, from the annotation file and the image folder."""
     file = Path(key["annotation_file"])
@@ -43,9 +48,6 @@ def collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
     del order
     counts |= {"images without annotations": int((per_image == 0).sum())}
     told = _count_boxes(columns, counts)
-    if key.get("masks") == segmentations.EDGES:
-        bare = (columns["edge_counts"] == 0) & (columns["iscrowd"] == 0)
-        counts["boxes without a mask left out"] = int(bare.sum())
     found = image_names.scan(parsed.file_names, Path(key["image_dir"]), shards.open_folder(Path(key["image_dir"])))
     counts |= {
         "missing images": len(found.missing),
@@ -58,6 +60,7 @@ def collect(key: dict) -> tuple[dict, dict[str, np.ndarray]]:
     columns["names"] = np.frombuffer(b"".join(encoded), np.uint8)
     columns["name_ends"] = np.cumsum([len(name) for name in encoded], dtype=np.int64)
     header = {"category_names": parsed.category_names, "counts": counts, "content_hash": parsed.content_hash}
+    header |= {"named": parsed.named}
     return {"key": key, **header, "signs": told, "exif": seen}, columns
 
 

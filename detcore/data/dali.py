@@ -28,8 +28,10 @@ from detcore.data.torch_loader import Options
 def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options: Options) -> Iterator[Batch]:
     """As `torch_loader.batches`. The options' workers are DALI's CPU threads; where their device is a GPU, it decodes
     and holds the images (the other fields stay in host memory), else all is done on the CPU. UserError where DALI is
-    missing.
+    missing or the recipe's interpolation is another than bilinear.
     """
+    if plan.recipe.methods != {"bilinear"}:
+        raise UserError("the DALI loader scales images bilinearly alone; take --loader torch or nvjpeg.")
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:

@@ -59,6 +59,18 @@ class JoinedIndex:
         part, at = self._at(i)
         return part.boxes(at)
 
+    def boxes_of(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As `CocoIndex.boxes_of`."""
+        found, begin = [], 0
+        for part, end in zip(self.parts, self._ends.tolist(), strict=True):
+            own = np.flatnonzero((images >= begin) & (images < end))
+            of, *more = part.boxes_of(images[own] - begin)
+            found.append((own[of], *more))
+            begin = end
+        of, boxes, labels, crowd = map(np.concatenate, zip(*found, strict=True))
+        order = np.argsort(of, kind="stable")
+        return of[order], boxes[order], labels[order], crowd[order]
+
     @property
     def has_edges(self) -> bool:
         """As `CocoIndex.has_edges`."""

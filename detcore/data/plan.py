@@ -18,6 +18,7 @@ from detcore import UserError
 from detcore.data.augment import has_centre
 from detcore.data.batch import Batch
 from detcore.data.coco import CocoIndex
+from detcore.data.collect import within
 from detcore.data.recipes import Draws, Recipe
 from detcore.data.view import View
 
@@ -122,7 +123,10 @@ class TrainPlan(_Plan):
             self._epoch = (epoch, *self._table(epoch))
         _, table, canvases = self._epoch
         images, canvas = self._mine(table[step]), self.recipe.canvases[canvases[step]]
-        boxes = [self._boxes(i)[0] for i in images.tolist()] if self.recipe.centred else []
+        boxes = []
+        if self.recipe.centred:
+            of, found, _, _ = self._boxes(images)
+            boxes = np.split(found, np.searchsorted(of, np.arange(1, len(images))))
         return Choice(images, self.recipe.view(Draws(self.seed, epoch, images), self._sizes(images), boxes, canvas))
 
     def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,36 +153,42 @@ class TrainPlan(_Plan):
         labels = np.full((len(images), self.max_boxes), -1, np.int64)
         edges = np.zeros((len(images), self.max_edges, 4), np.float32)
         edge_of = np.full((len(images), self.max_edges, 2), -1, np.int64)
-        for row, i in enumerate(images.tolist()):
-            kept, classes, places = self._kept_boxes(i, choice.view, row)
-            self._refuse(len(kept), i)
-            boxes[row, : len(kept)], labels[row, : len(kept)] = kept, classes
-            if self.max_edges:
-                found, of = self._kept_edges(i, places)
-                edges[row, : len(found)], edge_of[row, : len(of)] = choice.view.edges(row, found), of
+        of, kept, classes, places = self._kept_boxes(images, choice.view)
+        counts = np.bincount(of, minlength=len(images))
+        for row in np.flatnonzero(counts > self.max_boxes).tolist():
+            self._refuse(int(counts[row]), int(images[row]))
+        at = of, within(counts)
+        boxes[at], labels[at] = kept, classes
+        for row, i in enumerate(images.tolist() if self.max_edges else []):
+            found, parts = self._kept_edges(i, places[of == row])
+            edges[row, : len(found)], edge_of[row, : len(parts)] = choice.view.edges(row, found), parts
         facts = self.index.image_ids[images], self._sizes(images), choice.view.extents
         return _targets(boxes, labels, *facts, edges, edge_of)
 
-    def _boxes(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The boxes of an image that may be trained with, their labels and their places in `CocoIndex.boxes`."""
-        boxes, labels, crowd = self.index.boxes(i)
-        places = np.flatnonzero(~crowd) if self.crowd == "drop" else np.arange(len(boxes))
-        return boxes[places], labels[places], places
+    def _boxes(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes of images that may be trained with, as `CocoIndex.boxes_of` has them: which of the images, the
+        box, its label, and its place among the image's."""
+        of, boxes, labels, crowd = self.index.boxes_of(images)
+        places = within(np.bincount(of, minlength=len(images)))
+        if self.crowd == "keep":
+            return of, boxes, labels, places
+        return of[~crowd], boxes[~crowd], labels[~crowd], places[~crowd]
 
-    def _kept_boxes(self, i: int, view: View, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The boxes of an image that the view leaves, on the canvas, their labels and their places."""
-        boxes, labels, places = self._boxes(i)
+    def _kept_boxes(self, images: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes of images that the view leaves, on the canvas, as `_boxes` has them."""
+        of, boxes, labels, places = self._boxes(images)
         if self.recipe.centred:
-            seen = has_centre(boxes, view.windows[row])
-            boxes, labels, places = boxes[seen], labels[seen], places[seen]
+            seen = has_centre(boxes, view.windows[of])
+            of, boxes, labels, places = of[seen], boxes[seen], labels[seen], places[seen]
         if self.recipe.clip:
-            low, high = (np.tile(corner, 2).astype(np.float32) for corner in view.windows[row].reshape(2, 2))
-            boxes = np.clip(boxes, low, high)
-        boxes = view.boxes(row, boxes)
-        if self.recipe.clip and not view.covers(row):
-            boxes = np.clip(boxes, 0, np.tile(view.extents[row, ::-1], 2).astype(np.float32))
+            windows = view.windows[of].astype(np.float32)
+            boxes = np.clip(boxes, windows[:, [0, 1, 0, 1]], windows[:, [2, 3, 2, 3]])
+        boxes = view.boxes(of, boxes)
+        if self.recipe.clip:
+            ends = np.where(view.covers(of)[:, None], np.inf, view.extents[of])
+            boxes = np.clip(boxes, 0, ends[:, [1, 0, 1, 0]].astype(np.float32))
         keep = (boxes[:, 2:] - boxes[:, :2] > self.recipe.min_box).all(1)
-        return boxes[keep], labels[keep], places[keep]
+        return of[keep], boxes[keep], labels[keep], places[keep]
 
     def _kept_edges(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The edges of the boxes of an image at some places, rising, in pixels of the original, and int64 [e, 2], the
@@ -208,7 +218,7 @@ class TrainPlan(_Plan):
         """How many boxes of an image are kept where all of it is seen."""
         images = np.array([i])
         canvas = self.recipe.canvases[self._canvas[i] if self._canvas is not None else 0]
-        return len(self._kept_boxes(i, self.recipe.eval_view(self._sizes(images), canvas), 0)[0])
+        return len(self._kept_boxes(images, self.recipe.eval_view(self._sizes(images), canvas))[0])
 
     def _refuse(self, count: int, i: int) -> None:
         """UserError if so many boxes are too many of an image."""
@@ -244,9 +254,10 @@ class EvalPlan(_Plan):
         self.steps = len(canvases)
 
     def choose(self, epoch: int, step: int) -> Choice:
-        """As `TrainPlan.choose`, but fewer images, or none, where the file ends."""
-        images = self._mine(self._rows[step])
-        return Choice(images, self.recipe.eval_view(self._sizes(images), self.recipe.canvases[self._canvases[step]]))
+        """As `TrainPlan.choose`, but fewer images, or none, where the file ends. ValueError: see `View.scorable`."""
+        images, canvas = self._mine(self._rows[step]), self.recipe.canvases[self._canvases[step]]
+        sizes = self._sizes(images)
+        return Choice(images, self.recipe.eval_view(sizes, canvas).scorable(sizes))
 
     def targets(self, choice: Choice) -> dict[str, torch.Tensor]:
         """The fields of `Batch` other than the images, padded to the batch size."""

@@ -3,6 +3,10 @@
 All that is random is drawn by `Draws` from seed, epoch and position in the file, so that it depends neither on the
 batch nor on the process that an image is seen in. Recipes can be pickled: their functions are partial ones of this
 module's.
+
+Benchmarks choose theirs in `data.py`: `stretch` single_stage_detector, `ssd_crop` ssd300, `letterbox` efficientdet,
+`shortest_edge` maskrcnn. A new one begins its images at the top left corner of the canvas: a centred letterbox is
+refused when it is evaluated (`View.scorable`).
 """
 
 from collections.abc import Callable
@@ -41,12 +45,15 @@ class Recipe:
 
     canvases: (height, width) of each kind of batch that there is. view(draws, sizes, boxes, canvas): the training view
     of images of sizes int64 [n, 2] (height, width) with boxes, each float32 [m, 4], in pixels of the original;
-    eval_view(sizes, canvas): the one of evaluation; predict_view: of prediction, where that differs. canvas_of(sizes):
+    eval_view(sizes, canvas): the one of evaluation, of whole images from the canvas's top left corner on; predict_view:
+    of prediction, where that differs: also of parts of images. canvas_of(sizes):
     int64 [n], which canvas each image belongs on. trains(index): bool [n], which images are trained with; None: all.
     evaluation: the recipe of evaluation and prediction, where that has canvases of its own.
-    clip: boxes end where the visible part of their image does. centred: those whose centre is not visible are left out.
-    Boxes not wider and higher than min_box pixels of the canvas are left out. cuts: training windows may be parts of
-    the images; recolours: training views have colours; places: images do not just cover their canvas.
+    clip: boxes end where the visible part of their image does. centred: training leaves out boxes whose own centre lies
+    outside of the window (nothing is said of where images lie). Boxes not wider and higher than min_box pixels of the
+    canvas are left out. What loaders prepare for: cuts: training windows may be parts of the images; recolours:
+    training views have colours; places: a view may leave some of its canvas to the fill, in evaluation as well;
+    methods: the interpolations that views ask for.
     """
 
     canvases: tuple[tuple[int, int], ...]
@@ -62,6 +69,7 @@ class Recipe:
     cuts: bool = False
     recolours: bool = False
     places: bool = False
+    methods: frozenset[str] = frozenset({"bilinear"})
 
     @property
     def of_evaluation(self) -> "Recipe":
@@ -111,30 +119,63 @@ def ssd_crop(canvas: tuple[int, int], augment: Augment, mirror: float = 0.5) -> 
 
 
 def letterboxed(
-    sizes: np.ndarray, canvas: tuple[int, int], fill: tuple[int, int, int], scale: np.ndarray | float = 1.0
-):
-    """All of each image, its aspect kept, as large as fits into `scale` canvases, from the top left corner on."""
+    sizes: np.ndarray,
+    canvas: tuple[int, int],
+    fill: tuple[int, int, int],
+    scale: np.ndarray | float = 1.0,
+    interpolation: str = "bilinear",
+) -> View:
+    """All of each image, its aspect kept, as large as fits into `scale` canvases, from the top left corner on.
+
+    interpolation: bilinear or bicubic.
+    """
     factor = np.min(np.array(canvas) * np.reshape(scale, (-1, 1)) / sizes, 1, keepdims=True)
     scaled = np.maximum((sizes * factor).astype(np.int64), 1)
-    return stretched(sizes, canvas)._replace(sizes=scaled, fill=fill)
+    cubic = np.ones(len(sizes), bool) if interpolation == "bicubic" else None
+    return stretched(sizes, canvas)._replace(sizes=scaled, fill=fill, cubic=cubic)
+
+
+def visible(view: View, corners: np.ndarray) -> View:
+    """The same with only what is seen of each image, in whole pixels of the original, which is all that gets resized.
+
+    view: of whole images. corners: int64 [n, 2] y and x, in pixels of the scaled images, from which on they are seen.
+    """
+    whole_sizes, seen = view.windows[:, :1:-1], np.minimum(view.sizes, view.canvas)
+    cut = np.maximum(np.rint(seen * whole_sizes / view.sizes).astype(np.int64), 1)
+    start = np.minimum(np.rint(corners * whole_sizes / view.sizes).astype(np.int64), whole_sizes - cut)
+    return view._replace(windows=np.concatenate([start[:, ::-1], (start + cut)[:, ::-1]], 1), sizes=seen)
 
 
 def _letterbox(
     draws: Draws, sizes: np.ndarray, boxes: list[np.ndarray], canvas: tuple[int, int], *, mirror: float,
-    scales: tuple[float, float], fill: tuple[int, int, int],
+    scales: tuple[float, float], fill: tuple[int, int, int], interpolation: str,
 ) -> View:  # fmt: skip
     scale, *place = draws.uniform(0, 1, 2).T
-    view = letterboxed(sizes, canvas, fill, scales[0] + (scales[1] - scales[0]) * scale)
-    crop = (np.maximum(view.sizes - canvas, 0) * np.stack(place, 1)).astype(np.int64)
-    return view._replace(mirrored=draws.uniform() < mirror, offsets=-crop)
+    view = letterboxed(sizes, canvas, fill, scales[0] + (scales[1] - scales[0]) * scale, interpolation)
+    if interpolation == "random":
+        view = view._replace(cubic=draws.uniform(3)[:, 0] < 0.5)
+    corners = (np.maximum(view.sizes - canvas, 0) * np.stack(place, 1)).astype(np.int64)
+    return visible(view, corners)._replace(mirrored=draws.uniform() < mirror)
 
 
 def letterbox(
-    canvas: tuple[int, int], fill: tuple[int, int, int], mirror: float = 0.5, scales: tuple[float, float] = (0.1, 2.0)
+    canvas: tuple[int, int],
+    fill: tuple[int, int, int],
+    mirror: float = 0.5,
+    scales: tuple[float, float] = (0.1, 2.0),
+    interpolation: str = "bilinear",
+    evaluation: str = "bilinear",
 ) -> Recipe:
-    """EfficientDet's: aspect kept; in training a random scale of the canvas, cropped at random where it is larger."""
-    view = partial(_letterbox, mirror=mirror, scales=scales, fill=fill)
-    return Recipe((canvas,), view, partial(letterboxed, fill=fill), clip=True, places=True)
+    """EfficientDet's: aspect kept; in training a random scale of the canvas, cropped at random where it is larger.
+
+    interpolation: bilinear, bicubic or random, one of the two for each image, of training; evaluation: bilinear or
+    bicubic, of evaluation and prediction. The original crops on whole pixels of the scaled image, this on those of the
+    image itself, so scales differ by less than half a pixel in a window and borders have no pixels beside them.
+    """
+    view = partial(_letterbox, mirror=mirror, scales=scales, fill=fill, interpolation=interpolation)
+    still = partial(letterboxed, fill=fill, interpolation=evaluation)
+    methods = frozenset({"bilinear", "bicubic"} if interpolation == "random" else {interpolation}) | {evaluation}
+    return Recipe((canvas,), view, still, clip=True, cuts=True, places=True, methods=methods)
 
 
 def shortest_edge_sizes(sizes: np.ndarray, short: int, longest: int) -> np.ndarray:

@@ -32,13 +32,18 @@ class Runs(Struct, gc=False):
 Segmentation = list[list[float]] | Runs | None
 
 
+SHORT = "polygons under three points left out"
+OUTSIDE = "masks wholly outside of their image"
+BARE = {EDGES: "boxes without a mask left out", RLE: "annotations scored as empty masks"}
+"""Without a polygon, RLE or bitmap; of those to train with also ones whose outline has no width."""
+
+
 class Masks(NamedTuple):
-    """The masks of n annotations. columns: see `masks`. parts_left_out: polygons under three points. bare: annotations
-    without a polygon, RLE or bitmap."""
+    """The masks of n annotations. columns: see `masks`. treated: the annotations, from 0, of SHORT, OUTSIDE and BARE,
+    once for each polygon of SHORT."""
 
     columns: dict[str, np.ndarray]
-    parts_left_out: int
-    bare: int
+    treated: dict[str, list[int]]
 
 
 def masks(
@@ -54,7 +59,7 @@ def masks(
     """
     polygons: list[list[list[float]]] = []
     runs: dict[int, np.ndarray] = {}
-    left_out = 0
+    short: list[int] = []
     for k, (one, (height, width)) in enumerate(zip(segmentations, sizes.tolist(), strict=True)):
         parts: list[list[float]] = []
         if isinstance(one, Runs):
@@ -66,11 +71,28 @@ def masks(
             if odd is not None:
                 raise refuse(k, f"has a polygon of {len(odd)} numbers; x and y come in pairs")
             parts = [part for part in one if len(part) >= 6]
-            left_out += len(one) - len(parts)
+            short += [k] * (len(one) - len(parts))
         polygons.append(parts)
-    make = _edges if kind == EDGES else _rles
-    bare = sum(not parts for parts in polygons) - len(runs)
-    return Masks(make(polygons, runs, sizes, refuse), left_out, bare)
+    columns = (_edges if kind == EDGES else _rles)(polygons, runs, sizes, refuse)
+    if kind == EDGES:
+        bare = np.flatnonzero(columns["edge_counts"] == 0).tolist()
+    else:
+        bare = [k for k, parts in enumerate(polygons) if not parts and k not in runs]
+    return Masks(columns, {SHORT: short, OUTSIDE: _outside(polygons, sizes), BARE[kind]: bare})
+
+
+def _outside(polygons: list[list[list[float]]], sizes: np.ndarray) -> list[int]:
+    """The annotations each of whose polygons lies beyond a side of its image, height and width."""
+    of = np.repeat(np.arange(len(polygons)), [len(parts) for parts in polygons])
+    if not len(of):
+        return []
+    flat = list(chain.from_iterable(polygons))
+    points = np.fromiter(chain.from_iterable(flat), np.float64).reshape(-1, 2)
+    lengths = np.array([len(part) // 2 for part in flat])
+    starts = np.cumsum(lengths) - lengths
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
+    within = ((high > 0) & (low < sizes[of][:, ::-1])).all(1)
+    return np.setdiff1d(of, of[within]).tolist()
 
 
 def _is_bitmap(rows: list[list[float]], height: int, width: int) -> bool:

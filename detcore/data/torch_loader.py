@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from detcore import UserError
 from detcore.data import transforms
@@ -57,17 +57,18 @@ def batches(plan: TrainPlan | EvalPlan, keys: Iterator[tuple[int, int]], options
     return _stream(_Batches(plan, options.antialias, options.turn), keys, options)
 
 
-def render(image: torch.Tensor, view: View, k: int, antialias: bool) -> torch.Tensor:
-    """uint8 [3, h, w], the decoded image k of a view -> uint8 [H, W, 3], the canvas."""
+def render(image: torch.Tensor, view: View, k: int, antialias: bool, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [3, h, w], the decoded image k of a view -> uint8 [H, W, 3], the canvas; in `out` where there is one."""
     x1, y1, x2, y2 = view.windows[k].tolist()
     part = None if (y2 - y1, x2 - x1) == tuple(image.shape[1:]) else (x1, y1, x2, y2)
     size, flip = view.sizes[k].tolist(), bool(view.mirrored[k])
-    pixels = transforms.resize(image, size, flip=flip, antialias=antialias, window=part)
+    cubic = view.cubic is not None and bool(view.cubic[k])
+    pixels = transforms.resize(image, size, flip=flip, antialias=antialias, window=part, cubic=cubic)
     if view.colours is not None:
         pixels = jitter(pixels, torch.from_numpy(view.colours[k]).to(pixels.device))
     if view.covers(k):
-        return pixels
-    canvas = blank(view, pixels.device)
+        return pixels if out is None else out.copy_(pixels)
+    canvas = blank(view, pixels.device, out)
     top, left = view.offsets[k].tolist()
     bottom, right = view.extents[k].tolist()
     canvas[max(top, 0) : bottom, max(left, 0) : right] = pixels[
@@ -76,9 +77,15 @@ def render(image: torch.Tensor, view: View, k: int, antialias: bool) -> torch.Te
     return canvas
 
 
-def blank(view: View, device: torch.device) -> torch.Tensor:
-    """uint8 [H, W, 3]: the canvas without an image."""
-    return torch.tensor(view.fill, dtype=torch.uint8, device=device).expand(*view.canvas, 3).contiguous()
+def blank(view: View, device: torch.device, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [H, W, 3]: the canvas without an image; in `out` where there is one."""
+    filled = _filled(view.fill, view.canvas, device)
+    return filled.clone() if out is None else out.copy_(filled)
+
+
+@functools.lru_cache(maxsize=8)  # copying it is thirty times as fast as repeating three bytes
+def _filled(fill: tuple[int, int, int], canvas: tuple[int, int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(fill, dtype=torch.uint8, device=device).expand(*canvas, 3).contiguous()
 
 
 class _Batches(Dataset):
@@ -90,17 +97,21 @@ class _Batches(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | str:
         choice = self.plan.choose(*key)
         self.clock, self.bytes, cpu = [0.0, 0.0, 0.0], 0, time.thread_time()
+        images = torch.empty(self.plan.batch_size, *choice.view.canvas, 3, dtype=torch.uint8)
+        if get_worker_info():
+            images.share_memory_()  # now, while there is nothing to copy
         try:
-            pixels = [self._image(i, choice.view, k) for k, i in enumerate(choice.images.tolist())]
+            for k, i in enumerate(choice.images.tolist()):
+                self._image(i, choice.view, k, images[k])
             targets = self.plan.targets(choice)
         except UserError as error:
             return str(error)
-        pixels += [blank(choice.view, torch.device("cpu"))] * (self.plan.batch_size - len(pixels))
-        # default_collate stacks straight into shared memory when it runs in a worker.
+        for canvas in images[len(choice.images) :]:
+            blank(choice.view, canvas.device, canvas)
         spent = (len(choice.images), self.bytes, self.clock, time.thread_time() - cpu)
-        return {"images": default_collate(pixels), **targets, "spent": spent}
+        return {"images": images, **targets, "spent": spent}
 
-    def _image(self, i: int, view: View, k: int) -> torch.Tensor:
+    def _image(self, i: int, view: View, k: int, out: torch.Tensor) -> None:
         index = self.plan.index
         size = (int(index.heights[i]), int(index.widths[i]))
         times = [time.perf_counter()]
@@ -109,11 +120,10 @@ class _Batches(Dataset):
         about = {"path": index.path(i), "image_id": int(index.image_ids[i]), "size": size, "turn": self.turn}
         image = transforms.decode(data, **about)
         times.append(time.perf_counter())
-        pixels = render(image, view, k, self.antialias)
+        render(image, view, k, self.antialias, out)
         times.append(time.perf_counter())
         self.clock = [sum(so_far) for so_far in zip(self.clock, np.diff(times).tolist(), strict=True)]
         self.bytes += len(data)
-        return pixels
 
 
 def _stream(dataset: _Batches, keys: Iterator[tuple[int, int]], options: Options) -> Iterator[Batch]:
@@ -160,7 +170,8 @@ def _fork_server() -> Any:
     # A worker runs the main module's imports again; loaded here once, they cost it nothing.
     main = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
     ours = {__package__.split(".")[0], main.split(".")[0]}
-    context.set_forkserver_preload([m for m in sys.modules if m.split(".")[0] in ours and m not in ("__main__", main)])
+    loaded = sys.modules.copy()  # another thread may be importing
+    context.set_forkserver_preload([m for m in loaded if m.split(".")[0] in ours and m not in ("__main__", main)])
     # A mask passes through fork and exec, so that not even a worker that is just starting can be hit.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

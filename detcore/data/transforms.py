@@ -1,7 +1,7 @@
 """From an image file to pixels of a given size: decode, cut, flip, resize, all in uint8.
 
-The order is that of the reference recipes: flip, then bilinear resize to exactly (height, width) without keeping the
-aspect ratio. Normalisation comes later, on the device: a quarter of the bytes to move and of the work here.
+The order is that of the reference recipes: flip, then resize to exactly (height, width) without keeping the aspect
+ratio. Normalisation comes later, on the device: a quarter of the bytes to move and of the work here.
 EXIF orientation is applied where `detcore.data.exif` says so; a file whose pixels then do not have the size that the
 annotation file gives is an error.
 
@@ -24,7 +24,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from detcore import UserError
 from detcore.data import exif, files
@@ -222,10 +222,12 @@ def resize(
     flip: bool,
     antialias: bool,
     window: tuple[int, int, int, int] | None = None,
+    cubic: bool = False,
 ) -> Tensor:
-    """uint8 [3, h, w] -> uint8 [H, W, 3]: mirrored left to right if asked, then bilinear, pixel centres at .5.
+    """uint8 [3, h, w] -> uint8 [H, W, 3]: mirrored left to right if asked, then scaled, pixel centres at .5.
 
-    window: x1, y1, x2, y2 of the part to take, in pixels.
+    window: x1, y1, x2, y2 of the part to take, in pixels. cubic: bicubic instead of bilinear interpolation, Keys' with
+    a = -0.5 as in Pillow where it is anti-aliased, else with -0.75 as elsewhere in PyTorch.
     """
     if window:
         x1, y1, x2, y2 = window
@@ -234,7 +236,8 @@ def resize(
             image = image[None].contiguous(memory_format=torch.channels_last)[0]
     if flip:
         image = image.flip(-1)
-    resized = functional.resize(image, list(image_size), antialias=antialias)
+    method = InterpolationMode.BICUBIC if cubic else InterpolationMode.BILINEAR
+    resized = functional.resize(image, list(image_size), method, antialias=antialias)
     return resized.permute(1, 2, 0).contiguous()
 
 

@@ -3,24 +3,24 @@
 import contextlib
 import dataclasses
 import itertools
-import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from detcore import cli
 from detcore.data.batch import Batch
 from detcore.detection import detector as detection
+from detcore.detection import speed
 from detcore.detection.config import DetectionConfig
 from detcore.detection.detections import Detector, finished
 from detcore.detection.inference import write_json
 from detcore.device import native
 from detcore.nn import optim
-from detcore.processes import distributed, launcher
+from detcore.processes import distributed
 from detcore.training import engine
 from detcore.training.state import State
 from detcore.training.task import Context, Task
@@ -38,14 +38,11 @@ def benchmark(
 ) -> int:
     """Speed of training steps and of inference with post-processing, without and with the data set.
 
-    Prints images/s (all processes together) and the milliseconds of an iteration: median, p90, p95, p99 as percentiles
-    of the measured iterations (linear between neighbours), and peak memory. Writes benchmark.json. Each iteration ends
-    with a wait for the device. parts: of PARTS, what is measured. report: gets the results on rank 0.
+    Prints images/s (all processes together) and the milliseconds of an iteration, as `speed.latencies` has them, and
+    peak memory. Writes benchmark.json. Each iteration ends with a wait for the device. parts: of PARTS, what is
+    measured. report: gets the results on rank 0.
     """
-    world, _ = launcher.discover(os.environ)
-    device = engine.open_device(config, world)
-    distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
-    try:
+    with engine.joined(config) as (world, device):
         context = Context(device, world, distributed.choose_seed(config.seed, device.collective_device))
         torch.manual_seed(context.seed)
         task = build_task(config, context)
@@ -63,15 +60,11 @@ def benchmark(
         for part, run in runs.items() if not config.synthetic else ():
             stream, images = _stream(part, config, detector, task, context)
             results.append(_measure(f"{part}, with data", run, device.prefetch(stream), config, images, context))
-    finally:
-        device.close()
-        distributed.shutdown()
     if world.rank == 0:
         print(native.describe(config.program, device.device), f"steps: {device.step_execution}", sep="\n")
-        print(f"{'':22} images/s   median ms      p90      p95      p99   peak GiB")
+        print(f"{'':22} images/s  {speed.HEADER}   peak GiB")
         for r in results:
-            times = "".join(f"{r[key]:9.1f}" for key in ("p90_ms", "p95_ms", "p99_ms"))
-            print(f"{r['name']:22} {r['images_per_s']:8.1f}   {r['median_ms']:9.1f}{times}   {r['peak_gib']:8.2f}")
+            print(f"{r['name']:22} {r['images_per_s']:8.1f}  {speed.row(r)}   {r['peak_gib']:8.2f}")
         about = {
             "environment": device.describe() | {"processes": world.size},
             "seed": context.seed,
@@ -156,6 +149,9 @@ def _measure(
     context: Context,
 ) -> dict[str, Any]:
     """at_once: images of an iteration, of all processes together."""
+    if context.world.rank == 0:
+        counts = f"{config.benchmark_warmup} iterations to warm up, {config.benchmark_iterations} measured"
+        print(f"measuring {name}: {counts}", file=sys.stderr, flush=True)
     for _ in range(config.benchmark_warmup):
         run(next(batches))
     context.backend.synchronize()
@@ -165,17 +161,13 @@ def _measure(
         run(next(batches))
         context.backend.synchronize()
         times.append(time.perf_counter() - start)
-    p90, p95, p99 = (float(p) * 1e3 for p in np.percentile(times, (90, 95, 99)))
     return {
         "name": name,
         "images_per_s": len(times) * at_once / sum(times),
         "median_images_per_s": at_once / statistics.median(times),
         "min_images_per_s": at_once / max(times),
         "max_images_per_s": at_once / min(times),
-        "median_ms": statistics.median(times) * 1e3,
-        "p90_ms": p90,
-        "p95_ms": p95,
-        "p99_ms": p99,
+        **speed.latencies(times),
         "peak_gib": context.backend.peak_memory_gib(),
         "iterations": len(times),
     }

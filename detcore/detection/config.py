@@ -137,6 +137,57 @@ class DetectionConfig(RunConfig):
             images = self.shards / name
         return annotations, images or self.root() / getattr(self.layout, f"{name}_images")
 
+    def check_folders(self) -> None:
+        """Raises UserError, naming the option, if a folder or an annotation file of a data set that --mode reads is
+        missing, or the data set does not begin where it should. Looks at names alone, so that it can come before
+        everything slow.
+        """
+        if self.synthetic or self.mode == "predict":
+            return
+        own = [("--dataset-path", self.dataset_path)] if self._reads_root() else []
+        for flag, folder in (*own, *(("--also-train-on", Path(more)) for more in self.also_train_on)):
+            if not folder.is_dir():
+                raise UserError(f"{flag} {folder}: there is no such folder; say where the data set lies with {flag}")
+        for name in self._splits():
+            annotations, _ = self.split(name)
+            above = self.dataset_path.absolute().parent
+            begins = above / getattr(self.layout, f"{name}_annotations")
+            if not annotations.exists() and not getattr(self, f"{name}_annotations_file") and begins.exists():
+                raise UserError(
+                    f"--dataset-path {self.dataset_path}: the data set begins one folder above, where {begins} is: "
+                    f"give --dataset-path {above}"
+                )
+            for places in self.train_sets() if name == "train" else [self.split(name)]:
+                self._check_places(name, *places)
+
+    def _check_places(self, name: str, annotations: Path, images: Path) -> None:
+        """`check_folders` of one set of "train" or "val"."""
+        what = {"train": "training", "val": "validation"}[name]
+        if not annotations.is_file():
+            raise UserError(
+                f"{annotations}: there is no such file, the {what} annotations; say where the data set lies with "
+                f"--dataset-path FOLDER, how with --dataset LAYOUT, or correct --{name}-annotations-file"
+            )
+        if not images.is_dir():
+            elsewhere = f"say where the data set lies with --dataset-path FOLDER, or correct --{name}-data-path"
+            raise UserError(
+                f"{images}: there is no such folder, the {what} images of {annotations.name}; "
+                + (f"correct --shards {self.shards}" if self.shards else elsewhere)
+            )
+
+    def _splits(self) -> tuple[str, ...]:
+        """Which of "train" and "val" --mode reads."""
+        return {"evaluate": ("val",), "benchmark-inference": ("val",), "benchmark-training": ("train",)}.get(
+            self.mode, ("train", "val")
+        )
+
+    def _reads_root(self) -> bool:
+        """Whether a part of the data set is looked for below its folder."""
+        return not all(
+            getattr(self, f"{name}_annotations_file") and (getattr(self, f"{name}_data_path") or self.shards)
+            for name in self._splits()
+        )
+
     @property
     def class_ids(self) -> Sequence[int] | None:
         """Category id of each class of the model, rising, where a benchmark fixes them; None: the data set's own."""
@@ -186,5 +237,5 @@ def adopt_checkpoint(config: Any, names: Collection[str], sources: dict[str, str
     """
     if not config.checkpoint or config.mode == "train":
         return config
-    known = load_checkpoint(config.checkpoint).get("config")
+    known = load_checkpoint(config.checkpoint, config.program).get("config")
     return adopt(config, known, names, sources) if known else config

@@ -1,10 +1,12 @@
 """What a detector is, and the way from a batch to what it finds: rows of numbers, and masks where it has them."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class Detector(NamedTuple):
     its boxes count their last pixel). autocast() is the context of the network's forward pass. classes: of random data,
     where nobody says how many. scores_empty(config): whether detections on validation images without any annotation
     count. masks(config): whether masks are trained and scored; the config then has `max_edges`, for `TrainPlan`.
+    proposals(config): whether what it finds has no class (label 0), so that its recall is what is measured.
     """
 
     recipe: Callable[[Any], Recipe]
@@ -36,6 +39,7 @@ class Detector(NamedTuple):
     scores_empty: Callable[[Any], bool] = lambda config: True
     extra_metrics: Callable[[Any, dict[int, list[float]]], dict[str, float]] = lambda config, by_iou: {}
     masks: Callable[[Any], bool] = lambda config: False
+    proposals: Callable[[Any], bool] = lambda config: False
 
 
 class Detections(NamedTuple):
@@ -103,16 +107,28 @@ def finished(found: Tensor | dict[str, Tensor], least: float = 0.0) -> Detection
 
 @torch.inference_mode()
 def detect_all(
-    infer: Callable[[Batch], Tensor | dict[str, Tensor]], batches: Iterator[Batch], backend: Backend, beat: Beat
+    infer: Callable[[Batch], Tensor | dict[str, Tensor]],
+    batches: Iterator[Batch],
+    backend: Backend,
+    beat: Beat,
+    times: list[float] | None = None,
 ) -> Detections:
     """This rank's detections. infer: as `compiled_detect` makes it. Masks are pasted by a thread, while the device is
-    at the next batches."""
+    at the next batches.
+
+    times: gets the seconds from each batch's coming until the device has found its objects, whose end is then waited
+    for; None: the device may fall behind.
+    """
     rows: list[Tensor] = []
     pasted: list[Future[Detections]] = []
     with ThreadPoolExecutor(1) as pool:
         for step, batch in enumerate(backend.prefetch(batches)):
             beat("evaluation", step)
+            began = time.perf_counter()
             found = infer(batch)
+            if times is not None:
+                backend.synchronize()
+                times.append(time.perf_counter() - began)
             if isinstance(found, Tensor):
                 rows.append(found)
                 continue
@@ -134,10 +150,10 @@ def gathered(found: Detections, masked: bool, device: torch.device) -> Detection
     if not masked:
         return rows if rows is None else Detections(rows.cpu(), None)
     own = found.masks or Rles.of([])
-    facts = torch.from_numpy(own.sizes), torch.from_numpy(own.counts)[:, None]
+    facts = torch.from_numpy(np.column_stack([own.sizes, own.counts, own.areas]))
     text = distributed.gather_rows(torch.from_numpy(own.text.copy())[:, None].to(device))
-    facts = distributed.gather_rows(torch.cat(facts, 1).to(device))
+    facts = distributed.gather_rows(facts.to(device))
     if rows is None:
         return None
     facts = facts.cpu().numpy()
-    return Detections(rows.cpu(), Rles(text.cpu().numpy()[:, 0], facts[:, 2], facts[:, :2]))
+    return Detections(rows.cpu(), Rles(text.cpu().numpy()[:, 0], facts[:, 2], facts[:, :2], facts[:, 3]))

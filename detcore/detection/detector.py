@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detcore import UserError
-from detcore.data import classes, nvjpeg, segmentations, signs, synthetic, torch_loader
+from detcore.data import classes, coco_json, nvjpeg, segmentations, signs, synthetic, torch_loader
 from detcore.data.batch import Batch, whole_images
 from detcore.data.coco import CocoIndex
 from detcore.data.joined import JoinedIndex, refuse_other_categories
@@ -82,7 +82,10 @@ def class_count(detector: Detector, config: DetectionConfig) -> int:
     count = known or open_train(detector, config).num_classes
     fixed = config.class_ids is not None
     if config.num_classes and (config.num_classes < count or (fixed and config.num_classes > count)):
-        raise UserError(f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes")
+        raise UserError(
+            f"--num-classes {config.num_classes}: the data set {config.dataset} has {count} classes; leave the option "
+            f"out, or give {'' if fixed else 'at least '}{count}"
+        )
     return max(count, config.num_classes)
 
 
@@ -253,7 +256,8 @@ def open_data(
     if config.max_iters_per_epoch:
         steps = min(steps, config.max_iters_per_epoch)
     micro_batches = min(per_rank, steps * config.accumulate)
-    evaluator = BackgroundEvaluator(val.ground_truth(), masks=val.masks()) if world.rank == 0 else None
+    given = {"masks": val.masks(), "proposals": detector.proposals(config)}
+    evaluator = BackgroundEvaluator(val.ground_truth(), **given) if world.rank == 0 else None
     names = class_names(val)
     pace = _pace(config, context, train)
     packs = [index.shards for index in (*_parts(train), val) if index.shards]
@@ -318,6 +322,31 @@ def _pace(config: DetectionConfig, context: Context, index: CocoIndex | JoinedIn
 def class_names(index: CocoIndex) -> dict[int, str]:
     """Name by the file's category id; classes that share a name are told apart by their ids."""
     return classes.class_names(index.category_ids.tolist(), index.category_names)
+
+
+def classes_of_data(config: DetectionConfig, source: Path | str) -> list[tuple[int, str]]:
+    """(category id, name) of the model's classes by the validation annotations alone, whose images need not be there.
+
+    source: the weights of another program, which do not name them. Raises UserError where the file can't be read, or
+    lists a category that is none of the model's.
+    """
+    file, _ = config.split("val")
+    try:
+        parsed = coco_json.parse(file)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot read the annotation file ({error.strerror}); the names of the classes come from it, since "
+            f"{source} has none: give --dataset-path FOLDER, or --val-annotations-file FILE with its categories"
+        ) from error
+    own = dict(zip(parsed.columns["category_ids"].tolist(), parsed.category_names, strict=True))
+    ids = config.class_ids or (range(config.num_classes) if config.num_classes > len(own) else list(own))
+    if unknown := [i for i in own if i not in ids]:
+        raise UserError(
+            f"{file}: category {unknown[0]} is none of the {len(ids)} classes of this model, {ids[0]} to {ids[-1]}; "
+            f"give --val-annotations-file FILE with the categories of {source}"
+        )
+    print(f"{source} does not name its classes; the names are those of {file}")
+    return list(classes.class_names(ids, [own.get(i, str(i)) for i in ids]).items())
 
 
 def metrics_of(

@@ -26,35 +26,56 @@ _FIRST = ("NotoSans-Regular", "NotoSansCJK-Regular", "DejaVuSans.", "DroidSansFa
 _ABSENT = "\U0010fffd"  # the last private character, which fonts draw as they draw all that they lack
 
 
-def draw(image: Tensor, found: Tensor, names: dict[int, str], masks: Rles | None = None) -> Tensor:
-    """A copy of a uint8 image [3, h, w] with what was found in it.
+def draw(
+    image: Tensor, found: Tensor, names: dict[int, str], masks: Rles | None = None, zoom: int | None = 1
+) -> Tensor:
+    """What was found in a uint8 image [3, h, w], on a copy of zoom times its height and width.
 
-    found: float64 [d, 6] x, y, w, h in pixels, score, category id. names: of the categories by id. masks: of each row,
-    in their own image's size, which are tinted; None: without.
+    found: float64 [d, 6] x, y, w, h in pixels, score, category id, the best first. names: of the categories by id; each
+    has its colour, and each object where there is but one category. masks: of each row, in their own image's size,
+    which are tinted; None: without. zoom None: up to 4, for a short side of about 600 pixels. A name is left out where
+    it would hide another name or the middle of an object.
     """
     pixels, order = np.ascontiguousarray(image.permute(1, 2, 0).numpy()), list(names)
+    kinds = range(len(found)) if len(order) == 1 else [order.index(int(category)) for category in found[:, 5].tolist()]
+    colours = [COLOURS[kind % len(COLOURS)] for kind in kinds]
     if masks and len(found):
-        pixels = _tinted(pixels, masks, [_colour(order, category) for category in found[:, 5].tolist()])
-    picture = Image.fromarray(pixels)
+        pixels = _tinted(pixels, masks, colours)
+    zoom = zoom or max(1, min(4, round(600 / min(pixels.shape[:2]))))
+    picture = Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
     pen = ImageDraw.Draw(picture)
     width, size = max(1, picture.width // 300), max(11, min(picture.size) // 40)
     last = torch.tensor([picture.width - 1, picture.height - 1])
-    corners = torch.stack([found[:, :2], found[:, :2] + found[:, 2:4]], 1).clamp(min=0).minimum(last)  # [d, 2, 2]
-    for (x, y, right, low), (score, category) in zip(corners.flatten(1).tolist(), found[:, 4:].tolist(), strict=True):
-        colour = _colour(order, category)
+    corners = torch.stack([found[:, :2], found[:, :2] + found[:, 2:4]], 1) * zoom  # [d, 2, 2]
+    boxes = corners.clamp(min=0).minimum(last).flatten(1).tolist()
+    for (x, y, right, low), colour in zip(boxes, colours, strict=True):
         pen.rectangle((x, y, max(right, x), max(low, y)), outline=colour, width=width)
+    kept_free = [((x + right) / 2, (y + low) / 2, (x + right) / 2, (y + low) / 2) for x, y, right, low in boxes]
+    for box, (score, category), colour in zip(boxes, found[:, 4:].tolist(), colours, strict=True):
         name = "".join(c if c.isprintable() else " " for c in names[int(category)])
         text, font = f"{name} {score:.2f}", font_for(name, size)
-        at = (x + width, y + width)
-        left, top, right, low = pen.textbbox(at, text, font)
-        up = max(0.0, low - picture.height)
-        pen.rectangle((left - 1, top - 1 - up, right + 1, low + 1 - up), fill=colour)
-        pen.text((at[0], at[1] - up), text, "white", font)
+        left, top, right, low = pen.textbbox((0, 0), text, font)
+        if place := _free(box, right - left + 2, low - top + 2, width, kept_free, picture.size):
+            pen.rectangle(place, fill=colour)
+            pen.text((place[0] + 1 - left, place[1] + 1 - top), text, "white", font)
+            kept_free.append(place)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _colour(order: list[int], category: float) -> str:
-    return COLOURS[order.index(int(category)) % len(COLOURS)]
+def _free(
+    box: list[float], across: float, down: float, width: int, kept_free: list[tuple], size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+    """Where a name can stand, as x1, y1, x2, y2: at the top of its box inside, above or below it, inside the picture
+    and off what is to be kept free; None: nowhere."""
+    x, y, right, low = box
+    inside = [y + width] if right - x >= across and low - y >= 2 * down else []
+    left = max(0.0, min(x, size[0] - across))
+    for top in (*inside, y - down, low + 1):
+        place = (left, top, left + across, top + down)
+        overlaps = (place[0] <= c and a <= place[2] and place[1] <= d and b <= place[3] for a, b, c, d in kept_free)
+        if top >= 0 and place[3] < size[1] and not any(overlaps):
+            return place
+    return None
 
 
 def _tinted(pixels: np.ndarray, masks: Rles, colours: list[str]) -> np.ndarray:

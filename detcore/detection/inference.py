@@ -27,57 +27,61 @@ from detcore.data.coco import CocoIndex
 from detcore.data.image_names import IMAGE_SUFFIXES
 from detcore.data.recipes import Recipe
 from detcore.detection import detector as detection
+from detcore.detection import speed
 from detcore.detection.config import DetectionConfig
 from detcore.detection.detections import Detections, Detector, finished, gathered
-from detcore.detection.detector import class_names, open_index, open_val
+from detcore.detection.detector import class_names, classes_of_data, open_index, open_val
 from detcore.detection.drawing import draw
 from detcore.device import native
 from detcore.device.base import Backend
 from detcore.evaluation.coco import evaluate as coco_metrics
 from detcore.evaluation.rle import Rles
-from detcore.processes import distributed, launcher
+from detcore.processes import launcher
+from detcore.processes.launcher import World
 from detcore.training import engine
 from detcore.training.checkpoint import load_checkpoint
+from detcore.training.progress import Meter
 
 BuildModel = Callable[[Any, int], nn.Module]
 
 
-def _no_beat(phase: str, count: int) -> None:
-    """For programs that no watchdog looks at."""
-
-
 def evaluate(
     config: DetectionConfig, detector: Detector, build_model: BuildModel, results: Path | None = None,
-    score: bool = True, batches: int = 0,
+    score: bool = True, batches: int = 0, report: Callable[[dict[str, float]], None] = lambda speed: None,
+    processes: tuple[World, Backend] | None = None,
 ) -> int:  # fmt: skip
-    """The twelve COCO numbers of a checkpoint on the validation images; all processes of the job share the work.
+    """The COCO numbers of a checkpoint on the validation images, of proposals their average recall; all processes of
+    the job share the work.
 
     Writes evaluation.json into the output folder and prints a table, with the AP of every class. results: file that
     gets all detections as COCO results; without a suffix a folder, with bbox.json and, of masks, segm.json. score:
-    False spares the numbers. batches: of each process at most, for a look at part of the images, which spares the
-    numbers too; 0: all.
+    False spares the numbers, and measures the latency of a batch. batches: of each process at most, for a look at part
+    of the images, which spares the numbers too; 0: all. report: gets on rank 0 what was measured: images, seconds and
+    images_per_s of all processes; without numbers also those of `speed.latencies`, of rank 0's batches but the first
+    --benchmark-warmup ones. processes: as `engine.joined` has them, for one evaluation after another.
     """
+    if processes is None:
+        with engine.joined(config) as processes:
+            return evaluate(config, detector, build_model, results, score, batches, report, processes)
+    world, device = processes
     score = score and not batches
-    world, _ = launcher.discover(os.environ)
-    device = engine.open_device(config, world)
-    distributed.init(device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device)
-    try:
-        index = open_val(detector, config)
-        _same_classes(config.checkpoint, index)
-        model = device.place(build_model(config, index.num_classes)).eval()
-        start = time.perf_counter()
-        images = detection.eval_batch_size(detector, config, model, index, world, device)
-        infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
-        stream = detection.eval_stream(detector, config, index, world, device, images)
-        found = detection.detect_all(infer, islice(stream, batches or None), device, _no_beat)
-        everyone = gathered(found, detector.masks(config), device.collective_device)
-        if everyone is None:
-            return cli.OK
-        seconds = time.perf_counter() - start
-        result = _scored(detector, config, index, everyone) if score else None
-    finally:
-        device.close()
-        distributed.shutdown()
+    times: list[float] | None = None if score else []
+    index = open_val(detector, config)
+    _same_classes(config, index)
+    model = device.place(build_model(config, index.num_classes)).eval()
+    start = time.perf_counter()
+    images = detection.eval_batch_size(detector, config, model, index, world, device)
+    infer = detection.compiled_detect(detector, model, index.category_ids.tolist(), device)
+    stream = detection.eval_stream(detector, config, index, world, device, images)
+    share = min(-(-len(index) // world.size), batches * images or len(index))
+    source = config.checkpoint or config.weights
+    with _Watched(f"{index.annotation_file.name}, with {source}", share, images, world.rank == 0) as watched:
+        found = detection.detect_all(infer, islice(stream, batches or None), device, watched.beat, times)
+    everyone = gathered(found, detector.masks(config), device.collective_device)
+    if everyone is None:
+        return cli.OK
+    seconds = time.perf_counter() - start
+    result = _scored(detector, config, index, everyone) if score else None
     if results and results.suffix:
         write_json(results, coco_results(everyone))
     elif results:
@@ -88,8 +92,12 @@ def evaluate(
             )
     count = len(everyone.rows)
     seen = min(len(index), batches * images * world.size) if batches else len(index)
+    measured = {"images": seen, "seconds": seconds, "images_per_s": seen / seconds}
     if not score:
         print(f"{seen} images, {count} detections, {seen / seconds:.1f} images/s")
+        found = speed.latencies(times[min(config.benchmark_warmup, len(times) - 1) :])
+        print(f"a batch of {images} a process, without decoding:\n{speed.HEADER}\n{speed.row(found)}")
+        report(measured | found)
         return cli.OK
     result = detection.metrics_of(detector, config, result, class_names(index))
     print(native.describe(config.program, device.device))
@@ -97,16 +105,40 @@ def evaluate(
     print("  ".join(f"{key} {value:.4f}" for key, value in result.items() if key != "per_class"))
     for name, value in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"  {value:7.4f}  {name}" if value >= 0 else f"        -  {name} (no boxes in the validation set)")
-    source = str(config.checkpoint or config.weights)
-    write_json(config.output_dir / "evaluation.json", {"checkpoint": source, **result})
+    write_json(config.output_dir / "evaluation.json", {"checkpoint": str(source), **result})
+    report(measured)
     return cli.OK
 
 
+class _Watched:
+    """A `Beat` that shows on rank 0's console how far the evaluation is. share: images of this process."""
+
+    def __init__(self, what: str, share: int, batch: int, shown: bool):
+        self.share, self.batch = share, batch
+        self.meter = Meter(f"evaluating {what}, images", share) if shown else None
+        if shown:
+            print(f"evaluating {what}: {share:,} images a process, {batch} at a time", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Watched":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.meter and kind is None:
+            self.meter.add(self.share - self.meter.done)
+            self.meter.close()
+
+    def beat(self, phase: str, count: int) -> None:
+        if self.meter:
+            self.meter.add(min(count * self.batch, self.share) - self.meter.done)
+
+
 def _scored(detector: Detector, config: DetectionConfig, index: CocoIndex, found: Detections) -> dict[str, Any]:
-    """The numbers of `detcore.evaluation.coco.evaluate`, with masks where the detector has them."""
+    """The numbers of `detcore.evaluation.coco.evaluate`: with masks where the detector has them, or of proposals."""
     rows, masks = detection.counted(detector, config, index, found)
     pair = (index.masks(), masks) if masks else None
-    return coco_metrics(index.ground_truth(), rows.numpy(), per_class=True, masks=pair)
+    return coco_metrics(
+        index.ground_truth(), rows.numpy(), per_class=True, masks=pair, proposals=detector.proposals(config)
+    )
 
 
 def coco_results(found: Detections) -> list[dict[str, Any]]:
@@ -125,10 +157,13 @@ def _segmentations(masks: Rles | None) -> list[dict[str, Any]]:
     return [{**one, "counts": one["counts"].decode()} for one in masks.dictionaries()] if masks else []
 
 
-def _same_classes(path: Path | None, index: CocoIndex) -> None:
+def _same_classes(config: DetectionConfig, index: CocoIndex) -> None:
     """UserError if the checkpoint, where there is one, knows other classes than the annotation file."""
-    known = path and load_checkpoint(path).get("classes")
-    differ = differing_classes(known or [], list(class_names(index).items()))
+    path = config.checkpoint
+    known = (path and load_checkpoint(path).get("classes")) or []
+    differ = differing_classes(known, list(class_names(index).items()))
+    if differ and config.num_classes not in (0, len(known)):
+        raise UserError(f"--num-classes {config.num_classes}: {path} knows {len(known)} classes; leave the option out")
     if differ:
         raise UserError(
             f"{path} was trained on other classes than {index.annotation_file} lists: {some(differ)}. Evaluate it on "
@@ -154,13 +189,10 @@ def predict(
     if launcher.discover(os.environ)[0].size > 1:
         raise UserError("--mode predict runs in one process; start it without torchrun or srun")
     device = engine.open_device(config, launcher.World())
-    saved = load_checkpoint(config.checkpoint) if config.checkpoint else {}
+    saved = load_checkpoint(config.checkpoint, config.program) if config.checkpoint else {}
     classes = saved.get("classes") or known(saved)
     if not classes:
-        index = open_index(config, "val")  # a checkpoint of another program does not know its classes
-        classes = list(class_names(index).items())
-        source = config.checkpoint or config.weights
-        print(f"{source} does not name its classes; the names are those of {index.annotation_file}")
+        classes = classes_of_data(config, config.checkpoint or config.weights)
     model = device.place(build_model(config, len(classes))).eval()
     folder = config.output_dir / "predictions"
     paths, others = image_paths(config.images, folder)
@@ -197,7 +229,7 @@ def predict(
             area = int(coco_mask.area(one["segmentation"])) if found.masks else w * h
             more = {"id": len(content["annotations"]) + 1, "image_id": number, "area": area, "iscrowd": 0}
             content["annotations"].append(one | more)
-        drawn = encode_jpeg(draw(image, found.rows[:, 1:], dict(classes), found.masks), quality=92)
+        drawn = encode_jpeg(draw(image, found.rows[:, 1:], dict(classes), found.masks, zoom=None), quality=92)
         (folder / f"{number:05}_{path.stem[:60]}.jpg").write_bytes(drawn.numpy().tobytes())
         print(f"{path}: {len(found.rows)} objects{turned.get(path, '')}")
     if not content["images"]:
@@ -252,10 +284,10 @@ def look(
 ) -> Detections:
     """What the model finds in a uint8 image [3, h, w]: by falling score, in pixels of the image.
 
-    least: the lowest score of what counts.
+    least: the lowest score of what counts. ValueError for a recipe's view that can't be scaled back: `View.scorable`.
     """
     recipe, size = detector.recipe(config).of_evaluation, np.array([image.shape[-2:]])
-    view = (recipe.predict_view or recipe.eval_view)(size, _canvas(recipe, size))
+    view = (recipe.predict_view or recipe.eval_view)(size, _canvas(recipe, size)).scorable()
     left, top, right, bottom = view.windows[0].tolist()
     batch = whole_images(
         images=torch_loader.render(image, view, 0, config.antialias).permute(2, 0, 1)[None],

@@ -25,6 +25,7 @@ def program(
     *,
     module: str,
     intro: str,
+    epilog: str = "",
     config_class: type,
     benchmark: str,
     detector: Detector,
@@ -37,14 +38,14 @@ def program(
 ) -> int:
     """The program `python -m module` of a benchmark with the words of its command line; returns the exit code.
 
-    intro: for --help. benchmark: its name in the MLPerf log. build_model(config, number of classes): the model with its
-    starting weights, on the CPU. ignored_flags: see `detcore.config.load`. translate: words for the original programs,
-    and files that they name, into words for this one. complete(config, sources): the config with what a checkpoint
-    knows, and the sources with where that came from; may refuse the config with UserError. modes: what a benchmark does
-    for a --mode in place of what all do, or beyond; mode(config, world) returns the exit code.
+    intro, epilog: for --help. benchmark: its name in the MLPerf log. build_model(config, number of classes): the model
+    with its starting weights, on the CPU. ignored_flags: see `detcore.config.load`. translate: words for the original
+    programs, and files that they name, into words for this one. complete(config, sources): the config with what a
+    checkpoint knows, and the sources with where that came from; may refuse the config with UserError. modes: what a
+    benchmark does for a --mode in place of what all do, or beyond; mode(config, world) returns the exit code.
     """
     if {"-h", "--help"} & set(argv):
-        print(describe(config_class, f"python -m {module}", intro))
+        print(describe(config_class, f"python -m {module}", intro, epilog))
         return 0
     printing = "--print-config" in argv
     words = translate([word for word in argv if word != "--print-config"])
@@ -57,6 +58,7 @@ def program(
         print("\n".join([format_config(config, sources), *notices]), file=sys.stdout if printing else sys.stderr)
     if printing:
         return 0
+    config.check_folders()
 
     def train(config: Any, world: World) -> int:
         outcome = engine.train(config, benchmark, lambda context: build_task(config, context))

@@ -200,11 +200,16 @@ def open_gpu(
     """The GPU of this process, its own switches set; arguments as of `select_backend`, eager: why steps are not
     recorded. Raises UserError if it is not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UserError(
+            "--device cuda: torch sees no GPU on this machine; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, "
+            "or use --device cpu."
+        )
     local_rank = 0 if count == 1 else local_rank  # the launcher gave each process a GPU of its own
     if local_rank >= count:
         raise UserError(
             f"--device cuda: process {local_rank} of this machine has no GPU, torch sees {count}. "
-            "Start fewer processes, check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use --device cpu."
+            "Start fewer processes, or check CUDA_VISIBLE_DEVICES."
         )
     torch.cuda.set_device(local_rank)
     torch.backends.cudnn.benchmark = True  # shapes are fixed, so that trying the convolutions out pays

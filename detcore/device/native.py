@@ -32,6 +32,8 @@ VARIANTS = {
     "stem": "the stem's pooling, bias and ReLU in one pass without indices, from images padded to 4 channels",
     "multi_cast": "all folded and narrow copies of the weights made in one pass",
     "small_levels": "the heads' small pyramid levels on a stream of their own",
+    "norm_activations": "batch normalisation in training and the activation after it as one op (EfficientDet)",
+    "pyramid_nodes": "a node of EfficientDet's pyramid, up to its activation, in one pass",
     "fp8_heads": "the heads' convolutions in 8-bit floating point: other numbers, not only another order",
 }
 """What each variant does."""

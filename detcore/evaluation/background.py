@@ -51,8 +51,9 @@ class BackgroundEvaluator:
     """
 
     def __init__(
-        self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, masks: Rles | None = None
-    ) -> None:
+        self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, masks: Rles | None = None,
+        proposals: bool = False,
+    ) -> None:  # fmt: skip
         check_ground_truth(ground_truth)  # here and not after the first epoch
         if waymo:
             check_categories(ground_truth.category_ids)
@@ -67,7 +68,7 @@ class BackgroundEvaluator:
             of_masks = {f"{MASKS}{name}": column for name, column in masks._asdict().items()} if masks else {}
             np.savez(file, **ground_truth._asdict(), **of_masks)
             file.flush()
-            words = (backend, int(waymo), os.getpid(), theirs.fileno(), file.fileno())
+            words = (backend, int(waymo), int(proposals), os.getpid(), theirs.fileno(), file.fileno())
             # A new process inherits the mask, so that there is no moment at its start when the signals get through.
             heard = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
             try:
@@ -100,7 +101,7 @@ class BackgroundEvaluator:
         self._raise_failure()
         number = self._submitted
         with _nameless_file() as file:
-            for part in (detections, masks.counts, masks.sizes, masks.text) if masks else (detections,):
+            for part in (detections, masks.counts, masks.areas, masks.sizes, masks.text) if masks else (detections,):
                 _write(file.fileno(), np.ascontiguousarray(part))
             request = REQUEST.pack(number, len(detections), len(masks.text) if masks else -1, per_class)
             try:
@@ -232,7 +233,7 @@ def _write(descriptor: int, values: np.ndarray) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _serve(backend: str, waymo: bool, parent: int, ours: socket.socket, truth_file: int) -> None:
+def _serve(backend: str, waymo: bool, proposals: bool, parent: int, ours: socket.socket, truth_file: int) -> None:
     """The other process. A thread takes the submissions in, so that it also sees the end while one is scored."""
     submissions: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(ours, parent, submissions), daemon=True).start()
@@ -243,7 +244,8 @@ def _serve(backend: str, waymo: bool, parent: int, ours: socket.socket, truth_fi
             with np.load(file, allow_pickle=False) as columns:
                 truth = GroundTruth(*(columns[name] for name in GroundTruth._fields))
                 masks = [columns[f"{MASKS}{name}"] for name in Rles._fields if f"{MASKS}{name}" in columns]
-            scorer = Scorer(truth, backend=backend, waymo=waymo, masks=Rles(*masks) if masks else None)
+            given = {"masks": Rles(*masks) if masks else None, "proposals": proposals}
+            scorer = Scorer(truth, backend=backend, waymo=waymo, **given)
     except Exception as error:
         failure = _describe(error)
     while True:
@@ -262,8 +264,8 @@ def _score(scorer: Scorer, descriptor: int, count: int, letters: int, per_class:
             masks = None
             if letters >= 0:
                 file.seek(rows.nbytes)
-                counts, sizes = np.fromfile(file, np.int64, count), np.fromfile(file, np.int64, 2 * count)
-                masks = Rles(np.fromfile(file, np.uint8, letters), counts, sizes.reshape(count, 2))
+                counts, areas, sizes = (np.fromfile(file, np.int64, n) for n in (count, count, 2 * count))
+                masks = Rles(np.fromfile(file, np.uint8, letters), counts, sizes.reshape(count, 2), areas)
             return {"result": scorer(rows, per_class=per_class, masks=masks)}
         except Exception as error:
             return _describe(error)
@@ -291,11 +293,12 @@ def _listen(ours: socket.socket, parent: int, submissions: queue.SimpleQueue) ->
     os._exit(0)
 
 
-def _main(backend: str, waymo: str, parent: str, ours: str, truth_file: str) -> None:
+def _main(backend: str, waymo: str, proposals: str, parent: str, ours: str, truth_file: str) -> None:
     os.nice(10)
     with contextlib.suppress(OSError):  # not on every system
         Path("/proc/self/oom_score_adj").write_text("1000")
-    _serve(backend, waymo == "1", int(parent), socket.socket(fileno=int(ours)), int(truth_file))
+    kind = waymo == "1", proposals == "1"
+    _serve(backend, *kind, int(parent), socket.socket(fileno=int(ours)), int(truth_file))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,16 @@ Treatments, the same for both libraries:
 """
 
 import contextlib
+import gc
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from detcore import UserError
+from detcore.evaluation.proposals import average_recall
 from detcore.evaluation.rle import Rles
 from detcore.evaluation.waymo import check_categories, summarize
 
@@ -63,22 +66,24 @@ def evaluate(
     backend: str = "auto",
     waymo: bool = False,
     masks: tuple[Rles, Rles] | None = None,
+    proposals: bool = False,
 ) -> dict[str, Any]:
     """Score detections once. To score several sets against one ground truth, keep a `Scorer`.
 
     detections: float64 [D, 7], rows of image_id, x, y, w, h, score, category_id, as pycocotools'
     `loadNumpyAnnotations` takes them: ids of the annotation file, pixels of the original image, any order.
     backend: "hotcoco", "pycocotools", or "auto": hotcoco if it can be imported, else pycocotools with a warning.
-    masks: of the ground truth and of the detections, in their order.
+    masks: of the ground truth and of the detections, in their order. proposals: the detections have no class.
 
     Returns the keys of `METRICS` as floats, -1.0 where there is no ground truth to compare with, and with
     `per_class` also "per_class": {category_id: AP} and "per_class_by_iou": {category_id: AP at each of THRESHOLDS}, of
     which a benchmark makes metrics of its own; with `waymo` also those of `detcore.evaluation.waymo`; with masks also
-    the keys of `SEGM_METRICS`, the same numbers of the masks.
+    the keys of `SEGM_METRICS`, the same numbers of the masks. Of proposals those of
+    `detcore.evaluation.proposals.average_recall` instead, and no class has a number.
     Raises UserError for numbers or ids that cannot be scored, ValueError for an array of another shape.
     """
     true_masks, found_masks = masks or (None, None)
-    scorer = Scorer(ground_truth, backend=backend, waymo=waymo, masks=true_masks)
+    scorer = Scorer(ground_truth, backend=backend, waymo=waymo, masks=true_masks, proposals=proposals)
     return scorer(detections, per_class=per_class, masks=found_masks)
 
 
@@ -92,14 +97,14 @@ class Scorer:
 
     def __init__(
         self, ground_truth: GroundTruth, *, backend: str = "auto", waymo: bool = False, rows_at_once: int = 1_000_000,
-        masks: Rles | None = None,
+        masks: Rles | None = None, proposals: bool = False,
     ) -> None:  # fmt: skip
         check_ground_truth(ground_truth)
         if masks and len(masks.counts) != len(ground_truth.bbox):
             raise ValueError(f"{len(masks.counts)} masks for {len(ground_truth.bbox)} annotations")
         if waymo:
             check_categories(ground_truth.category_ids)
-        self._waymo = waymo
+        self._waymo, self._proposals = waymo, proposals
         self.backend = _choose(backend)
         self._rows_at_once = rows_at_once
         self._truth, self._masks = ground_truth, masks
@@ -115,6 +120,9 @@ class Scorer:
         self._check_numbers(detections)
         self._positions(detections, "image_id", self._image_ids)
         position = self._positions(detections, "category_id", self._category_ids)
+        if self._proposals:
+            classless = {"per_class": {}, "per_class_by_iou": {}} if per_class else {}
+            return self._recall(detections) | classless
         precision, recall = self._score(detections, position, None)
         result: dict[str, Any] = _summarize(precision, recall)
         if per_class:
@@ -128,6 +136,11 @@ class Scorer:
             of_masks = _summarize(*self._score(detections, position, masks))
             result |= {f"segm_{name}": value for name, value in of_masks.items()}
         return result
+
+    def _recall(self, proposals: np.ndarray) -> dict[str, float]:
+        truth = self._truth
+        real = (truth.iscrowd == 0) & np.isin(truth.ann_image_id, self._image_ids)
+        return average_recall(proposals, truth.ann_image_id[real], truth.bbox[real], truth.area[real])
 
     def _score(self, detections: np.ndarray, position: np.ndarray, masks: Rles | None) -> tuple[np.ndarray, np.ndarray]:
         """Precision and recall as `_summarize` takes them, of boxes or of masks. position: of each row's category."""
@@ -271,17 +284,30 @@ def _listed(truth: GroundTruth) -> tuple[list[dict], list[dict]]:
     return [{"id": image_id} for image_id in truth.image_ids.tolist()], categories
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Masks become some hundred thousand dictionaries, which Python's collector would look through again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def _run_hotcoco(
     truth: GroundTruth, detections: np.ndarray, masks: tuple[Rles, Rles] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    from hotcoco import COCO, COCOeval, mask
+    from hotcoco import COCO, COCOeval
 
     true_masks, found_masks = (part.dictionaries() for part in masks) if masks else (None, None)
     columns = (truth.ann_image_id, truth.ann_category_id, truth.bbox)
     coco = COCO.from_arrays(*_listed(truth), *columns, area=truth.area, iscrowd=truth.iscrowd, segmentation=true_masks)
     if masks and len(detections):  # the area of a row is that of its box, which counts for nothing else here
         detections = detections.copy()
-        detections[:, 3], detections[:, 4] = mask.area(found_masks), 1
+        detections[:, 3], detections[:, 4] = masks[1].areas, 1
     run = COCOeval(coco, coco.load_res(detections, segmentation=found_masks), "segm" if masks else "bbox")
     run.evaluate()
     run.accumulate()

@@ -5,7 +5,7 @@ threshold, and no leaderboard number: Waymo's own metric interpolates and matche
 difficulties count. "ALL_NS": all classes but signs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -26,23 +26,25 @@ def check_categories(category_ids: np.ndarray) -> None:
         )
 
 
+def class_mean(values: Iterable[float]) -> float:
+    """L2_ALL_NS of the classes' average precisions: a class without ground truth, whose value is -1, drops out of the
+    mean, which is -1.0 where no class has any. The original takes the mean over the recall points of all classes
+    together, which is the same: each has 101.
+    """
+    found = [value for value in values if value > -1]
+    return sum(found) / len(found) if found else -1.0
+
+
 def summarize(precision: np.ndarray, category_ids: np.ndarray, thresholds: Sequence[float]) -> dict[str, float]:
     """METRICS in percent, -1.0 where there is no ground truth.
 
     precision: [T, R, K, A, M] as COCOeval accumulates it, -1 without ground truth; of the areas the first ("all") and
     of the numbers of detections the last (100) count. category_ids: [K], ascending. thresholds: the T IoU thresholds.
-
-    L2_ALL_NS is the mean over the samples of the three classes together: a class without ground truth drops out.
     """
-    samples = {name: np.empty(0) for name, _ in CLASSES.values()}
+    found = {name: -1.0 for name, _ in CLASSES.values()}
     for k, category_id in enumerate(category_ids.tolist()):
         name, threshold = CLASSES[category_id]
-        samples[name] = precision[list(thresholds).index(threshold), :, k, 0, -1]
-    return {"L2_ALL_NS": _mean(np.concatenate(list(samples.values())))} | {
-        name: _mean(values) for name, values in samples.items()
-    }
-
-
-def _mean(values: np.ndarray) -> float:
-    values = values[values > -1]
-    return float(values.mean()) * 100 if values.size else -1.0
+        values = precision[list(thresholds).index(threshold), :, k, 0, -1]
+        values = values[values > -1]
+        found[name] = float(values.mean()) * 100 if values.size else -1.0
+    return {"L2_ALL_NS": class_mean(found.values())} | found

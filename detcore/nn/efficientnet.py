@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
 from detcore import UserError
-from detcore.nn.norm_folding import normed
+from detcore.nn.norm_folding import normed, normed_act
+from detcore.ops.activation import ACTIVATIONS
 
 _STAGES = (  # kernel, stride, repeats, channels, expansion
     (3, 1, 1, 16, 1),
@@ -42,15 +43,6 @@ _NETWORKS = {  # width, depth, torchvision's weights, the eps they were trained 
     "efficientnet_lite4": (1.4, 1.8, None, 1e-3),
 }
 BACKBONES = tuple(_NETWORKS)
-Activation = Callable[..., Tensor]
-
-
-def silu(x: Tensor, inplace: bool = False) -> Tensor:
-    """x * sigmoid(x). Never in place where gradients are wanted: they need x, and PyTorch would copy it before."""
-    return F.silu(x, inplace=inplace and not torch.is_grad_enabled())
-
-
-ACTIVATIONS: dict[str, Activation] = {"silu": silu, "relu6": F.relu6}
 
 
 def _width(channels: int, factor: float) -> int:
@@ -89,11 +81,11 @@ class Conv2d(nn.Conv2d):
 class SqueezeExcite(nn.Module):
     """x times a factor in 0..1 for each channel, which follows from the means of all channels."""
 
-    def __init__(self, channels: int, squeezed: int, act: Activation):
+    def __init__(self, channels: int, squeezed: int, act: str):
         super().__init__()
         self.conv_reduce = nn.Conv2d(channels, squeezed, 1)
         self.conv_expand = nn.Conv2d(squeezed, channels, 1)
-        self.act = act
+        self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3), keepdim=True)
@@ -103,11 +95,12 @@ class SqueezeExcite(nn.Module):
 class MBConv(nn.Module):
     """1x1 convolution to more channels, depthwise one, squeeze and excitation, 1x1 convolution to fewer channels.
 
-    drop: probability that a training image skips the block, where it has a shortcut.
+    act: one of `detcore.ops.activation.ACTIVATIONS`. drop: probability that a training image skips the block, where it
+    has a shortcut.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, *, squeezes: bool, act: Activation,
+        self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, *, squeezes: bool, act: str,
         norm: Callable[[int], nn.Module], same: bool, drop: float,
     ):  # fmt: skip
         super().__init__()
@@ -132,7 +125,7 @@ class MBConv(nn.Module):
         *wide, last = self.norm_pairs()
         out = x
         for pair in wide:
-            out = self.act(normed(*pair, out), inplace=True)
+            out = normed_act(*pair, out, self.act)
         out = normed(*last, self.se(out))
         if not self.shortcut:
             return out
@@ -161,7 +154,7 @@ class EfficientNet(nn.Module):
         width, depth, *_ = _NETWORKS[name]
         lite = "lite" in name
         self.name, self.eps = name, eps
-        self.act = ACTIVATIONS["relu6" if lite else "silu"]
+        self.act = "relu6" if lite else "silu"
         norm = partial(nn.BatchNorm2d, eps=eps, momentum=momentum)
         inputs = 32 if lite else _width(32, width)
         self.conv_stem, self.bn1 = Conv2d(3, inputs, 3, 2, same=same), norm(inputs)
@@ -196,7 +189,7 @@ class EfficientNet(nn.Module):
         return [(self.conv_stem, self.bn1)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.act(normed(self.conv_stem, self.bn1, x), inplace=True)
+        x = normed_act(self.conv_stem, self.bn1, x, self.act)
         maps = []
         for stage in self.blocks:
             for block in stage:

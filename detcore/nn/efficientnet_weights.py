@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detcore import UserError
 from detcore.nn.efficientnet import EfficientNet, torchvision_weights
-from detcore.nn.resnet import load_exactly, read_weights
+from detcore.nn.weights import load_exactly, read_weights
 
 _FIRST = {"depthwise": ("conv_dw", "bn1"), "project": ("conv_pw", "bn2")}
 _OTHERS = {"expand": ("conv_pw", "bn1"), "depthwise": ("conv_dw", "bn2"), "project": ("conv_pwl", "bn3")}

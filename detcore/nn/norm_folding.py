@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detcore.device import native
+from detcore.ops.activation import ACTIVATIONS
 from detcore.ops.fold import fold
+from detcore.ops.norm_act import norm_act
 
 Pairs = Sequence[tuple[nn.Conv2d, nn.modules.batchnorm._BatchNorm]]
 
@@ -23,6 +26,23 @@ def normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     padded = conv.pad(x) if hasattr(conv, "pad") else x
     return F.conv2d(padded, *both, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def normed_act(conv: nn.Conv2d, norm: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """The activation, one of `detcore.ops.activation.ACTIVATIONS`, of `normed`; in training one op as a variant."""
+    if not _in_one_op(norm):
+        return ACTIVATIONS[activation](normed(conv, norm, x), inplace=True)
+    norm.num_batches_tracked.add_(1)
+    running = norm.running_mean, norm.running_var, norm.momentum
+    return norm_act(conv(x), norm.weight, norm.bias, *running, norm.eps, activation)
+
+
+def _in_one_op(norm: nn.Module) -> bool:
+    """Whether the variant is on, and a norm only does what `norm_act` does: not over processes, nor with hooks."""
+    if not native.variant("norm_activations") or type(norm) is not nn.BatchNorm2d or not norm.training:
+        return False
+    hooked = norm._forward_pre_hooks or norm._forward_hooks
+    return not hooked and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 def norm_pairs(model: nn.Module) -> Pairs:

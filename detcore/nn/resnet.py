@@ -1,8 +1,6 @@
 """torchvision's residual networks, cut for feature pyramids: some feature maps, freezable, weights from a file."""
 
-import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
 from detcore.device import native
+from detcore.nn.weights import load_exactly, read_weights
 from detcore.ops.bias_relu import bias_relu, conv_bias_relu, conv_bias_relu_apart, leaves_bias
 from detcore.ops.conv import conv2d
 from detcore.ops.fold import autocast_dtype, fold
@@ -292,63 +291,3 @@ def load_backbone(
     state = read_weights(path)
     load_exactly(model, {k: v for k, v in state.items() if not str(k).startswith(tuple(without))}, str(path))
     return path
-
-
-def read_weights(path: Path) -> Mapping:
-    """The dictionary in a file of PyTorch weights.
-
-    Where the file name ends in a hash, as torchvision's do, the file must begin with it (sha256). Raises UserError when
-    the file is damaged or holds something else.
-    """
-    expected = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
-    if expected:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(expected[1]):
-            raise UserError(f"{path} is damaged: its sha256 begins with {found[:8]}, its name promises {expected[1]}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, and each means the same to the user
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as PyTorch weights ({reason}); fetch it again") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds {type(state).__name__}, not a dictionary of weights")
-    return state
-
-
-def load_exactly(model: nn.Module, state: Mapping, source: str) -> None:
-    """Load a state dictionary whose names and shapes must be the model's own; UserError lists what differs.
-
-    The counters num_batches_tracked are optional on both sides: frozen norms have none. `source` names the
-    file in the message.
-    """
-    own = model.state_dict()
-
-    def counts(key: object) -> bool:
-        return not str(key).endswith("num_batches_tracked")
-
-    problems = [f"missing {key}" for key in own if counts(key) and key not in state]
-    problems += [f"unexpected {key}" for key in state if counts(key) and key not in own]
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            problems.append(f"{key} is {type(value).__name__}, not a tensor")
-        elif key in own and own[key].shape != value.shape:
-            problems.append(f"{key} is {list(value.shape)}, needs {list(own[key].shape)}")
-    if problems:
-        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise UserError(f"{source} does not fit this model: {'; '.join(problems[:12])}{more}")
-    model.load_state_dict({**own, **{key: value for key, value in state.items() if key in own}})
-
-
-def other_number_of_classes(source: str, known: int, wanted: int) -> str:
-    """What to do about weights of a network that knows another number of classes, in words. source: names the file."""
-    by_id = (
-        f"; --num-classes {known} makes class k the category with id k, which is how torchvision and the MLPerf "
-        "reference number COCO's"
-        if known > wanted
-        else ""
-    )
-    return (
-        f"{source} knows {known} classes, the data set has {wanted}: training starts from the rest of its weights with "
-        f"--weights-only{by_id}"
-    )

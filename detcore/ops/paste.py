@@ -47,14 +47,15 @@ def paste(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float = 0.5) -
     """
     given = masks.float().contiguous(), boxes.float().contiguous(), sizes.contiguous()
     if native.runs(OP, *given, dtypes=(torch.float32,)):
-        text, counts = torch.ops.detcore.paste(*given, threshold)
-        return Rles(text.numpy(), counts.numpy(), sizes.numpy())
+        text, counts, areas = torch.ops.detcore.paste(*given, threshold)
+        return Rles(text.numpy(), counts.numpy(), sizes.numpy(), areas.numpy())
     return paste_reference(*given, threshold)
 
 
 if native.loaded(OP):
 
     @torch.library.register_fake(OP)
-    def _(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    def _(masks: Tensor, boxes: Tensor, sizes: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         letters = torch.library.get_ctx().new_dynamic_size()
-        return masks.new_empty(letters, dtype=torch.uint8), masks.new_empty(len(masks), dtype=torch.int64)
+        counts, areas = (masks.new_empty(len(masks), dtype=torch.int64) for _ in range(2))
+        return masks.new_empty(letters, dtype=torch.uint8), counts, areas

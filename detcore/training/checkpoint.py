@@ -15,17 +15,16 @@ import pathlib
 import re
 import shutil
 import struct
-import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from detcore import UserError
+from detcore import UserError, torch_file
+from detcore.foreign import check_archive
 
 FORMAT = 1  # raise it when an older program could no longer read what this one writes
 _FORMAT_KEY = "checkpoint_format"
@@ -102,23 +101,14 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
     try:
         with open(path, "rb") as file:
             has_hash = _check_hash(file, path, require_hash)
-            file.seek(0)
-            with torch.serialization.safe_globals([] if require_hash else _HARMLESS):
-                state = torch.load(file, map_location=map_location, weights_only=True)
+        if not has_hash:
+            check_archive(path)
+        with torch.serialization.safe_globals([] if require_hash else _HARMLESS):
+            state = torch_file.read(path, map_location, checked=True)
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path} does not exist; check the path or start without it") from error
+        raise UserError(f"checkpoint {path} does not exist; check the path") from error
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
-    except UserError:
-        raise
-    except Exception as error:  # torch and its unpickler answer to strange bytes with nearly every type
-        reason = str(error).strip().split("\n")[0][:200]
-        if reason.startswith("Weights only load failed"):  # torch goes on with advice that would run the file's code
-            raise UserError(f"checkpoint {path} {_refusal(path)}") from error
-        raise UserError(
-            f"checkpoint {path} cannot be loaded as weights ({type(error).__name__}: {reason}); "
-            "it is damaged or no checkpoint. Use another file"
-        ) from error
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dict: it is no checkpoint")
     version = state.pop(_FORMAT_KEY, FORMAT if not has_hash else None)
@@ -128,22 +118,6 @@ def load(path: str | os.PathLike, map_location="cpu", *, require_hash: bool = Tr
             "it was written by a newer version; update this one"
         )
     return state
-
-
-def _refusal(path: Path) -> str:
-    """Which types torch would have to run code for, in words."""
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a file of the format before torch 1.6, or one that is damaged in a further way
-        names = []
-    if not names:
-        return "cannot be loaded as weights; it is damaged or no checkpoint. Use another file"
-    shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return (
-        f"holds more than weights and plain values: {shown}. Loading such objects could run any code, so it is "
-        "refused; where the file comes from, save its weights alone: torch.save({'model': model.state_dict()}, FILE)"
-    )
 
 
 def link_or_copy(src: str | os.PathLike, dst: str | os.PathLike) -> None:
@@ -204,12 +178,11 @@ def _check_hash(file, path: Path, required: bool) -> bool:
     tail = file.read()
     length, comment = tail[:2], tail[2:]
     if body < 0 or (length != _COMMENT_LENGTH and not comment.startswith(_MARK)):
-        if required or size == 0:
+        if required:
             raise UserError(
                 f"checkpoint {path} ({size} bytes) carries no hash: it is cut off, or not written by this program. "
                 "Use best.pt or the checkpoint of an older epoch"
             )
-        _check_archive(file, path, size)
         return False
     file.seek(0)
     digest = hashlib.sha256()
@@ -224,25 +197,6 @@ def _check_hash(file, path: Path, required: bool) -> bool:
             "Use best.pt or the checkpoint of an older epoch"
         )
     return True
-
-
-def _check_archive(file, path: Path, size: int) -> None:
-    """UserError unless a zip archive ends where its end record says and holds what its checksums say."""
-    file.seek(0)
-    if file.read(4) != b"PK\3\4":
-        return
-    file.seek(max(size - 22 - 65535, 0))
-    end = file.read()
-    at = end.rfind(b"PK\5\6")
-    if at < 0 or at + 22 + int.from_bytes(end[at + 20 : at + 22], "little") != len(end):
-        raise UserError(f"checkpoint {path} ({size} bytes) is cut off or longer than its content; use another file")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            wrong = archive.testzip()
-    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error, zlib.error) as error:
-        raise UserError(f"checkpoint {path} is damaged: {error}; use another file") from error
-    if wrong:
-        raise UserError(f"checkpoint {path} is damaged: the checksum of its part {wrong!r} is wrong; use another file")
 
 
 def _refuse_other_types(value, where: str) -> None:
@@ -291,9 +245,10 @@ def _unwritable(path: Path, error: OSError, needed: int | None) -> UserError:
     )
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, program: str = "") -> dict[str, Any]:
     """A checkpoint of this program, or of another one that saved a state dictionary.
 
+    program: whose it must be, if it is one of this repository's (`refuse_other_program`); without it, anyone's.
     Raises UserError for a file that is none, and for weights that are not finite numbers: a model with a NaN in it
     finds nothing, which looks like a result. Weights that another program calls otherwise (Lightning's "state_dict")
     stand under "model" afterwards, their names without what wrappers put before all of them.
@@ -309,6 +264,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     for name, kind in (("config", dict), ("ema", dict), ("classes", list)):
         if not isinstance(saved.get(name), kind | None):
             raise UserError(f"{path} holds {type(saved[name]).__name__} under {name!r}, not a {kind.__name__}")
+    if program:
+        refuse_other_program(saved, path, program)
     for entry in saved.get("classes") or []:
         if not (isinstance(entry, list) and [type(part) for part in entry] == [int, str]):
             raise UserError(f"{path} holds {entry!r} among its classes, not the id and the name of a category")
@@ -321,6 +278,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if not value.isfinite().all():
                 raise UserError(f"{path}: {name} holds NaN or infinite numbers; use the checkpoint of an older epoch")
     return saved
+
+
+def refuse_other_program(saved: Mapping[str, Any], path: Path, program: str) -> None:
+    """Raises UserError where a checkpoint says that another program of this repository wrote it."""
+    other = saved.get("program")
+    if isinstance(saved.get("config"), dict) and isinstance(other, str) and other != program:
+        raise UserError(
+            f"{path} is a checkpoint of {other}, this is {program}: give one of {program}, or use it with "
+            f"`python -m {other}.train`"
+        )
 
 
 def _without_wrappers(weights: dict[str, Any]) -> dict[str, Any]:

@@ -151,6 +151,11 @@ class RunConfig:
             raise UserError(f"--graphs on --device {self.device}: only a GPU can record steps; leave one of them out")
 
     @property
+    def length(self) -> tuple[str, str]:
+        """The field that ends the run where no target does, and what its users call it."""
+        return "epochs", "--epochs"
+
+    @property
     def program(self) -> str:
         """The folder of the benchmark whose settings these are, as `native` names it."""
         return type(self).__module__.partition(".")[0]

@@ -7,8 +7,8 @@ lines is the product; a benchmark brings values and functions in a `Task`.
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from mlperf_logging.mllog import constants as keys
@@ -23,9 +23,9 @@ from detcore.processes import distributed, launcher
 from detcore.processes.watchdog import Watchdog
 from detcore.training.config import RunConfig
 from detcore.training.mlperf import ABORTED, SUCCESS, MLPerfLog
-from detcore.training.progress import Progress, closing_words
+from detcore.training.progress import Progress, about_model, closing_words
 from detcore.training.run import NotFinite, Run
-from detcore.training.state import State, check_same_data, claim_folder, forget_earlier_run
+from detcore.training.state import Claim, State, check_same_data, claim_folder
 from detcore.training.step import make_train_step
 from detcore.training.task import Context, Outcome, Task
 
@@ -37,23 +37,34 @@ def open_device(config: RunConfig, world: launcher.World) -> Backend:
     return select_backend(*chosen, benchmark_limit=config.cudnn_benchmark_limit)
 
 
+@contextmanager
+def joined(config: RunConfig) -> Iterator[tuple[launcher.World, Backend]]:
+    """Which process of the job this one is, and its device; they can speak to each other meanwhile."""
+    world, _ = launcher.discover(os.environ)
+    device = open_device(config, world)
+    try:
+        distributed.init(
+            device.collective_backend, config.hang_timeout or 7 * 24 * 3600, device=device.collective_device
+        )
+        yield world, device
+    finally:
+        device.close()
+        distributed.shutdown()
+
+
 def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Task]) -> Outcome:
     """Runs one training from INIT to RUN_STOP; every process of the job calls it with the same arguments.
 
     build_task is called between INIT_START and INIT_STOP. Raises UserError for wrong input; a signal, a loss that is
     not finite and a target that was not reached are outcomes (`detcore.cli` lists the codes).
     """
-    world, _ = launcher.discover(os.environ)
-    device = open_device(config, world)
     with ExitStack() as stack:
-        stack.callback(distributed.shutdown)
-        timeout_s = config.hang_timeout or 7 * 24 * 3600
-        distributed.init(device.collective_backend, timeout_s, device=device.collective_device)
-        stack.callback(device.close)
+        world, device = stack.enter_context(joined(config))
         saved = claim_folder(config, world)
         seed = saved["seed"] if saved else distributed.choose_seed(config.seed, device.collective_device)
         context = Context(device, world, seed)
         folder = config.output_dir if world.rank == 0 else None
+        claim = stack.enter_context(Claim(config, new=folder is not None and not saved))
         log = MLPerfLog(folder and folder / f"result_{config.result_index}.txt", append=config.resume)
         stack.callback(log.close)
         progress = Progress(folder and folder / "progress.jsonl", append=config.resume)
@@ -82,7 +93,8 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
         about = {"environment": device.describe() | {"processes": world.size}, "notes": task.notes}
         chosen = {"config": to_dict(config) | {"seed": seed}, "targets": dict(task.targets)}
         progress.write("start", benchmark=benchmark, **chosen, **about)
-        for note in (native.describe(config.program, device.device), f"steps: {device.step_execution}", *task.notes):
+        known = about_model(task.model.parameters(), state.step), native.describe(config.program, device.device)
+        for note in (*known, f"steps: {device.step_execution}", *task.notes):
             progress.say(note)
         watchdog.beat("preparing the step", 0)
         if note := device.adapt_threads():
@@ -101,8 +113,7 @@ def train(config: RunConfig, benchmark: str, build_task: Callable[[Context], Tas
             data = task.open_data()
             stack.callback(data.close)
             check_same_data(saved, data.steps_per_epoch, data.classes, config)
-            if folder and not saved:  # only now that the new run has its data
-                forget_earlier_run(config)
+            claim.keep()  # only now that the new run has its data
             log.event(keys.TRAIN_SAMPLES, data.train_samples)
             log.event(keys.EVAL_SAMPLES, data.eval_samples)
             progress.say(data.summary)

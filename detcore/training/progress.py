@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from detcore import cli
 
 WAIT, ADVICE_EVERY = 0.1, 300.0  # of the time; seconds
+QUIET = 30.0  # seconds without a line until one says that the run is alive
 KINDS = ("start_up", "data", "train", "evaluation", "checkpoint")
 
 
@@ -30,7 +31,7 @@ class Progress:
         self._console = (console or sys.stderr) if path else None
         self._tty = bool(self._console and self._console.isatty())
         self._bar_open = False
-        self._begin = time.perf_counter()
+        self._begin = self._said = time.perf_counter()
         self._mark = (0, 0.0, 0.0)  # step, time and data seconds of the last interval
         self._step_seconds = 0.0  # of one step, lately
         self.evaluations = 0  # of this process
@@ -71,6 +72,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Lines for the person at the console, below the bar if one is open."""
+        self._said = time.perf_counter()
         if self._console:
             if self._bar_open:
                 self._console.write("\n")
@@ -83,12 +85,28 @@ class Progress:
         if not self._console:
             return
         if self._tty:
+            self._said = time.perf_counter()
             width = shutil.get_terminal_size().columns
             self._console.write("\r" + text[: width - 1].ljust(width - 1))
             self._console.flush()
             self._bar_open = True
         else:
             self.say(text)
+
+    def alive(self, step: int, last_step: int, evaluations_left: Callable[[], int]) -> None:
+        """Says where the run is, between the lines of logging intervals, where none came for QUIET seconds."""
+        if not self._console or time.perf_counter() - self._said < QUIET:
+            return
+        last, since, _ = self._mark
+        if step > last:
+            each = (self.elapsed() - since) / (step - last)
+            left = self.time_left(step, last_step, evaluations_left(), each)
+            self.bar(f"step {step:,} of {last_step:,}: {each:.2f} s a step  {left}")
+
+    def evaluating(self, epoch: int, batches: int) -> None:
+        """Says how many batches an evaluation after so many epochs has done, where no line came for QUIET seconds."""
+        if self._console and batches and time.perf_counter() - self._said >= QUIET:
+            self.bar(f"evaluation after epoch {epoch}: {batches:,} batches looked at")
 
     def interval(self, *, step: int, images_per_step: int, busy: float = 0.0) -> tuple[float, float]:
         """Closes a logging interval: global images per second and the fraction of time spent waiting for data.
@@ -134,12 +152,12 @@ class Progress:
     ) -> None:
         """The record and the line of an evaluation's result, after so many epochs.
 
-        targets: as in `Task`. best: of the primary metric; None where there was nothing to score yet.
+        targets: as in `Task`. best: `merit` so far; None where there was nothing to score yet.
         """
         self.write("eval", step=step, epoch=epoch, time_s=self.elapsed(), metrics=metrics)
         goals = {name: "no target" if goal is None else f"target {goal:g}" for name, goal in targets.items()}
         values = ", ".join(f"{name} {metrics[name]:.4f} ({goal})" for name, goal in goals.items())
-        which = f" {next(iter(targets))}" if len(targets) > 1 else ""
+        which = f" {merit_words(targets)}" if len(targets) > 1 else ""
         reached = "nothing to score" if best is None else f"best{which} {best:.4f}"
         self.say(f"evaluation after epoch {epoch}: {values}, {reached}, after {duration(self.elapsed())}")
 
@@ -163,9 +181,10 @@ class Progress:
         """Leaves out what just passed (evaluation, checkpoint) from the next interval's rate."""
         self._mark = (step, self.elapsed(), self.seconds["data"])
 
-    def time_left(self, step: int, total_steps: int, evaluations_left: int) -> str:
-        """How long the rest would take if no target ends it, from the speed of the last intervals, in words."""
-        seconds = self._step_seconds * (total_steps - step)
+    def time_left(self, step: int, total_steps: int, evaluations_left: int, each: float = 0.0) -> str:
+        """How long the rest would take if no target ends it, in words. each: seconds of a step; 0: as in the last
+        intervals."""
+        seconds = (each or self._step_seconds) * (total_steps - step)
         if self.evaluations:
             seconds += self.seconds["evaluation"] / self.evaluations * evaluations_left
             return f"ETA {duration(seconds)} for all epochs"
@@ -177,6 +196,14 @@ class Progress:
             self._bar_open = False
         if self._file:
             self._file.close()
+
+
+def about_model(parameters: Iterable[Any], step: int) -> str:
+    """The size of a model, whose tensors these are, and with which step it goes on, in words."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    trained = sum(size for size, trains in sizes if trains)
+    words = f"model: {sum(size for size, _ in sizes):,} parameters, {trained:,} of them train"
+    return f"{words}; goes on after step {step:,}" if step else words
 
 
 class Meter:
@@ -210,10 +237,11 @@ class Meter:
         rate = (self.done - self._skipped) / seconds
         left = f"ETA {duration((self.total - self.done) / rate)}" if rate else "ETA unknown"
         size = f", {self.bytes / seconds / 1e6:,.0f} MB/s" if self.bytes else ""
+        speed = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
         if not self.total:
-            return f"{self.what}: {self.done:,}, {rate:,.0f}/s{size}"
+            return f"{self.what}: {self.done:,}, {speed}{size}"
         done = f"{self.done:,} of {self.total:,} ({self.done / self.total:.0%})"
-        return f"{self.what}: {done}, {rate:,.0f}/s{size}, {left}"
+        return f"{self.what}: {done}, {speed}{size}, {left}"
 
     def close(self) -> None:
         """The last state, on a line of its own."""
@@ -257,20 +285,39 @@ def explain_not_finite(
     )
 
 
+def merit(metrics: Mapping[str, Any], targets: Mapping[str, float | None]) -> float:
+    """What is highest for the best evaluation: the metric of `targets` (see `Task`); of several the mean over how far
+    each has come to its target, at most 1, or the value itself without one. So a result that reaches all of them is the
+    best. -1: nothing to score."""
+    if len(targets) == 1:
+        return metrics[next(iter(targets))]
+    scored = [(metrics[name], goal) for name, goal in targets.items() if metrics[name] >= 0]
+    shares = [value if goal is None else 1.0 if value >= goal else value / goal for value, goal in scored]
+    return sum(shares) / len(shares) if shares else -1.0
+
+
+def merit_words(targets: Mapping[str, float | None]) -> str:
+    """What `merit` is."""
+    if len(targets) == 1:
+        return next(iter(targets))
+    parts = (name if goal is None else f"{name}/{goal:g}" for name, goal in targets.items())
+    return f"mean of {' and '.join(parts)}"
+
+
 def closing_words(
     code: int, step: int, best_result: tuple[int, float] | None, targets: Mapping[str, float | None], seconds: float,
     folder: Path, length: str, number: int, evaluated: bool = False,
 ) -> str:  # fmt: skip
     """The last line of a run that ended with an exit code after a global step.
 
-    best_result: epochs completed and primary metric. targets: see `Task`. length: what ends the run without them, such
+    best_result: epochs completed and `merit`. targets: see `Task`. length: what ends the run without them, such
     as "26 epochs". number: of the signal that ended it. evaluated: whether there was an evaluation at all.
     """
     where = f"after {duration(seconds)}; the log, the checkpoints and progress.jsonl lie in {folder}"
-    metric, goals = next(iter(targets)), {name: value for name, value in targets.items() if value is not None}
+    goals = {name: value for name, value in targets.items() if value is not None}
     best = "nothing to score in the validation set" if evaluated else "no evaluation yet"
     if best_result:
-        best = f"best {metric} {best_result[1]:.4f} after epoch {best_result[0]}"
+        best = f"best {merit_words(targets)} {best_result[1]:.4f} after epoch {best_result[0]}"
     words = [f"{name} {value:g}" if len(targets) > 1 else f"{value:g}" for name, value in goals.items()]
     goal = f"Target{'s' if len(goals) > 1 else ''} {', '.join(words)}"
     match code:

@@ -22,7 +22,7 @@ from detcore.processes.watchdog import Watchdog
 from detcore.training import checkpoint
 from detcore.training.config import RunConfig
 from detcore.training.mlperf import MLPerfLog
-from detcore.training.progress import Progress, explain_not_finite
+from detcore.training.progress import Progress, explain_not_finite, merit
 from detcore.training.state import State
 from detcore.training.task import Context, Data, Pending, Task
 
@@ -124,6 +124,7 @@ class Run:
             state.step += 1
             self.window.append((state.step, terms, [b.image_id for b in batches], (start, device.record_event())))
         self.epoch_passes += len(batches)
+        self.progress.alive(state.step, self.last_step, lambda: self.evaluations_left((state.step - 1) // per_epoch))
 
     def report_interval(self, epoch: int) -> None:
         """The one host synchronisation of a logging interval: losses to the host, NaN guard, progress line."""
@@ -149,9 +150,13 @@ class Run:
             terms=dict(zip(names, over_ranks.tolist(), strict=True)), lr=self.lr, rate=rate, wait=wait,
             last_step=self.last_step,
             note=self.device.adapt_threads(rate),
-            evaluations_left=sum(self.task.eval_epochs(e + 1, self.epochs) for e in range(epoch, self.epochs)),
+            evaluations_left=self.evaluations_left(epoch),
         )  # fmt: skip
         self.progress.advise(rate, wait, self.data.advise)
+
+    def evaluations_left(self, epoch: int) -> int:
+        """How many there are from an epoch (from 0) on."""
+        return sum(self.task.eval_epochs(e + 1, self.epochs) for e in range(epoch, self.epochs))
 
     def start_evaluation(self, completed: int) -> None:
         """Starts the evaluation after so many epochs; `poll_evaluation` gets its result."""
@@ -163,7 +168,13 @@ class Run:
             # Running statistics are rank 0's, as in the checkpoint.
             distributed.broadcast_buffers(self.task.model, self.device.collective_device)
             self.task.model.eval()
-            self.pending = (completed, self.data.evaluate(self.task.model, self.watchdog.beat))
+            self.progress.say(f"evaluating after epoch {completed}: {self.data.eval_samples:,} images")
+
+            def beat(phase: str, count: int) -> None:
+                self.watchdog.beat(phase, count)
+                self.progress.evaluating(completed, count)
+
+            self.pending = (completed, self.data.evaluate(self.task.model, beat))
             self.task.model.train()
         self.progress.evaluations += 1
         self.progress.pause(self.state.step)
@@ -204,7 +215,7 @@ class Run:
         self.wait_for_checkpoint()
         self.log.event(keys.EVAL_ACCURACY, self.task.accuracy(metrics), epoch_num=epoch)
         self.log.end(keys.EVAL_STOP, epoch, epoch_num=epoch)
-        result = (epoch, metrics[self.task.metric])
+        result = (epoch, merit(metrics, self.task.targets))
         self.state.evaluations.append(result)
         evaluated = self.config.output_dir / "evaluated.pt"
         if self.state.best() == result:
@@ -228,6 +239,7 @@ class Run:
             if self.context.world.rank == 0:
                 run = {"world_size": self.context.world.size, "seed": self.context.seed, "generators": generators}
                 about = {"steps_per_epoch": self.data.steps_per_epoch, "classes": [list(c) for c in self.data.classes]}
+                about |= {"program": self.config.program}
                 contents = self.device.to_host(self.state.contents() | run | about) | {"config": to_dict(self.config)}
                 completed, rest = divmod(self.state.step, self.data.steps_per_epoch)
                 further = self.task.checkpoint_file(self.state.step, None if rest else completed)

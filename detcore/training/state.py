@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from detcore import UserError
-from detcore.config import to_dict
+from detcore.config import key_names, to_dict
 from detcore.data.classes import differing_classes, some
 from detcore.device.base import Backend
 from detcore.nn import optim
+from detcore.nn.weights import load_exactly
 from detcore.processes import distributed
 from detcore.processes.launcher import World
 from detcore.training import checkpoint, mlperf
@@ -32,7 +33,7 @@ _CONTENTS = {
 class State:
     """The changing things of a run; with config and random generators they are what a checkpoint holds.
 
-    evaluations: (epochs completed, primary metric) of each result so far.
+    evaluations: (epochs completed, `progress.merit`) of each result so far.
     """
 
     model: nn.Module
@@ -90,7 +91,7 @@ class State:
         Raises UserError if it does not fit the model.
         """
         try:
-            self.model.load_state_dict(saved["model"])
+            load_exactly(self.model, saved["model"], f"--resume: {config.output_dir}/last.pt")
             optim.load_state_dict(self.optimizer, saved["optimizer"])
             if saved["scaler"]:  # empty where the run was on a device without one
                 self.scaler.load_state_dict(saved["scaler"])
@@ -109,12 +110,18 @@ class State:
 def claim_folder(config: RunConfig, world: World) -> dict[str, Any] | None:
     """Makes the output folder ready; returns the checkpoint to resume from, or None for a new run.
 
-    Nothing of an earlier run is lost yet: its log and progress are set aside as *.previous until `forget_earlier_run`.
+    Nothing of an earlier run is lost yet: its log and progress are set aside as *.previous until `Claim.keep`.
     Raises UserError if the folder holds a run that nobody said to resume or to replace, if the run to resume had other
     settings that decide the weights or another number of processes or has reached its end, or if it can't be written.
     """
     last = config.output_dir / "last.pt"
     if config.resume:
+        if not last.exists():
+            named = key_names(type(config))["output_dir"].replace("output_dir", "--output-dir")
+            raise UserError(
+                f"--resume: there is no run to go on with in {config.output_dir}, it has no {last.name}. "
+                f"Correct {named}, or leave out --resume to begin one."
+            )
         return _check_resumable(checkpoint.load(last), config, world)
     if last.exists() and not config.overwrite:
         raise UserError(
@@ -133,10 +140,31 @@ def claim_folder(config: RunConfig, world: World) -> dict[str, Any] | None:
     return None
 
 
-def forget_earlier_run(config: RunConfig) -> None:
-    """Removes what --overwrite replaces, once the new run has its data."""
-    for name in (*(config.output_dir / n for n in CHECKPOINTS), *map(_set_aside, _records(config))):
-        name.unlink(missing_ok=True)
+class Claim:
+    """The records of a new run, as a context: wrong input that ends it before `keep` takes them away again, and what
+    was set aside comes back. new: False where there is nothing to undo, on other ranks and in a run that goes on."""
+
+    def __init__(self, config: RunConfig, *, new: bool):
+        self.config, self.new, self.kept = config, new, False
+
+    def keep(self) -> None:
+        """Removes what --overwrite replaces, now that the new run has its data."""
+        self.kept = True
+        old = (*(self.config.output_dir / n for n in CHECKPOINTS), *map(_set_aside, _records(self.config)))
+        for name in old if self.new else ():
+            name.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if not self.new or self.kept or kind is None or not issubclass(kind, UserError):
+            return
+        for name in _records(self.config):
+            with suppress(OSError):  # what the run was refused for is said, whatever else is wrong with the folder
+                name.unlink(missing_ok=True)
+                if (aside := _set_aside(name)).exists():
+                    os.replace(aside, name)
 
 
 def _records(config: RunConfig) -> list[Path]:
@@ -149,6 +177,7 @@ def _set_aside(path: Path) -> Path:
 
 def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> dict[str, Any]:
     last = config.output_dir / "last.pt"
+    checkpoint.refuse_other_program(saved, last, config.program)
     wrong = [name for name, kind in _CONTENTS.items() if not isinstance(saved.get(name), kind)]
     if wrong or saved["step"] < 0 or not saved["generators"].ndim:
         what = ", ".join(wrong) or "step or generators"
@@ -157,13 +186,14 @@ def _check_resumable(saved: dict[str, Any], config: RunConfig, world: World) -> 
     if differ:
         raise UserError(
             f"--resume: the run in {config.output_dir} was started with other settings ({'; '.join(differ)}). "
-            "Give the same ones to go on with it, or start a new run in another --output-dir."
+            "Give the same ones to go on with it, or start a new run in another --output-dir, or here with --overwrite."
         )
     log = _records(config)[0]
-    if log.exists() and mlperf.succeeded(log) and config.epochs <= saved["config"].get("epochs", 0):
+    field, option = config.length
+    if log.exists() and mlperf.succeeded(log) and getattr(config, field) <= (had := saved["config"].get(field, 0)):
         raise UserError(
-            f"--resume: the run in {config.output_dir} has ended with success, and its log must stay as it is. To "
-            "train on, copy the folder and give more --epochs."
+            f"the run in {config.output_dir} has ended with success, at step {saved['step']}. To train on, copy the "
+            f"folder and give a higher {option} than {had}; --overwrite begins anew."
         )
     return saved
 
@@ -193,7 +223,8 @@ def differing_settings(saved: dict[str, Any], config: RunConfig, world: World) -
     decisive = [key for key in now if key not in config.FREE_ON_RESUME and key != "seed"]
     if "mode" in then:  # else it is no config of ours, and all differs
         then = to_dict(type(config)()) | then  # a setting that is younger than the checkpoint was at its default
-    differ = [f"{key} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
+    called = key_names(type(config))
+    differ = [f"{called[key]} was {then.get(key)}, is {now[key]}" for key in decisive if then.get(key) != now[key]]
     if saved["world_size"] != world.size:
         differ.append(f"processes were {saved['world_size']}, are {world.size}")
     return differ

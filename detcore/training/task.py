@@ -59,10 +59,10 @@ class Task:
     group whose own is `base` (the optimizer's at the start). loss(model, batch): named scalar terms, each a mean over
     the batch, whose sum is minimised. open_data: called after RUN_START.
 
-    targets: names of metrics and what they must reach; the first is the primary one, which decides what best.pt is. The
-    run ends with success when an evaluation reaches all of them; None instead of a number: no target. Without any
-    number the run trains to its end. accuracy_names: of these metrics in the log's EVAL_ACCURACY, where rules have
-    other names. total_steps: the run ends after so many optimizer steps, however many epochs they
+    targets: names of metrics and what they must reach; the first is the primary one. `progress.merit` of them decides
+    what best.pt is. The run ends with success when an evaluation reaches all of them; None instead of a number: no
+    target. Without any number the run trains to its end. accuracy_names: of these metrics in the log's EVAL_ACCURACY,
+    where rules have other names. total_steps: the run ends after so many optimizer steps, however many epochs they
     are (the last one may be cut short); None: after the config's epochs. eval_epochs(completed, epochs): whether to
     evaluate after so many epochs of so many.
 

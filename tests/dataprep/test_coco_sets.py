@@ -78,6 +78,17 @@ def test_vocs_boxes(tmp_path, capsys):
     assert [image["id"] for image in val["images"]] == [2008000002]
 
 
+def test_voc_with_names_that_are_no_numbers(tmp_path):
+    made = Voc(tmp_path)
+    for name in ("cat a1", "dog_7"):
+        made.write(name.split()[-1], made.thing.format(name[:3], 0, 2, 3, 6, 8))
+    (made.root / "ImageSets/Main/train.txt").write_text("a1\n\ndog_7\n")
+    assert voc.main([str(tmp_path)]) == 0
+    content = json.loads((made.root / "Annotations/pascal_train2012.json").read_text())
+    assert [(i["id"], i["file_name"]) for i in content["images"]] == [(1, "a1.jpg"), (2, "dog_7.jpg")]
+    assert [a["image_id"] for a in content["annotations"]] == [1, 2]
+
+
 def test_vocs_masks(tmp_path):
     made = Voc(tmp_path)
     assert voc.main([str(tmp_path), "--masks"]) == 0
@@ -88,6 +99,18 @@ def test_vocs_masks(tmp_path):
     assert (dog["area"], dog["bbox"], cat["iscrowd"], cat["category_id"]) == (29, [1, 2, 5, 6], 1, 8)
     Image.new("RGB", (20, 10)).save(made.root / "JPEGImages/2008_000001.jpg")
     assert len(CocoIndex.open(made.root / "Annotations/pascal_train2012.json", made.root / "JPEGImages")) == 1
+
+
+def test_vocs_masks_and_boxes_have_one_name(tmp_path):
+    made = Voc(tmp_path)
+    written = made.root / "Annotations/pascal_train2012.json"
+    assert voc.main([str(tmp_path), "--masks"]) == voc.main([str(tmp_path), "--masks"]) == 0
+    before = written.read_bytes()
+    with pytest.raises(
+        UserError, match=r"pascal_train2012.json holds .* of ImageSets/Segmentation, not .* of ImageSets/Main"
+    ):
+        voc.main([str(tmp_path)])
+    assert written.read_bytes() == before
 
 
 def test_what_is_wrong_with_voc(tmp_path):
@@ -109,6 +132,9 @@ def test_what_is_wrong_with_voc(tmp_path):
         voc.main([str(tmp_path), "--masks"])
     with pytest.raises(UserError, match="holds neither VOC2007 nor VOC2012"):
         voc.main([str(made.root)])
+    (made.root / "ImageSets/Main/train.txt").write_bytes(b"\xff\xfe2008")
+    with pytest.raises(UserError, match=r"Main/train.txt can't be read as VOC's list of images"):
+        voc.main([str(tmp_path)])
     assert not (made.root / "Annotations/pascal_train2012.json").exists()
 
 

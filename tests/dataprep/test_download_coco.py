@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dataprep import download
 from dataprep.download_sets import coco_archives
 from tests.dataprep.download_server import Server, command, run, running
 
@@ -65,6 +66,21 @@ def test_coco_with_the_original_options(server, tmp_path):
     assert {path.name for path in (tmp_path / "zips").iterdir()} == {
         "val2017.zip", "train2017.zip", "annotations_trainval2017.zip"
     }  # fmt: skip
+
+
+def test_files_are_on_the_disk_before_their_archive_goes(server, tmp_path, monkeypatch):
+    """A power cut after the deletion must find the files."""
+    wanted, seen = coco(server), []
+    there = {path: body for path, body in wanted.items() if path.startswith("val2017/")}
+
+    def sync() -> None:
+        archives = {path.name for path in tmp_path.rglob("*.zip")}
+        seen.append(("val2017.zip" in archives, there.items() <= tree(tmp_path).items()))
+
+    monkeypatch.setattr(os, "sync", sync)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert download.main(command(server, "coco2017", "-d", tmp_path)[2:]) == 0
+    assert (True, True) in seen and not list(tmp_path.rglob("*.zip"))
 
 
 def test_coco_of_other_bytes_is_refused(server, tmp_path):

@@ -1,5 +1,9 @@
 """Archives that want to write elsewhere, that are damaged, that meet what is there already."""
 
+import errno
+import os
+import random
+import shutil
 import tarfile
 import zipfile
 from io import BytesIO
@@ -87,6 +91,10 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
         [("l", link("d")), ("l/f.txt", b"1")],
         [("fifo", link("", tarfile.FIFOTYPE))],
         [("sub/f", b""), ("l1", link("sub")), ("sub/l2", link("..")), ("l3", link("l1/l2/../x"))],
+        [("early", link("later/../x")), ("later", link("."))],
+        [("d/f", b"1"), ("l", link("d")), ("l\\g", b"1")],
+        [("h", link("none", tarfile.LNKTYPE))],
+        [("d/f", b"1"), ("d2", link("d", tarfile.LNKTYPE))],
     ],
     ids=lambda members: members[-1][0],
 )
@@ -103,6 +111,71 @@ def test_links_inside_are_kept(tmp_path):
                   ("h", link("d/f.txt", tarfile.LNKTYPE)))  # fmt: skip
     unpack(archive, tmp_path / "out")
     assert (tmp_path / "out" / "e" / "s").read_bytes() == b"1" == (tmp_path / "out" / "h").read_bytes()
+
+
+def test_a_hard_link_replaces_a_symbolic_one_of_its_name(tmp_path):
+    archive = tar(tmp_path / "x.tar", ("a", b"a"), ("b", b"b"), ("l", link("a")), ("l", link("b", tarfile.LNKTYPE)))
+    unpack(archive, tmp_path / "out")
+    assert tree(tmp_path / "out") == {"a": b"a", "b": b"b", "l": b"b"}
+
+
+def test_a_tar_file_that_ends_with_a_zip_file_is_a_tar_file(tmp_path):
+    inner = zipped(tmp_path / "inner.zip", {"inside.txt": b"1"}).read_bytes()
+    unpack(tar(tmp_path / "x.tar", ("a.txt", b"a"), ("inner.zip", inner)), tmp_path / "out")
+    assert tree(tmp_path / "out") == {"a.txt": b"a", "inner.zip": inner}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+def test_any_damage_is_an_error_in_words_or_changes_nothing_that_counts(tmp_path, kind):
+    """Bytes changed and ends cut off at random: whole files, or a UserError and an empty folder."""
+    rng = random.Random(3)
+    body = {"d/a.bin": rng.randbytes(700), "d/b.txt": b"hello " * 99, "c": b"c"}
+    path = tmp_path / f"x.{kind}"
+    if kind == "zip":
+        zipped(path, body, compression=zipfile.ZIP_DEFLATED)
+    else:
+        tar(path, *body.items(), mode=f"w:{kind[4:]}")
+    whole, refused = path.read_bytes(), 0
+    for number in range(120):
+        data = bytearray(whole if number % 4 else whole[: rng.randrange(len(whole))])
+        for _ in range(rng.randrange(1, 4) if number % 4 and data else 0):
+            data[rng.randrange(min(len(data), 1600))] = rng.randrange(256)
+        path.write_bytes(data)
+        out = tmp_path / str(number)
+        try:
+            unpack(path, out)
+        except UserError as error:
+            refused += 1
+            assert "x." in str(error) and "free space" not in str(error)
+            assert not any(out.iterdir())
+    assert refused > 20
+
+
+def test_a_name_that_is_a_file_and_a_folder_is_the_archives_fault(tmp_path):
+    archive = zipped(tmp_path / "x.zip", {"a": b"1", "a/b": b"2"})
+    with pytest.raises(UserError, match=r"x\.zip cannot be unpacked .*; remove it and fetch it again"):
+        unpack(archive, tmp_path / "out")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"file: File exists, while unpacking .*mend the folder"):
+        unpack(archive, tmp_path / "file")
+    (tmp_path / "out" / "set").write_bytes(b"a file, where a folder is to be")
+    with pytest.raises(UserError, match=r"Not a directory, while unpacking .*mend the folder"):
+        unpack(zipped(tmp_path / "y.zip", {"set/b": b"2"}), tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "x.zip", {"a.txt": b"a", "b.txt": b"b" * 99})
+    inner = shutil.copyfileobj
+
+    def full(source, out, size):
+        inner(source, out, size)
+        if out.name.endswith("b.txt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match=r"out: No space left on device, while unpacking .*x\.zip; free space"):
+        unpack(archive, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [] and archive.is_file()
 
 
 def test_damage_leaves_nothing(tmp_path):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from detcore import UserError
@@ -288,7 +288,6 @@ def spoken(value):
     return ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
-@settings(derandomize=True, deadline=None)
 @given(configs)
 def test_any_configuration_survives_the_command_line(cfg):
     argv = [f"--{k.replace('_', '-')}={spoken(v)}" for k, v in vars(cfg).items() if k != "amp"]
@@ -296,7 +295,6 @@ def test_any_configuration_survives_the_command_line(cfg):
     assert load(Config, argv, {}).config == cfg
 
 
-@settings(derandomize=True, deadline=None)
 @given(configs)
 def test_any_configuration_survives_json(cfg):
     assert from_dict(Config, json.loads(json.dumps(to_dict(cfg)))) == cfg
@@ -307,7 +305,6 @@ words = st.sampled_from(
 )
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(words | text, max_size=8), st.dictionaries(st.sampled_from(["LR", "AMP", "IMAGE_SIZE"]), words | text))
 def test_any_words_give_settings_or_a_user_error(argv, environ):
     try:

@@ -10,6 +10,7 @@ from detcore.config import load, to_dict
 from detcore.nn import optim
 from detcore.nn.layerwise import Lamb, NovoGrad
 from efficientdet import train
+from efficientdet.architectures import architecture
 from efficientdet.config import ADOPTED, IGNORED_FLAGS, OPTIMIZERS, Config
 from efficientdet.flags import translate_flags
 
@@ -58,15 +59,25 @@ def read(line: str, **environ: str):
         ("--workers 12", "workers", 12), ("--worker 12", "workers", 12), ("", "workers", 4),
         ("--amp", "precision", "auto"),
         ("", "precision", "tf32"), ("--output /model", "output_dir", "/model"), ("--num_classes 3", "num_classes", 3),
-        ("--num-classes 3", "num_classes", 3), ("--waymo", "waymo", True), ("--waymo", "dataset", "custom"),
+        ("--num-classes 3", "num_classes", 3), ("--waymo", "waymo", True),
+        ("--waymo --dataset custom", "dataset", "custom"),
         ("--remove-weights class_net box_net anchor", "remove_weights", ["class_net", "box_net", "anchor"]),
         ("--freeze-layers backbone", "freeze_layers", ["backbone"]),
         ("--freeze_layer backbone fpn", "freeze_layers", ["backbone", "fpn"]),
         ("--waymo-train i", "train_data_path", "i"), ("--waymo-val i", "val_data_path", "i"),
         ("--waymo-train-annotation a", "train_annotations_file", "a"),
         ("--waymo-val-annotation a", "val_annotations_file", "a"), ("--use-ema", "use_ema", True),
-        ("--use-soft-nms", "use_soft_nms", True), ("--results r.json", "results", "r.json"),
-        ("--inference --results r.json", "inference", True),
+        ("--use-soft-nms", "use_soft_nms", True), ("--checkpoint c.pt --results r.json", "results", "r.json"),
+        ("--checkpoint c.pt --results r.json", "mode", "evaluate"),
+        ("--inference --results r.json --checkpoint c.pt", "inference", True),
+        ("--inference --checkpoint c.pt", "mode", "evaluate"),
+        ("--inference --checkpoint c.pt", "results", "results.json"), ("--checkpoint c.pt --results=", "results", None),
+        ("--anno val2017 --checkpoint c.pt", "mode", "evaluate"), ("--initial-checkpoint=", "checkpoint", None),
+        ("--inference --mode benchmark-inference", "mode", "benchmark-inference"),
+        ("--pretrained-backbone-path=", "weights", None), ("--interpolation bicubic", "interpolation", "bicubic"),
+        ("--interpolation=", "interpolation", "bilinear"), ("", "train_interpolation", "bilinear"),
+        ("--train-interpolation random", "train_interpolation", "random"),
+        ("--train_interpolation bicubic", "train_interpolation", "bicubic"), ("", "interpolation", "bilinear"),
     ],
 )  # fmt: skip
 def test_flags_of_the_originals(line, name, value):
@@ -79,7 +90,7 @@ def test_flags_of_the_originals(line, name, value):
     [
         "--mixup 0.0", "--mixup-off-epoch 0", "--drop 0.0", "--dist-group-size 0", "--lr-noise-std 1.0",
         "--eval-metric map", "--dist-bn=", "--dist-bn broadcast", "--interpolation bilinear",
-        "--train-interpolation bilinear", "--anno val2017", "--sched cosine",
+        "--train-interpolation bilinear", "--sched cosine",
     ],
 )  # fmt: skip
 def test_flags_that_change_nothing(line):
@@ -105,16 +116,21 @@ def test_flags_that_have_no_effect_say_so(line):
         ("--mixup 0.2", "never mixes"), ("--drop 0.1", "without dropout"),
         ("--dist-group-size 4", "never forms groups"),
         ("--lr-noise-std 2", "--lr-noise-pct"), ("--dist-bn reduce", "--sync-bn"),
-        ("--interpolation bicubic", "bilinear"),
-        ("--train-interpolation random", "bilinear"), ("--anno test-dev2017", "--val-annotations-file"),
+        ("--interpolation random", "bilinear, bicubic"), ("--train-interpolation nearest", "bicubic, random"),
+        ("--loader dali --train-interpolation random", "--loader torch or nvjpeg"),
+        ("--loader dali --interpolation bicubic", "--loader torch or nvjpeg"),
+        ("--anno test-dev2017", "--val-annotations-file"),
         ("--start-epoch 3", "--resume"), ("--no-resume-opt", "--initial-checkpoint"),
         ("--sched plateau", "cosine or step"),
         ("--opt lookahead_adam", "choose one of"), ("--opt radam", "choose one of"),
         ("--opt lookahead_adam", "adamw"),
-        ("--eval-metric loss", "AP"), ("/a /b", "only the data folder"), ("--model mixdet_m", "MixNet or MobileNet"),
+        ("--eval-metric loss", "AP"), ("/a /b", "only the data folder"),
+        ("--lrr 0.1 /a", "did you mean --lr?"), ("--model mixdet_m", "MixNet or MobileNet"),
         ("--model efficientdet_d9", "did you mean"), ("--fill-color blue", "grey value"),
         ("--input_size 100", "multiple"),
-        ("--lr-noise 0.1 0.2 0.3", "one or two"), ("--inference", "--results"), ("--modle x", "did you mean --mode?"),
+        ("--lr-noise 0.1 0.2 0.3", "one or two"), ("--lr-noise 0.9 0.4", "before it begins"),
+        ("--inference", "--checkpoint"), ("--inference --checkpoint c.pt --results=", "--results FILE"),
+        ("--modle x", "did you mean --mode?"),
         ("--division closed", "open"),
     ],
 )  # fmt: skip
@@ -135,12 +151,36 @@ def test_a_yaml_file_stands_before_the_environment_and_the_command_line(tmp_path
     assert (str(config.dataset_path), config.model, config.lr) == ("/coco", "efficientdet_d1", 0.25)
     assert config.batch_size == 16 and config.lr_noise == (0.4, 0.9) and config.ema_decay == 0.999
     assert config.pretrained and config.warmup_epochs == 9 and config.opt == "fusedmomentum"
+    file.write_text("seed: 0\nwarmup_epochs: 0\nworkers: 0\nclip_grad: 0.0\nweight_decay: 0\ncooldown_epochs: 0\n")
+    config = read(f"-c {file}").config
+    assert [config.seed, config.warmup_epochs, config.workers, config.clip_norm, config.weight_decay] == [0] * 5
     for content, words in (("- 1\n", "flag: value"), ("a: [", "YAML"), ("modle: x\n", "--modle")):
         file.write_text(content)
         with pytest.raises(UserError, match=re.escape(words)):
             read(f"--config {file}")
     with pytest.raises(UserError, match="can't be read"):
         read("-c nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "dataset"),
+    [
+        ("--waymo", "waymo"), ("--waymo --dataset custom", "custom"), ("--dataset custom --waymo", "custom"),
+        ("--dataset coco --waymo", "coco"), ("", "coco"),
+    ],
+)  # fmt: skip
+def test_waymo_is_of_its_layout_unless_another_is_named(line, dataset):
+    loaded = read(line)
+    assert train.complete(loaded.config, loaded.sources).dataset == dataset
+
+
+def test_a_checkpoint_knows_the_layout_of_its_waymo_set(tmp_path):
+    """Trained from a set in another layout, it is evaluated on that; one that knows none, on the layout waymo."""
+    words = ["--waymo", "--mode", "evaluate", "--checkpoint", str(tmp_path / "best.pt")]
+    for known, dataset in (({"config": {"waymo": True, "dataset": "custom"}}, "custom"), ({}, "waymo")):
+        torch.save({"model": {"weight": torch.zeros(1)}, **known}, tmp_path / "best.pt")
+        loaded = load(Config, words, {})
+        assert train.complete(loaded.config, loaded.sources).dataset == dataset
 
 
 def test_classes_and_colours():
@@ -220,3 +260,11 @@ def test_frozen_layers():
         train.freeze(model, ("backbne",))
     with pytest.raises(UserError, match="nothing is left to train"):
         train.freeze(model, ("backbone", "class_net"))
+
+
+@pytest.mark.parametrize(("name", "meant"), [("efficientdet_d9", "tf_efficientdet_d7"), ("efficientdet_d5",
+                                             "tf_efficientdet_d5"), ("efficientdet_d7x", "tf_efficientdet_d7x"),
+                                             ("efficientdet-d0", "efficientdet_d0")])  # fmt: skip
+def test_an_unknown_model_is_told_the_nearest_of_its_size(name, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}(\?| \(d5 to d7x are there only as tf_)"):
+        architecture(name)

@@ -9,6 +9,7 @@ import torch
 
 from detcore.data.batch import whole_images
 from detcore.data.recipes import Draws
+from detcore.evaluation.coco import GroundTruth, evaluate
 from efficientdet.config import Config
 from efficientdet.data import DETECTOR, infer, recipe, trains, waymo_metrics
 from efficientdet.model import EfficientDet
@@ -25,13 +26,22 @@ def view(config: Config, epoch: int = 0):
 def test_training_views():
     """The aspect is kept; scales from a tenth of the canvas to two, half of the images mirrored."""
     views = [view(Config(), epoch) for epoch in range(200)]
-    scale = np.concatenate([v.sizes.max(1) / 512 for v in views])
-    assert 0.09 < scale.min() < 0.12 and 1.95 < scale.max() <= 2 and abs(scale.mean() - 1.05) < 0.05
+    seen = [v.windows[:, :1:-1] - v.windows[:, 1::-1] for v in views]
+    scale = np.concatenate([(v.sizes / s * SIZES).max(1) / 512 for v, s in zip(views, seen, strict=True)])
+    assert 0.09 < scale.min() < 0.12 and 1.95 < scale.max() <= 2.02 and abs(scale.mean() - 1.05) < 0.05
     assert abs(np.mean([v.mirrored.mean() for v in views]) - 0.5) < 0.05
-    for v in views[:9]:
-        assert v.fill == (124, 116, 104) and v.canvas == (512, 512) and (v.offsets <= 0).all()
-        np.testing.assert_allclose(v.sizes[:, 0] / v.sizes[:, 1], SIZES[:, 0] / SIZES[:, 1], rtol=0.5 / 3)
-    assert any((v.offsets < 0).any() for v in views)
+    for v, s in zip(views[:9], seen, strict=False):
+        assert v.fill == (124, 116, 104) and v.canvas == (512, 512) and not v.offsets.any() and v.cubic is None
+        np.testing.assert_allclose(v.sizes[:, 0] / v.sizes[:, 1], s[:, 0] / s[:, 1], rtol=0.5 / 3)
+    assert any((s < SIZES).any() for s in seen)
+
+
+def test_interpolations_of_training_and_evaluation():
+    config = dataclasses.replace(Config(), train_interpolation="random", interpolation="bicubic")
+    cubic = np.concatenate([view(config, epoch).cubic for epoch in range(100)])
+    assert abs(cubic.mean() - 0.5) < 0.1 and len({tuple(view(config, epoch).cubic) for epoch in range(20)}) > 5
+    assert recipe(config).eval_view(SIZES, (512, 512)).cubic.all()
+    assert recipe(Config()).eval_view(SIZES, (512, 512)).cubic is None
 
 
 @pytest.mark.parametrize("augmentation, mirrors", [("flip", True), ("none", False)])
@@ -57,13 +67,41 @@ def test_images_that_train():
 
 def test_waymos_metrics():
     """Vehicles at IoU .7, the others at .5, as published: 50.271, 61.788 and 39.072 have the mean 50.377."""
-    config = dataclasses.replace(Config(), waymo=True, dataset="custom")
+    config = dataclasses.replace(Config(), waymo=True, dataset="waymo")
     by_iou = {number: [0.1 * k for k in range(10)] for number in (1, 2, 3)}
     by_iou[1][4], by_iou[2][0], by_iou[3][0] = 0.50271, 0.61788, 0.39072
     found = waymo_metrics(config, by_iou)
     assert found["L2_ALL_NS"] == pytest.approx(0.50377, abs=5e-6) and found["AP_vehicle"] == 0.50271
     assert (found["AP_pedestrian"], found["AP_cyclist"]) == (0.61788, 0.39072)
     assert waymo_metrics(Config(), by_iou) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"),
+    [
+        ((0.5, 0.25, -1.0), 0.375), ((-1.0, 0.25, -1.0), 0.25), ((0.0, 0.75, -1.0), 0.375), ((0.0, 0.0, 0.0), 0.0),
+        ((-1.0, -1.0, -1.0), -1.0),
+    ],
+)  # fmt: skip
+def test_waymos_mean_is_of_the_classes_with_boxes(values, mean):
+    """A class without any true box, whose AP is -1, has no part in it; one of which nothing is found has."""
+    config = dataclasses.replace(Config(), waymo=True, dataset="waymo")
+    found = waymo_metrics(config, {number: [ap] * 10 for number, ap in enumerate(values, 1)})
+    assert found == {
+        "L2_ALL_NS": mean, "AP_vehicle": values[0], "AP_pedestrian": values[1], "AP_cyclist": values[2],
+    }  # fmt: skip
+
+
+def test_waymos_metrics_of_true_and_found_boxes():
+    """The golden boxes of the evaluation, IoU .6, without a cyclist: none of one class, all of the other."""
+    boxes = np.array([[50, 10, 20, 20], [100, 10, 20, 20]], np.float64)
+    labels, areas, crowd = np.array([1, 2]), np.full(2, 400.0), np.zeros(2, np.uint8)
+    truth = GroundTruth(np.array([1]), np.array([1, 2, 3]), np.array([1, 1]), labels, boxes, areas, crowd)
+    detections = np.array([(1, 50, 10, 20, 12, 0.9, 1), (1, 100, 10, 20, 12, 0.9, 2)], np.float64)
+    result = evaluate(truth, detections, per_class=True, waymo=True)
+    found = waymo_metrics(dataclasses.replace(Config(), waymo=True), result["per_class_by_iou"])
+    assert found == pytest.approx({"L2_ALL_NS": 0.5, "AP_vehicle": 0, "AP_pedestrian": 1, "AP_cyclist": -1})
+    assert found["L2_ALL_NS"] * 100 == pytest.approx(result["L2_ALL_NS"])
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from detcore.boxes import encode, iou
 from detcore.ops.match import match
 from efficientdet.anchors import PER_CELL, anchors
-from efficientdet.loss import MATCH, losses, losses_of_targets, wanted_deltas
+from efficientdet.loss import MATCH, losses, losses_of_targets
+from efficientdet.ops.wanted_deltas import wanted_deltas
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "efficientdet.json").read_text())
 SIZE, CLASSES = (128, 128), 3

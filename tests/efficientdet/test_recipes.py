@@ -2,7 +2,9 @@
 
 import pytest
 
+from detcore.detection.detector import open_index
 from tests.configs import FOLDER, configs_of, exports, settings
+from tests.dataprep.waymo_cases import CONTEXTS, frames_of, run, write_v1
 
 TRAINING = {  # nodes, images, lr, warm-up epochs, noise, epochs, precision, seed
     "D0_AMP_8xA100-80G": (1, 150, 1.63, 50, (0.4, 0.9), 300, "fp16", 12711),
@@ -78,6 +80,21 @@ def test_waymo_validation():
     exported, config = of(WAYMO_VALIDATION, "--checkpoint", "x.pth")
     assert config.waymo and config.eval_batch_size == 10 and exported["DGXNGPU"] == "8"
     assert config.image_size == (1536, 1536) and config.mode == "evaluate" and config.use_ema
+
+
+def test_waymos_configs_read_what_the_converter_writes(tmp_path):
+    """Records of both splits, converted here, are found by each config's own words and DATASET_DIR."""
+    for seed, split in enumerate(("training", "validation")):
+        write_v1(tmp_path / "raw" / split, frames_of(CONTEXTS[seed], seed=seed))
+        assert run(tmp_path / "raw", tmp_path / "waymo" / split, "--dataset", split) == 0
+    for name in (*WAYMO, WAYMO_VALIDATION):
+        exported = exports(FOLDER / f"config_EFFICIENTDET_{name}.sh", DATASET_DIR=str(tmp_path / "waymo"))
+        config = settings(exported, "--checkpoint", "x.pth")
+        config.check_folders()
+        for part in ("val",) if config.mode == "evaluate" else ("train", "val"):
+            index = open_index(config, part)
+            assert len(index) == 15 and index.box_count().sum() > 0 and index.category_ids.tolist() == [1, 2, 3]
+            assert index.path(0).is_file()
 
 
 def test_demo_is_small_and_open():

@@ -1,7 +1,6 @@
 """The whole program, as a user starts it, on a few generated scenes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import programs
+from tests.programs import ROOT
+
 SMALL = [
     "--dataset", "custom", "--model", "tf_efficientdet_lite0", "--input_size", "64", "--no-pretrained", "--device",
-    "cpu", "-b", "3", "-j", "1", "--seed", "3", "--log-interval", "1", "--max-boxes", "16",
+    "cpu", "-b", "3", "-j", "0", "--seed", "3", "--log-interval", "1", "--max-boxes", "16",
 ]  # fmt: skip
 RECIPE = [
     "--epochs", "2", "--cooldown-epochs", "1", "--warmup-epochs", "1", "--lr", "0.02", "--eval-after", "1",
@@ -31,8 +32,7 @@ def scenes(tmp_path_factory) -> Path:
 
 def run(scenes: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "efficientdet.train", str(scenes), *SMALL, "--output", str(out), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = programs.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -41,7 +41,7 @@ def run(scenes: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
 def trained(scenes, tmp_path_factory) -> Path:
     """The folder of three epochs of two steps, the last one the cool-down."""
     folder = tmp_path_factory.mktemp("trained")
-    run(scenes, folder, *RECIPE, "--dllogger-file", str(folder / "log.json"))
+    run(scenes, folder, *RECIPE, "-j", "1", "--dllogger-file", str(folder / "log.json"))
     return folder
 
 
@@ -76,6 +76,9 @@ def test_the_summary_has_the_originals_keys(trained):
     steps = [line for line in lines if "train_loss" in line["data"]]
     assert [line["step"] for line in steps] == [[0, 0], [0, 1], [1, 2], [1, 3], [2, 4], [2, 5]]
     assert all(line["data"]["train_throughput"] > 0 and line["data"]["lr"] > 0 for line in steps)
+    for data in (line["data"] for line in steps):
+        assert data["train_batch_time"] == pytest.approx(3 / data["throughput"])
+        assert 0 <= data["train_data_time"] <= data["train_batch_time"]
     assert [line["step"] for line in lines if "best_epoch" in line["data"]] == [[1], [2]]
 
 
@@ -91,7 +94,10 @@ def test_resumed_to_the_same_bits(trained, scenes, tmp_path):
 
 def test_the_average_is_evaluated_and_written_as_results(trained, scenes, tmp_path):
     checkpoint = ["--mode", "evaluate", "--checkpoint", str(trained / "last.pt")]
-    run(scenes, tmp_path, *checkpoint, "--results", str(tmp_path / "results.json"))
+    summary = tmp_path / "log.json"
+    run(scenes, tmp_path, *checkpoint, "--results", str(tmp_path / "results.json"), "--dllogger-file", str(summary))
+    data = json.loads(summary.read_text().removeprefix("DLLL "))["data"]
+    assert data["eval_throughput"] == pytest.approx(3 / data["total_eval_time"])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     last = [r["metrics"] for r in records(trained) if r["kind"] == "eval"][-1]
     assert {name: found[name] for name in ("AP", "AP50", "AR100")} == pytest.approx(
@@ -99,17 +105,17 @@ def test_the_average_is_evaluated_and_written_as_results(trained, scenes, tmp_pa
     )
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows and rows[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    run(scenes, tmp_path / "speed", *checkpoint[2:], "--inference", "--results", str(tmp_path / "r.json"),
+        "--dllogger-file", str(summary))  # fmt: skip
+    data = json.loads(summary.read_text().removeprefix("DLLL "))["data"]
+    assert {"inference_throughput", "total_inference_time"} <= data.keys()
 
 
 def test_predicts_with_the_checkpoint_alone(trained, scenes, tmp_path):
     images = sorted((scenes / "val").iterdir())[:1]
     command = ["--mode", "predict", "--checkpoint", str(trained / "last.pt"), "--images", str(images[0])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "efficientdet.train", *command, "--device", "cpu", "--output", str(tmp_path),
-         "--score-threshold", "0.001"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    command += ["--device", "cpu", "--output", str(tmp_path), "--score-threshold", "0.001"]
+    done = programs.run([sys.executable, "-m", "efficientdet.train", *command])
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads((tmp_path / "predictions/detections.json").read_text())
     assert len(content["categories"]) == 6 and content["annotations"]

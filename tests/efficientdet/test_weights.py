@@ -52,8 +52,24 @@ def test_entries_that_are_not_wanted():
     load_original_state(model, state, remove=("class_net", "box_net", "anchor"))
     assert torch.equal(model.class_net.predict.conv_pw.weight, before)
     assert torch.equal(model.backbone.conv_stem.weight, source.backbone.conv_stem.weight)
-    with pytest.raises(UserError, match=r"somewhere.pth does not fit.*conv_pw.weight is \[810, 64, 1, 1\], needs \[27"):
-        load_original_state(model, source.state_dict(), "somewhere.pth")
+
+
+@pytest.mark.parametrize("known", [90, 96, 2])
+def test_another_number_of_classes(known):
+    """Without the layer that predicts them, where that is allowed; the rest is the file's."""
+    model, source = EfficientDet("efficientdet_d0", 3, SIZE), EfficientDet("efficientdet_d0", known, SIZE)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {"arch": "efficientdet_d0", "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}
+    wanted = rf"somewhere.pth knows {known} classes, the data set has 3: .*--weights-only.*--remove-weights class_net$"
+    with pytest.raises(UserError, match=wanted):
+        load_original_state(model, state, "somewhere.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert load_original_state(model, state, other_classes=True)
+    for name, value in model.state_dict().items():
+        own = name.startswith("class_net.predict.conv_pw.")
+        assert torch.equal(value, before[name] if own else source.state_dict()[name]), name
+    assert not load_original_state(model, before, other_classes=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_files_that_do_not_fit():
@@ -62,5 +78,7 @@ def test_files_that_do_not_fit():
         load_original_state(model, {"state_dict": {}}, "x.pth", ema=True)
     with pytest.raises(UserError, match="holds list where a dictionary of weights should be"):
         load_original_state(model, {"state_dict": []})
-    with pytest.raises(UserError, match=r"does not fit this model: missing backbone\.conv_stem\.weight"):
+    count = r"\((\d+) of the model's \1\)"
+    wanted = rf"model: missing backbone\.conv_stem\.weight, [\w.]+, [\w.]+, \.\.\. {count}; unexpected fpn\.x$"
+    with pytest.raises(UserError, match=wanted):
         load_original_state(model, {"fpn.x": torch.zeros(1)})

@@ -82,13 +82,20 @@ def running(name: str) -> Iterator[Implementation]:
 
 def route_to_emulated(program: str) -> torch.library.Library:
     """Until it is destroyed, CPU tensors given to torch.ops.<program>.x go to torch.ops.<program>_emulated.x."""
-    emulated = load(f"{program}_emulated", tuple((ROOT / program / "csrc").glob("*_[cg]pu.c*")))
     override = torch.library.Library(program, "IMPL")
-    for name in torch._C._dispatch_get_all_op_names():
-        space, _, op = name.partition("::")
-        if space == emulated and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
-            override.impl(op, getattr(getattr(torch.ops, emulated), op).default, "CPU", allow_override=True)
+    for op, kernel in emulated_ops(program).items():
+        override.impl(op, kernel, "CPU", allow_override=True)
     return override
+
+
+@lru_cache
+def emulated_ops(program: str) -> dict[str, torch._ops.OpOverload]:
+    """{name: torch.ops.<program>_emulated.<name>}, compiled if need be."""
+    emulated = load(f"{program}_emulated", tuple((ROOT / program / "csrc").glob("*_[cg]pu.c*")))
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    ours = [op for space, _, op in names if space == emulated]
+    chosen = [op for op in ours if torch._C._dispatch_has_kernel_for_dispatch_key(f"{emulated}::{op}", "CPU")]
+    return {op: getattr(getattr(torch.ops, emulated), op).default for op in chosen}
 
 
 def programs() -> list[str]:

@@ -112,8 +112,24 @@ def test_a_set_of_the_users_own_in_a_run(tmp_path):
     assert run.layout == LAYOUTS["custom"]
     assert run.train_sets() == [(tmp_path / "my_dataset/instances_train.json", tmp_path / "my_dataset/images_train")]
     assert run.split("val")[1] == tmp_path / "my_dataset/images_val"
+    scored = config("--mode", "evaluate", "MODEL.WEIGHT", "x.pth", "DATASETS.TRAIN", "coco_2014_train",
+                    "DATASETS.TEST", "my_dataset_val")  # fmt: skip
+    assert scored.layout == LAYOUTS["custom"], "the set that is scored decides"
     other = config("--dataset-path", tmp_path, "DATASETS.TRAIN", "my_dataset_train", "--train-data-path", "/elsewhere")
     assert str(other.split("train")[1]) == "/elsewhere"
+
+
+def test_each_of_several_training_sets_is_looked_for_before_anything_slow(tmp_path):
+    for name in ("a_train", "b_train", "a_val"):
+        folder, _, part = name.rpartition("_")
+        place(tmp_path, f"{folder}/instances_{part}.json")
+        (tmp_path / folder / f"images_{part}").mkdir()
+    words = ("--dataset-path", tmp_path, "DATASETS.TRAIN", '("a_train", "b_train")', "DATASETS.TEST", '("a_val",)')
+    config(*words).check_folders()
+    (tmp_path / "b/images_train").rmdir()
+    with pytest.raises(UserError, match=r"b/images_train: there is no such folder, the training images"):
+        config(*words).check_folders()
+    config("--mode", "evaluate", "MODEL.WEIGHT", "x.pth", *words).check_folders()
 
 
 def test_91_classes_on_coco_are_its_ids():
@@ -127,3 +143,25 @@ def test_without_names_the_layout_says_where_the_data_is(tmp_path):
     run = config("--dataset-path", tmp_path, "--dataset", "custom")
     assert run.split("train") == (tmp_path / "annotations/instances_train.json", tmp_path / "train")
     assert run.train_sets() == [run.split("train")]
+
+
+def test_what_the_command_line_says_of_the_data_set_wins_over_the_file(tmp_path):
+    place(tmp_path, "annotations/instances_val.json")
+
+    def said(*words: object):
+        argv = ["--config-file", "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", "--dataset-path", str(tmp_path), *words]
+        loaded = load(Config, translate_flags(argv), {}, IGNORED_FLAGS)
+        return (*loaded.config.with_said_dataset(loaded.sources), loaded.sources)
+
+    for words in (["--dataset", "custom"], ["--dataset", "custom", "DATASETS.TEST", "()"]):
+        run, notes, sources = said(*words)
+        assert (run.datasets_train, run.datasets_test, run.layout) == ((), (), LAYOUTS["custom"])
+        assert run.split("val") == (tmp_path / "annotations/instances_val.json", tmp_path / "val")
+        assert "--dataset custom overrules DATASETS.TRAIN coco_2014_train" in notes[0]
+        assert sources["datasets_train"] == "command line --dataset"
+    run, notes, _ = said("--dataset", "coco")
+    assert run.datasets_test == ("coco_2014_minival",) and not notes, "the file's names are of COCO, too"
+    run, notes, _ = said()
+    assert run.datasets_test == ("coco_2014_minival",) and not notes
+    with pytest.raises(UserError, match=r"--dataset custom and DATASETS.TEST coco_2017_val name different data sets"):
+        said("--dataset", "custom", "DATASETS.TEST", "coco_2017_val")

@@ -7,7 +7,8 @@ import pytest
 from detcore import UserError
 from detcore.config import describe, from_dict, load, to_dict
 from maskrcnn.config import ADOPTED, IGNORED_FLAGS, Config
-from maskrcnn.flags import translate_flags
+from maskrcnn.flags import TRANSLATED, translate_flags
+from maskrcnn.train import main
 
 
 def read(line: str, **environ: str):
@@ -54,6 +55,7 @@ def written(tmp_path):
         ("""DATASETS.TRAIN '("my_dataset_train",)'""", "datasets_train", ("my_dataset_train",)),
         ("""DATASETS.TRAIN "('a_train', 'b_train')" """, "datasets_train", ("a_train", "b_train")),
         ("DATASETS.TEST my_dataset_val", "datasets_test", ("my_dataset_val",)),
+        ("DATASETS.TEST ('a_val','b_val')", "datasets_test", ("a_val", "b_val")),
         ("MODEL.GROUP_NORM.DIM_PER_GP -1", "group_norm_dim_per_gp", -1), ("NHWC True", "mask_on", False),
         ("MODEL.RPN.STRADDLE_THRESH -1", "rpn_straddle_thresh", -1), ("INPUT.MIN_SIZE_TRAIN (640,)",
                                                                       "input_min_size_train", 640),
@@ -63,6 +65,9 @@ def written(tmp_path):
         ("DATALOADER.NUM_WORKERS 0", "workers", 0), ("--local_rank 3 --skip-test", "skip_test", True),
         ("--local-rank=3 --skip-test", "skip_test", True), ("--config-file ''", "lr", 0.001),
         ("""TEST.EXPECTED_RESULTS "[['bbox','AP',0.377,0.001]]" """, "test_expected_results", ("bbox:AP:0.377:0.001",)),
+        ("""OUTPUT_DIR "results/Bob's (1" """, "output_dir", "results/Bob's (1"),
+        ("DATASETS.TRAIN (a_train,b_train)", "datasets_train", ("a_train", "b_train")),
+        ("SOLVER.GAMMA 0.2 --skip-test SOLVER.BASE_LR 0.5 -b 4", "lr", 0.5), ("MODEL.DEVICE cpu:0", "device", "cpu"),
         ("TEST.EXPECTED_RESULTS bbox:AP:0.377:0.001", "test_expected_results", ("bbox:AP:0.377:0.001",)),
     ],
 )  # fmt: skip
@@ -124,9 +129,11 @@ def test_a_base_file_gives_what_the_file_leaves_out(written):
     [
         ("_BASE_: user.yaml\n", ["user.yaml", "leads back to itself"]), ("- 1\n", ["user.yaml", "YAML file"]),
         ("MODEL:\n  WEIGHT:\n", ["user.yaml", "MODEL.WEIGHT", "no value"]),
-        ("MODEL: [\n", ["user.yaml", "YAML"]), ("_BASE_: none.yaml\n", ["none.yaml", "No such file"]),
+        ("MODEL: [\n", ["user.yaml", "YAML"]), ("_BASE_: none.yaml\n", ["none.yaml", "no such file"]),
         ("SOLVER:\n  BASE_LRR: 1\n", ["user.yaml", "SOLVER.BASE_LRR", "did you mean SOLVER.BASE_LR?"]),
         ("MODEL:\n  KEYPOINT_ON: True\n", ["user.yaml", "MODEL.KEYPOINT_ON True", "no keypoint head"]),
+        ("SOLVER:\n  STEPS: (1, 2\n", ["user.yaml", "SOLVER.STEPS (1, 2", "no partner"]),
+        ("DATASETS:\n  TRAIN: ('a_train', 'b_train'\n", ["user.yaml", "DATASETS.TRAIN", "no partner"]),
         ("SOLVER:\n  BASE_LR: fast\n", ["user.yaml", "SOLVER.BASE_LR", "'fast'"]),
         ("MODEL:\n  BACKBONE:\n    CONV_BODY: FBNet\n", ["user.yaml", "FBNet", "R-50-FPN"]),
     ],
@@ -148,12 +155,26 @@ def test_a_file_that_is_wrong(written, text, words):
         ("PATHS_CATALOG my/paths_catalog.py", ["--dataset-path", "my_dataset_train"]),
         ("MODEL.MASKON True", ["did you mean MODEL.MASK_ON?"]), ("model.mask_on True", ["did you mean MODEL.MASK_ON?"]),
         ("MODEL.MASK_ON maybe", ["MODEL.MASK_ON", "'maybe'", "True or False"]), ("MODEL.MASK_ON", ["needs a value"]),
+        ("--lrr 0.1", ["unknown flag --lrr", "did you mean --lr?"]), ("SOLVER.GAMMA 0.1 --lrr 0.1 MODEL.MASK_ON True",
+                                                                     ["unknown flag --lrr", "did you mean --lr?"]),
+        ("--lrr=0.1", ["unknown flag --lrr"]), ("--no_such_thing", ["unknown flag --no-such-thing", "--help"]),
+        ("-z 3", ["unknown flag -z"]), ("--lr 0.1 0.2", ["unexpected word '0.2'", "SOLVER.BASE_LR 0.01"]),
+        ("MODEL.MASK_ON --lr 0.1", ["MODEL.MASK_ON", "needs a value"]),
+        ("MODEL.DEVICE cuda:1", ["MODEL.DEVICE cuda:1", "CUDA_VISIBLE_DEVICES=1", "MODEL.DEVICE cuda"]),
+        ('SOLVER.STEPS "(1, 2"', ["SOLVER.STEPS (1, 2", "no partner"]), ("SOLVER.STEPS 1,2)", ["SOLVER.STEPS 1,2)"]),
+        ('SOLVER.STEPS "(1, 2]"', ["SOLVER.STEPS (1, 2]"]), ('--solver-steps "(1,2"', ["--solver-steps", "(1,2"]),
+        ("""DATASETS.TRAIN '("a_train, "b_train")'""", ["DATASETS.TRAIN", "no partner"]),
+        ("""DATASETS.TRAIN "('a_train'," """, ["DATASETS.TRAIN ('a_train',"]),
+        ("""MODEL.WEIGHT "'R-50.pkl" """, ["MODEL.WEIGHT 'R-50.pkl", "no partner"]),
+        ("MODEL.WEIGHT R-50.pkl)", ["MODEL.WEIGHT R-50.pkl)"]), ("""MODEL.MASK_ON "True'" """, ["MODEL.MASK_ON True'"]),
         ("SOLVER.WARMUP_METHOD exp", ["mlperf_linear"]), ("--skip-tests", ["did you mean --skip-test?"]),
         ("MODEL.RPN.USE_FPN True", ["R-50-C4", "-FPN"]),
         ("MODEL.BACKBONE.CONV_BODY R-50-FPN", ["MODEL.RPN.USE_FPN True is missing"]),
         ("MODEL.RPN.BG_IOU_THRESHOLD 0.8", ["MODEL.RPN.BG_IOU_THRESHOLD 0.8", "0.7"]),
-        ("SOLVER.STEPS (2,1)", ["must rise"]), ("DATASETS.TEST ('a_val','b_val')", ["give one"]),
-        ("MODEL.GROUP_NORM.DIM_PER_GP 16", ["must be -1"]), ("--config-file none.yaml", ["none.yaml"]),
+        ("SOLVER.STEPS (2,1)", ["must rise"]),
+        ("MODEL.GROUP_NORM.DIM_PER_GP 16", ["must be -1"]), ("--config-file none.yaml", ["none.yaml", "no such file"]),
+        ("--config-file configs/e2e_mask_rcnn_R_50_FPN_1x.yml",
+         ["did you mean configs/e2e_mask_rcnn_R_50_FPN_1x.yaml?"]),
         ("DTYPE float8", ["float8"]), ("SOLVER.MAX_ITER 1.5", ["SOLVER.MAX_ITER", "whole number"]),
     ],
 )  # fmt: skip
@@ -214,6 +235,7 @@ def test_accumulation_is_on_where_the_original_has_it_on(line, passes):
         ("PER_EPOCH_EVAL True MODEL.MASK_ON True", (0.377, 0.342)),
         ("PER_EPOCH_EVAL True MIN_BBOX_MAP 0.3 MIN_MASK_MAP 0.2 MODEL.MASK_ON True", (0.3, 0.2)),
         ("--per-epoch-eval --target-map none --mask-on", (None, 0.342)),
+        ("PER_EPOCH_EVAL True MIN_BBOX_MAP None MIN_MASK_MAP None MODEL.MASK_ON True", (None, None)),
     ],
 )  # fmt: skip
 def test_targets(line, targets):
@@ -231,6 +253,14 @@ def test_evaluation_and_prediction_take_weights_of_others_too(mode):
 def test_help_names_every_key():
     text = describe(Config, "python -m maskrcnn.train", "")
     assert "MODEL.RPN.NMS_THRESH, --rpn-nms-thresh" in text and "SOLVER.BASE_LR, --lr" in text
+
+
+def test_help_tells_the_originals_users_what_their_words_mean(capsys):
+    """Of the flags that are no option here, and of those that are."""
+    assert main(["--help"]) == 0
+    _, _, epilog = capsys.readouterr().out.rpartition("show this text\n")
+    flags = ("--skip-test", "--skip-eval", "--infer-steps", "--json-summary", "KEY VALUE", "--mode evaluate")
+    assert all(word in epilog.replace("\n", " ") for word in (*TRANSLATED, *IGNORED_FLAGS, *flags))
 
 
 def test_a_configuration_survives_a_checkpoint():

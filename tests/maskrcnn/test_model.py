@@ -48,7 +48,7 @@ def test_parameters_of_the_original(golden):
         ({"backbone_conv_body": "V-99-FPN"}, "CONV_BODY is 'V-99-FPN'; choose R-18"),
         ({"resnets_num_groups": 64}, "NUM_GROUPS 64 with WIDTH_PER_GROUP 64 is unknown for R-50-FPN"),
         ({"resnets_stem_func": "StemWithGN"}, "with the same ending"),
-        ({"resnets_res2_out_channels": 128}, "must be 256 and 64"),
+        ({"resnets_res2_out_channels": 128}, "RES2_OUT_CHANNELS 128 and STEM_OUT_CHANNELS 64"),
         ({"backbone_freeze_conv_body_at": 6}, "FREEZE_CONV_BODY_AT is 6"),
         ({"rpn_anchor_stride": (16,)}, "as many strides as sizes"),
         ({"rpn_rpn_head": "FBNet"}, "RPN_HEAD is 'FBNet'"),
@@ -87,6 +87,7 @@ def test_pixels_are_the_originals():
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(found[1, :, :20, :33], wanted[1, :, :20, :33], rtol=0, atol=1e-4)
     assert not found[1, :, 20:].any() and not found[1, :, :, 33:].any()
+    assert found.is_contiguous(memory_format=torch.channels_last)  # which all that follows then is, and fast
     rgb = {"input_to_bgr255": False, "input_pixel_mean": (0.485, 0.456, 0.406)}
     rgb["input_pixel_std"] = (0.229, 0.224, 0.225)
     found = MaskRCNN(settings(FPN, SMALL, rgb, rpn_only=True)).normalized(images, extent)

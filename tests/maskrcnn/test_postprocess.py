@@ -94,11 +94,13 @@ def test_unused_proposals_are_no_detections():
 @pytest.mark.parametrize("kind", ["mask, FPN", "mask, C4", "box, C5", "half-open"])
 def test_an_image_alone_is_an_image_in_a_batch(kind):
     torch.manual_seed(0)
-    model, given = MaskRCNN(settings(*KINDS[kind], roi_heads_score_thresh=0.0)).eval(), batch()
-    images = model.normalized(given.images, given.extent) / 100
+    # In float64: scores of random weights lie as close as float32 rounds, which is otherwise in a larger batch.
+    few = {"rpn_post_nms_top_n_test": 60, "roi_heads_detections_per_img": 20, "roi_heads_score_thresh": 0.0}
+    model, given = MaskRCNN(settings(*KINDS[kind], few)).eval().double(), batch()
+    images = model.normalized(given.images, given.extent).double() / 100
     together = postprocess(model, images, given.extent)
     assert (together.labels >= 0).all() and (together.boxes[..., :2] <= together.boxes[..., 2:]).all()
-    assert together.boxes.shape == (3, 100, 4)
+    assert together.boxes.shape == (3, 20, 4)
     limit = given.extent.flip(1).repeat(1, 2)[:, None]
     assert (together.boxes >= 0).all() and (together.boxes <= limit).all()
     for i in range(3):
@@ -106,7 +108,7 @@ def test_an_image_alone_is_an_image_in_a_batch(kind):
         for mine, theirs in zip(alone, together, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None:
-                torch.testing.assert_close(mine[0], theirs[i], rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(mine[0], theirs[i], rtol=1e-6, atol=1e-6)
 
 
 def test_masks_lie_where_they_were_pooled():

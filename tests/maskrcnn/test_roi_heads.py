@@ -121,6 +121,7 @@ def test_only_the_masks_of_one_class_are_computed():
     found = predictor(x, labels)
     every = predictor.mask_fcn_logits(F.relu(predictor.conv5_mask(x)))
     torch.testing.assert_close(found, every[torch.arange(7), labels])
+    assert predictor(x[:0], labels[:0]).shape == (0, 8, 8)
     assert torch.autograd.gradcheck(lambda x: predictor(x, labels), (x,), fast_mode=True)
 
 

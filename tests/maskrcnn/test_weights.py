@@ -1,6 +1,7 @@
 """Weights of other programs: their names, typed in here as those programs write them, against the network's."""
 
 import pickle
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -16,7 +17,7 @@ from maskrcnn.convert import convert
 from maskrcnn.convert import main as convert_main
 from maskrcnn.flags import CONFIGS, translate_flags
 from maskrcnn.model import MaskRCNN
-from maskrcnn.weight_files import read, state_of
+from maskrcnn.weight_files import find, read, state_of
 from maskrcnn.weights import load_weights
 
 SMALL = "MODEL.BACKBONE.OUT_CHANNELS 8 MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM 16 MODEL.ROI_MASK_HEAD.CONV_LAYERS (8,8)"
@@ -90,6 +91,7 @@ class Blobs:
 
 
 def write(path, content) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content, protocol=4))
     return str(path)
 
@@ -327,17 +329,29 @@ def test_a_network_of_detectron2_has_its_background_last(tmp_path):
     same(model, blobs.ours)
     assert notes == []
     words = ["--config-file", "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", *SMALL.split()]
-    said = convert(config.weights, tmp_path / "ours.pth", words)
-    assert "80 classes of detectron2, whose networks want --no-legacy-boxes" in said[0]
-    again, _, notes = before_and_after(fpn(tmp_path / "ours.pth"), training=False)
+    out = tmp_path / "a" / "folder" / "ours.pth"  # made where it is missing
+    said = convert(config.weights, out, words)
+    wish = "of detectron2, whose networks want --no-legacy-boxes INPUT.PIXEL_MEAN"
+    assert f"80 classes {wish}" in said[0]
+    again, _, notes = before_and_after(fpn(out), training=False)
     same(again, blobs.ours)
-    assert notes == [] and sorted(path.name for path in tmp_path.iterdir()) == ["d2.pkl", "ours.pth"]
+    assert len(notes) == 1 and f"{out} is {wish}" in notes[0]
+    assert before_and_after(fpn(out, notes[0].partition("want ")[2]), training=False)[2] == []
+    assert wish in convert(str(out), tmp_path / "twice.pth", words)[0]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["ours.pth"]
+    with pytest.raises(OSError, match=r"ours\.pth"):  # what `run_main` says in a line
+        convert(str(out), out / "below a file" / "x.pth", words)
 
 
 @pytest.mark.parametrize("words", [[], ["a.pkl"], ["--help-me", "b.pth"], ["a.pkl", "b.pkl"]])
 def test_the_converter_wants_two_files(words):
     with pytest.raises(UserError, match=r"convert_weights.sh IN OUT.pth"):
         convert_main(words)
+
+
+def test_the_converter_names_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"^IN model.pkl: there is no model.pkl; correct the path$"):
+        convert_main(["model.pkl", str(tmp_path / "out.pth")])
 
 
 def test_another_number_of_classes_drops_the_predictors(tmp_path):
@@ -410,7 +424,7 @@ class Trap:
     [
         (pickle.dumps({"conv1_w": Trap()}), "wants to run builtins.print"),
         (pickle.dumps({"conv1_w": torch.zeros(1)}), "wants to run torch."),
-        (pickle.dumps([1, 2]), "holds list"), (b"not a pickle", "can't be read as weights"),
+        (pickle.dumps([1, 2]), "holds list"), (b"not a pickle", "is text .* and should hold weights"),
         (pickle.dumps({"conv1_w": np.zeros(9)})[:-20], "can't be read as weights"),
     ],
 )  # fmt: skip
@@ -434,7 +448,11 @@ def test_the_published_file_is_known_by_its_hash(tmp_path, monkeypatch):
     [
         ("catalog://ImageNetPretrained/MSRA/R-50", "download_backbone.sh -d DIR ImageNetPretrained/MSRA/R-50"),
         ("catalog://ImageNetPretrained/MSRA/R-99", "after catalog:// stands one of ImageNetPretrained/MSRA/R-50"),
-        ("https://server/folder/some%20file.pth", "download.py file -d DIR/hub/checkpoints https://server"),
+        (
+            "https://server/folder/some%20file.pth",
+            "download.py file -d DIR/hub/checkpoints/1d32597a5cc48519 https://server",
+        ),
+        ("https://server/resnet50-0676ba61.pth", "download.py file -d DIR/hub/checkpoints https://server"),
         ("nowhere/model.pth", "nowhere/model.pth; correct the path"),
     ],
 )
@@ -443,6 +461,27 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch, weights, words):
     with pytest.raises(UserError) as error:
         before_and_after(fpn(weights))
     assert weights in str(error.value) and words in str(error.value)
+
+
+def test_addresses_of_one_name_have_files_of_their_own(tmp_path, monkeypatch, capsys):
+    """Where the program says that they belong; what torch.hub has put beside them is taken, and said."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    urls = [f"https://server/{number}/model%20final.pkl" for number in range(3)]
+    for url in urls[:2]:
+        with pytest.raises(UserError) as error:
+            find(url)
+        (where,) = re.findall(r"-d DIR/(\S+) https", str(error.value))
+        write(tmp_path / where / "model final.pkl", {"of": url})
+    assert [read(find(url))["of"] for url in urls[:2]] == urls[:2]
+    assert not capsys.readouterr().err
+    write(tmp_path / "hub/checkpoints/model final.pkl", {"of": "torch.hub"})
+    assert [read(find(url))["of"] for url in urls] == [*urls[:2], "torch.hub"]
+    said = capsys.readouterr().err
+    assert said.count("is taken for it") == 1 and said.startswith(urls[2])
+    hashed = tmp_path / "hub/checkpoints/net-0676ba61.pkl"
+    write(hashed, {})
+    assert find("https://one/net-0676ba61.pkl") == find("https://other/net-0676ba61.pkl") == hashed
+    assert not capsys.readouterr().err
 
 
 def test_every_weight_of_the_published_files_is_in_the_catalog():

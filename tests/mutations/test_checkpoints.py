@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from detcore import UserError
-from detcore.nn.resnet import load_exactly
+from detcore.nn.weights import load_exactly
 from detcore.training import checkpoint
 from detcore.training.checkpoint import load_checkpoint
 from single_stage_detector.model import load_reference_state

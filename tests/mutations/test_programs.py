@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import programs
+from tests.programs import ROOT
+
 OPTIONS = [
     "--dataset", "custom", "--backbone", "resnet18", "--norm", "batch", "--trainable-backbone-layers", "5",
     "--no-pretrained", "--fpn-channels", "8", "--head-convs", "0", "--image-size", "64", "64", "--anchor-sizes",
@@ -20,9 +22,7 @@ OPTIONS = [
 
 
 def run(*words, **variables) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "single_stage_detector.train", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return programs.run([sys.executable, "-m", "single_stage_detector.train", *words], **variables)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def trained(tmp_path_factory) -> Path:
         "64",
     ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    result = run(*OPTIONS, "--dataset-path", folder / "set", "--output-dir", folder / "run")
+    result = run(*OPTIONS, "--workers", "0", "--dataset-path", folder / "set", "--output-dir", folder / "run")
     assert result.returncode == 3, result.stderr[-3000:]
     return folder
 

@@ -123,6 +123,8 @@ def test_nothing_to_score_is_no_best(run, data, tmp_path):
 
 def test_classes_of_a_checkpoint_are_those_of_the_files(run, data, tmp_path):
     assert run()[0] == 0
+    code, said = run("--mode", "evaluate", "--checkpoint", tmp_path / "out/last.pt", "--num-classes", 5, out="more")
+    assert code == 2 and "--num-classes 5: " in said and "knows 2 classes; leave the option out" in said
     data.rename(["blue", "red"], "train", "val")
     code, said = run("--resume", "--epochs", 2)
     assert code == 2 and "--resume" in said and "'red' (id 1) is 'blue' (id 1) there" in said
@@ -159,7 +161,38 @@ def test_a_reference_checkpoint_with_other_classes(run, data, tmp_path):
     code, said = run("--num-classes", 2, out="same")
     assert code == 0
     code, said = run("--num-classes", 1, out="fewer")
-    assert code == 2 and "--num-classes 1: the data set custom has 2 classes" in said
+    assert code == 2 and "custom has 2 classes; leave the option out, or give at least 2" in said
+
+
+def test_a_wrong_folder_is_told_before_missing_weights(run, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    assert "no weights for resnet18" in run("--pretrained")[1]
+    nowhere = tmp_path / "nope"
+    code, said = run("--pretrained", "--dataset-path", nowhere)
+    assert code == 2 and f"--dataset-path {nowhere}: there is no such folder" in said and "weights for" not in said
+    code, said = run("--pretrained", "--also-train-on", nowhere)
+    assert code == 2 and f"--also-train-on {nowhere}: there is no such folder" in said
+    code, said = run("--dataset-path", data.root / "train")
+    assert code == 2 and "begins one folder above" in said and f"give --dataset-path {data.root}" in said
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_files_are_told_before_missing_weights(run, data, tmp_path, monkeypatch, split):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    annotations, what = data.root / f"annotations/instances_{split}.json", {"train": "training", "val": "validation"}
+    images = data.root / split
+    images.rename(tmp_path / "images")
+    code, said = run("--pretrained")
+    assert code == 2 and f"{images}: there is no such folder, the {what[split]} images of" in said
+    assert f"correct --{split}-data-path" in said and "weights for" not in said
+    code, said = run("--pretrained", f"--{split}-data-path", tmp_path / "images")
+    assert code == 2 and "no weights for resnet18" in said
+    code, said = run("--pretrained", "--shards", tmp_path / "nope")
+    assert code == 2 and "nope/train: there is no such folder" in said and "correct --shards" in said
+    annotations.unlink()
+    code, said = run("--pretrained")
+    assert code == 2 and f"{annotations}: there is no such file, the {what[split]} annotations" in said
+    assert f"--{split}-annotations-file" in said and "weights for" not in said
 
 
 def test_ids_that_the_number_of_classes_does_not_reach(run, data):

@@ -1,5 +1,6 @@
 """Evaluation and prediction with files of any name and checkpoints that are not what they should be."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ from PIL import Image
 
 from detcore import UserError
 from detcore.cli import run_main
+from detcore.detection.detector import classes_of_data
 from detcore.training import checkpoint
 from detcore.training.checkpoint import load_checkpoint
 from single_stage_detector import train
+from single_stage_detector.config import Config
 from single_stage_detector.model import RetinaNet
 
 SIZES = (8, 16, 24, 32, 48)
@@ -105,6 +108,30 @@ def test_predict_takes_files_of_any_name(state, tmp_path, capsys):
     assert len(content["images"]) == 4 and content["annotations"]
     assert len(list((tmp_path / "out/predictions").glob("*.jpg"))) == 4
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_prediction_with_weights_that_do_not_name_their_classes(state, data, tmp_path, capsys):
+    """They come from an annotation file, which is asked for with the reason, and whose images need not be there."""
+    torch.save({"model": state["model"], "config": CONFIG}, tmp_path / "x.pt")
+    words = ["--mode", "predict", "--images", data / "val/1.jpg"]
+    assert run(tmp_path, *words, "--dataset-path", tmp_path / "none") == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/none/annotations/instances_val.json: cannot read the annotation file (No such" in said
+    assert f"the names of the classes come from it, since {tmp_path}/x.pt has none: give --dataset-path" in said
+    assert "--val-annotations-file FILE with its categories" in said
+    file = (data / "annotations/instances_val.json").rename(tmp_path / "names.json")
+    assert run(tmp_path, *words, "--dataset-path", tmp_path / "none", "--val-annotations-file", file) == 0
+    content = json.loads((tmp_path / "out/predictions/detections.json").read_text())
+    assert [[c["id"], c["name"]] for c in content["categories"]] == CLASSES
+    named = [{"id": 0, "name": "circle"}, {"id": 9, "name": "star"}]
+    listed = json.loads(file.read_text()) | {"annotations": [], "categories": named}
+    file.write_text(json.dumps(listed))
+    known = Config(mode="predict", images=data, checkpoint=tmp_path / "x.pt", val_annotations_file=file)
+    for more, found in ({}, [(0, "circle"), (9, "star")]), ({"num_classes": 10}, [(0, "circle"), (9, "star")]):
+        got = classes_of_data(dataclasses.replace(known, dataset="custom", **more), "x.pt")
+        assert [entry for entry in got if entry in found] == found and len(got) == more.get("num_classes", 2)
+    with pytest.raises(UserError, match=r"names.json: category 9 is none of the 5 classes of this model, 0 to 4"):
+        classes_of_data(dataclasses.replace(known, dataset="custom", num_classes=5), "x.pt")
 
 
 def test_images_that_cannot_be_read_are_left_out_and_listed(state, tmp_path, capsys):

@@ -1,12 +1,9 @@
 """The whole program, as a user starts it, on a few generated scenes."""
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,13 @@ from detcore.processes.launcher import World
 from detcore.training.task import Context
 from single_stage_detector import train
 from single_stage_detector.config import Config
+from tests import programs
+from tests.programs import ROOT, kill_at, whole_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--dataset", "custom", "--backbone", "resnet18", "--norm", "batch", "--trainable-backbone-layers", "5",
     "--no-pretrained", "--fpn-channels", "16", "--head-convs", "1", "--image-size", "64", "64", "--anchor-sizes",
-    "8,16,24,32,48", "--max-boxes", "16", "--batch-size", "2", "--workers", "1", "--lr", "1e-3", "--log-interval", "2",
+    "8,16,24,32,48", "--max-boxes", "16", "--batch-size", "2", "--workers", "0", "--lr", "1e-3", "--log-interval", "2",
     "--division", "open", "--device", "cpu", "--target-map", "0.99", "--warmup-epochs", "0", "--seed", "3",
 ]  # fmt: skip
 
@@ -53,45 +51,12 @@ def command(scenes: Path, out: Path, *more: str, processes: int = 1) -> list[str
     ]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def run(scenes: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(scenes, out, *more, processes=processes), cwd=ROOT, env=environment(), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+    return programs.run(command(scenes, out, *more, processes=processes))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return torch.load(out / "last.pt", weights_only=True)["model"]
-
-
-def kill_at(scenes: Path, out: Path, step: int, *more: str, processes: int = 1) -> None:
-    """Starts a run and kills it, and all it started, as soon as it has itself reported that step or a later one."""
-    progress = out / "progress.jsonl"
-    old = len(_whole_lines(progress)) if "--resume" in more else 0
-    if not old:
-        progress.unlink(missing_ok=True)
-    program = subprocess.Popen(
-        command(scenes, out, *more, processes=processes), cwd=ROOT, env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        while program.poll() is None:
-            steps = [json.loads(line)["step"] for line in _whole_lines(progress)[old:] if '"kind": "step"' in line]
-            if steps and steps[-1] >= step:
-                break
-            time.sleep(0.01)
-        assert program.poll() is None, "the run ended before it could be killed"
-    finally:
-        os.killpg(program.pid, signal.SIGKILL)
-        program.wait()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -103,7 +68,7 @@ def test_killed_at_random_steps_and_resumed_gives_the_same_weights(scenes, tmp_p
     chance = random.Random(processes)
     out, resume = tmp_path / "killed", []
     for kill in sorted(chance.sample(range(2, 4 * per_epoch - 1), 2)):
-        kill_at(scenes, out, kill, *options, *resume, processes=processes)
+        kill_at(command(scenes, out, *options, *resume, "--workers", "1", processes=processes), out, kill)
         resume = ["--resume"] if (out / "last.pt").exists() else ["--overwrite"]
     last = run(scenes, out, *options, *resume, processes=processes)
     assert "NOT reached in 4 epochs" in last.stderr, last.stderr[-3000:]
@@ -139,7 +104,7 @@ def test_the_log_of_a_run_that_reached_its_target_passes(scenes, tmp_path):
     evaluated = run(scenes, tmp_path / "again", "--mode", "evaluate", "--checkpoint", str(tmp_path / "out/best.pt"))
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     again = json.loads((tmp_path / "again/evaluation.json").read_text())
-    logged = [json.loads(line) for line in _whole_lines(tmp_path / "out/progress.jsonl")]
+    logged = [json.loads(line) for line in whole_lines(tmp_path / "out/progress.jsonl")]
     first = next(line for line in logged if line["kind"] == "eval")["metrics"]
     assert {k: again[k] for k in first} == first
 
@@ -161,7 +126,7 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(scenes, tmp_pa
     run(scenes, tmp_path / "one", *options, "--batch-size", "2")
     two = run(scenes, tmp_path / "two", *options, "--batch-size", "1", processes=2)
     assert (tmp_path / "two/last.pt").exists(), two.stderr[-3000:]
-    logs = [[json.loads(line) for line in _whole_lines(tmp_path / f"{o}/progress.jsonl")] for o in ("one", "two")]
+    logs = [[json.loads(line) for line in whole_lines(tmp_path / f"{o}/progress.jsonl")] for o in ("one", "two")]
     one, two = ([line["loss"] for line in log if line["kind"] == "step"] for log in logs)
     # Rounding differs, and Adam turns the rounding of tiny gradients into steps: equal first, then nearly equal.
     assert len(one) == 5 and two[0] == pytest.approx(one[0], rel=1e-6)
@@ -183,7 +148,7 @@ def test_predict_writes_coco_json_and_pictures(scenes, tmp_path):
         arguments = [sys.executable, "-m", "single_stage_detector.train", "--mode", "predict", "--checkpoint"]
         arguments += [str(tmp_path / "out/last.pt"), "--images", str(source), "--output-dir", str(tmp_path / "p")]
         arguments += ["--overwrite", "--score-threshold", "0.01"]
-        result = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        result = programs.run(arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         content = json.loads((tmp_path / "p/predictions/detections.json").read_text())
         assert len(content["images"]) == count and len(content["categories"]) == 6
@@ -230,6 +195,6 @@ def test_the_program_trains_with_dali_as_with_torch(scenes, tmp_path):
     for loader in ("torch", "dali"):
         result = run(scenes, tmp_path / loader, *options, "--loader", loader)
         assert result.returncode == 3, result.stderr[-3000:]
-        lines = [json.loads(line) for line in _whole_lines(tmp_path / loader / "progress.jsonl")]
+        lines = [json.loads(line) for line in whole_lines(tmp_path / loader / "progress.jsonl")]
         losses.append([line["loss"] for line in lines if line["kind"] == "step"])
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], rel=0.02)  # pixels differ by a level

@@ -98,6 +98,12 @@ def test_the_log_is_never_of_the_closed_division():
         read("", MLPERF_DIVISION="closed")
 
 
+@pytest.mark.parametrize("line", ["--image-size 512", "--image_size=512"])
+def test_another_image_size_is_refused_for_what_it_is(line):
+    with pytest.raises(UserError, match="300x300 pixels only"):
+        read(line)
+
+
 @pytest.mark.parametrize("line", ["--multistep 5 3", "--mode evaluation", "--mode predict --checkpoint x", "--bs 0"])
 def test_what_does_not_fit_is_refused(line):
     with pytest.raises(UserError):

@@ -154,7 +154,7 @@ def test_torch_hub_as_the_original_documents_it(folder, address, tmp_path, monke
     model = torch.hub.load(
         root, "nvidia_ssd", source="local", checkpoint=f"{address}/epoch_0.pt", map_location=torch.device("cpu")
     )
-    assert (tmp_path / "checkpoints/epoch_0.pt").is_file() and not model.training
+    assert list((tmp_path / "checkpoints").rglob("epoch_0.pt")) and not model.training
     tensor = utils.prepare_tensor([utils.prepare_input(folder / "picture.png")] * 2)
     assert tensor.shape == (2, 3, 300, 300)
     with torch.no_grad():
@@ -196,6 +196,21 @@ def test_torch_hub_without_weights():
     assert hubconf.nvidia_ssd(pretrained=False, backbone="resnet18", num_classes=5).num_classes == 5
     with pytest.raises(UserError, match="can't be fetched"):
         hubconf.nvidia_ssd(checkpoint="http://127.0.0.1:9/never_there.pt")
+
+
+def test_torch_hub_tells_addresses_of_one_name_apart(folder, tmp_path, address, monkeypatch):
+    """Each is fetched once."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    files = []
+    for number, classes in enumerate((2, 3)):
+        files.append(folder / str(number) / "model_final.pt")
+        files[-1].parent.mkdir()
+        torch.save({"model": SSD300("resnet18", classes).state_dict()}, files[-1])
+    urls = [f"{address}/{number}/model_final.pt" for number in range(2)]
+    assert [hubconf.nvidia_ssd(checkpoint=url).num_classes for url in urls] == [2, 3]
+    for file in files:
+        file.unlink()
+    assert [hubconf.nvidia_ssd(checkpoint=url).num_classes for url in urls] == [2, 3]
 
 
 def originals(path, backbone, classes=80, **more):

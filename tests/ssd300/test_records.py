@@ -19,6 +19,15 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line.removeprefix("DLLL ")) for line in path.read_text().splitlines()]
 
 
+def coco_names(folder: Path) -> Path:
+    """A folder with the names of COCO 2017, and nothing in them: what is looked at before a program begins."""
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (folder / split).mkdir()
+        (folder / f"annotations/instances_{split}.json").touch()
+    return folder
+
+
 def summary(config: Config, best: float | None = None) -> list[dict]:
     """Data of the lines of a run that ends after its only evaluation."""
     records = Records(config, JsonSummary(config.json_summary))
@@ -85,7 +94,19 @@ def test_what_can_not_be_written_is_refused_at_the_start(tmp_path, monkeypatch, 
     for module, name in ((train.engine, "train"), (train.inference, "evaluate"), (train, "benchmark")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("began"))
     with pytest.raises(UserError, match=rf"^{option} {where} can't be written: [A-Z].*Give another path"):
-        train.main(["--mode", mode, "--checkpoint", "w.pt", "--no-cuda", option, where])
+        train.main(
+            [
+                "--data",
+                str(coco_names(tmp_path / "coco")),
+                "--mode",
+                mode,
+                "--checkpoint",
+                "w.pt",
+                "--no-cuda",
+                option,
+                where,
+            ]
+        )
 
 
 def test_other_ranks_leave_the_files_alone(tmp_path, monkeypatch):
@@ -93,8 +114,9 @@ def test_other_ranks_leave_the_files_alone(tmp_path, monkeypatch):
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(train.engine, "train", lambda *_: train.engine.Outcome(0, 1, None, None, 1.0))
-    assert train.main(["--no-cuda", "--save", "models", "--json-summary", "s.json"]) == 0
-    assert not list(tmp_path.iterdir())
+    data = coco_names(tmp_path / "coco")
+    assert train.main(["--data", str(data), "--no-cuda", "--save", "models", "--json-summary", "s.json"]) == 0
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_evaluation_opens_its_summary_at_the_start(tmp_path, monkeypatch):
@@ -110,7 +132,8 @@ def test_evaluation_opens_its_summary_at_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.inference, "evaluate", evaluate)
     words = ["--mode", "evaluation", "--checkpoint", str(tmp_path / "w.pt"), "--no-cuda", "--output-dir", str(output)]
-    assert train.main([*words, "--json-summary", str(summary)]) == 0
+    data = coco_names(tmp_path / "coco")
+    assert train.main([*words, "--data", str(data), "--json-summary", str(summary)]) == 0
     assert lines(summary)[-1]["data"] == {"mAP": 0.5}
 
 

@@ -17,10 +17,11 @@ from detcore.processes.launcher import World
 from detcore.training.task import Context
 from ssd300 import train
 from ssd300.config import Config
+from tests import programs
+from tests.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "--dataset", "custom", "--backbone", "resnet18", "--no-pretrained", "--no-cuda", "--bs", "3", "--num-workers", "1",
+    "--dataset", "custom", "--backbone", "resnet18", "--no-pretrained", "--no-cuda", "--bs", "3", "--num-workers", "0",
     "--seed", "3", "--log-interval", "1", "--max-boxes", "16",
 ]  # fmt: skip
 
@@ -36,8 +37,7 @@ def scenes(tmp_path_factory) -> Path:
 
 def run(scenes: Path, out: Path, *more: str, small=SMALL) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ssd300.train", *small, "--data", str(scenes), "--output-dir", str(out), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return programs.run(command)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def trained(scenes, tmp_path_factory):
     """Two epochs, each with a checkpoint; the folder and what was said."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--epochs", "2", "--evaluation", "0", "--warmup", "2", "--multistep", "1", "--drop-file-cache"]
-    options += ["--save", str(folder / "models"), "--json-summary", str(folder / "summary.json")]
+    options += ["--num-workers", "1", "--save", str(folder / "models"), "--json-summary", str(folder / "summary.json")]
     done = run(scenes, folder / "out", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
@@ -144,7 +144,7 @@ def test_evaluation_of_a_checkpoint_needs_no_further_option(trained, tmp_path):
     words = ["--mode", "evaluation", "--checkpoint", str(trained[0] / "models/epoch_1.pt"), "--no-cuda", "--ebs", "2"]
     command = [sys.executable, "-m", "ssd300.train", *words, "--num-workers", "0", "--output-dir", str(tmp_path)]
     command += ["--json-summary", str(tmp_path / "s.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = programs.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     logged = [r["metrics"] for r in lines(trained[0] / "out/progress.jsonl") if r["kind"] == "eval"][-1]
     found = json.loads((tmp_path / "evaluation.json").read_text())

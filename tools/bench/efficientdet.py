@@ -42,8 +42,9 @@ from detcore.nn import optim
 from detcore.ops.match import match
 from efficientdet import data
 from efficientdet.config import Config
-from efficientdet.loss import MATCH, losses, wanted_deltas
+from efficientdet.loss import MATCH, losses
 from efficientdet.model import EfficientDet
+from efficientdet.ops.wanted_deltas import wanted_deltas
 from efficientdet.weights import load_original_state
 from tools.bench.ssd_augment import make
 
@@ -244,10 +245,9 @@ def main(argv: list[str]) -> int:
             "with build/effdet/bin/python"
         )
     rows = []
+    computed_by = native.describe("efficientdet", torch.device("cpu"))
     print(f"{options.model}, {options.size} pixels, batch {options.batch}, {torch.get_num_threads()} threads, ", end="")
-    print(
-        f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {native.describe('detcore', torch.device('cpu'))}"
-    )
+    print(f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {computed_by}")
     with tempfile.TemporaryDirectory(prefix="bench_efficientdet_") as folder:
         setting = Setting(options, Path(folder))
         made = {"labels": labels, "loader": loader, "training": training, "inference": inference}

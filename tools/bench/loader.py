@@ -101,7 +101,7 @@ def main() -> None:
         index = make(Path(folder), args.images)
         plan = TrainPlan(index, stretch(size), args.batch_size, max_boxes=20, seed=0)
         pillow, pillow_uint8 = (
-            (lambda uint8=uint8: (pillow_batch(plan, step, size, uint8) for step in range(steps + 1)))
+            (lambda uint8=uint8: (pillow_batch(plan, step, size, uint8) for step in itertools.cycle(range(steps))))
             for uint8 in (False, True)
         )
         loaders: dict[str, Callable] = {
@@ -130,7 +130,7 @@ def main() -> None:
                 results[name].append((count / (cpu_seconds() - begin), count / (time.perf_counter() - wall)))
                 batches.close()
     rows = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in results.items()}
-    print(f"{'':18}{'images/CPU-s':>14}{'images/s':>10}{'ours is':>9}   {1024}x768 -> {size[1]}x{size[0]}")
+    print(f"{'':18}{'images/CPU-s':>14}{'images/s':>10}{'ours is':>9}   1024x768 -> {size[1]}x{size[0]}")
     for name, (per_cpu, per_second) in rows.items():
         print(f"{name:18}{per_cpu:14.1f}{per_second:10.1f}{rows['ours'][0] / per_cpu:8.2f}x")
     if args.json:

@@ -6,11 +6,14 @@ Targets: 128 regions in each of 4 images of 16 objects (polygons of 30 points), 
 original's steps for each region (crop, resize, pycocotools' frPyObjects, merge and decode), and torchvision's
 project_masks_on_boxes, which takes bitmaps and crops them. Pasting: 100 detections in an image of 480 x 640, against
 the original's loop (interpolate, draw, encode). AP: both kinds of --images images with 7 objects and 100 detections
-each, hotcoco against pycocotools. Ours and the baselines run alternately; the table gives the medians.
+each, hotcoco against pycocotools, which sums the areas of the masks, too: ours come with them from pasting. --threads
+holds for all that can use several, torch and hotcoco. Ours and the baselines run alternately; the table gives medians.
 """
 
 import argparse
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +33,7 @@ from detcore.ops.paste import paste, paste_reference
 
 IMAGES, OBJECTS, REGIONS, SIDE = 4, 16, 128, 28
 HEIGHT, WIDTH = 480, 640
+SPAN = 0.1  # seconds
 
 
 def scene(seed: int) -> tuple[list[list[np.ndarray]], tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -98,14 +102,19 @@ def annotated(images: int) -> tuple[GroundTruth, np.ndarray, tuple[Rles, Rles]]:
 
 
 def race(rounds: int, **runs: Callable[[], object]) -> dict[str, float]:
-    """Median milliseconds of each, run in turn."""
+    """Median milliseconds of each, run in turn; a turn is at least SPAN long, or a disturbance would be all of it."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    calls = dict.fromkeys(runs, 1)
     for turn in range(rounds + 1):
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
+            for _ in range(calls[name]):
+                run()
+            seconds = time.perf_counter() - start
+            if turn:
+                times[name].append(1e3 * seconds / calls[name])
+            else:  # the first warms up
+                calls[name] = max(1, math.ceil(SPAN / seconds))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -118,7 +127,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the measurements there too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(native.describe("detcore", torch.device(options.device)))
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # hotcoco's, read at its first call
+    print(f"{native.describe('detcore', torch.device(options.device))}; threads: {options.threads}")
 
     polygons, given = scene(0)
     there = tuple(part.to(options.device) for part in given)

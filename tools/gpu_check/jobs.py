@@ -1,7 +1,6 @@
 """Runs the jobs of a part in this process: each row saved at once, a lost CUDA context told from other errors."""
 
 import gc
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ import torch
 from tools.gpu_check.machine import machine
 from tools.gpu_check.state import (
     CONTEXT_LOST,
+    LOST,
     OUT_OF_TIME,
     Context,
     Job,
@@ -23,14 +23,6 @@ from tools.gpu_check.state import (
     status_of,
     words,
 )
-
-LOST = re.compile(
-    "illegal memory access|unspecified launch failure|cudaErrorLaunch(Failure|Timeout)|launch timed out"
-    "|misaligned address|illegal (instruction|address)|invalid (program counter|address space)"
-    "|hardware stack error|device-side assert|uncorrectable ECC|CUDA driver error"
-    "|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
-)
-"""Words of errors after which every later CUDA call of the process fails too."""
 
 
 def lost_context(words: str, gpu: bool) -> bool:
@@ -60,6 +52,7 @@ def run_jobs(name: str, jobs: Iterable[Job], context: Context) -> int:
     entry = state["parts"].setdefault(name, {})
     entry.setdefault("rows", {})
     save(context.out, state)
+    gc.freeze()  # what torch is made of is garbage after no row; looking through it takes longer than most of them
     last, complete, left_out, count = 0.0, True, False, 0
     for number, (key, measure) in enumerate(jobs):
         rows = entry["rows"]

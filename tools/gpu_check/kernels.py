@@ -35,9 +35,11 @@ FAMILIES = (
 )
 """What a kernel is for, by its name in small letters: the first family whose pattern is in it; else "other"."""
 OURS = {
-    **dict.fromkeys(("used", "highest", "match"), "matching"),
+    **dict.fromkeys(("used", "highest", "match", "wanted_deltas"), "matching"),
     **dict.fromkeys(("focal", "biased_focal", "column_sums", "box", "scale", "total"), "loss"),
     **dict.fromkeys(("bias_relu", "mask", "mask_sums", "channel_sums", "pool_bias_relu"), "batchnorm/elementwise"),
+    **dict.fromkeys(("norm_moments", "norm_merge", "norm_act", "norm_sums", "norm_input"), "batchnorm/elementwise"),
+    **dict.fromkeys(("fuse", "fuse_backward", "fuse_weights", "fuse_gather"), "batchnorm/elementwise"),
     "normalize": "normalize",
     "fold": "memcpy",
 }

@@ -10,13 +10,12 @@ ends at once with state.CONTEXT_LOST, since every later test would fail for its 
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tools.gpu_check.jobs import lost_context
-from tools.gpu_check.state import CONTEXT_LOST
+from tools.gpu_check.state import CONTEXT_LOST, LOST
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,7 +60,7 @@ class Outcomes:
             return
         said = report.longreprtext if report.failed else ""
         self.write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), said=said[-4000:])
-        if report.failed and lost_context(said, torch.cuda.is_initialized()):
+        if report.failed and lost(said):
             os._exit(CONTEXT_LOST)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -69,3 +68,13 @@ class Outcomes:
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         self.write(end=int(exitstatus))
+
+
+def lost(said: str) -> bool:
+    """Whether this process's CUDA context is lost, by what a test said or by the GPU; does not import torch itself."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return bool(LOST.search(said))
+    from tools.gpu_check.jobs import lost_context
+
+    return lost_context(said, gpu=True)

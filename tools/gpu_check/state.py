@@ -23,6 +23,7 @@ row is that of the same step in the same process.
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ CONTEXT_LOST = 43
 """Exit code of a part whose CUDA context is broken: started again, it goes on with the next job."""
 OUT_OF_TIME = 44
 """How a job ends that is to go on in the next call."""
+LOST = re.compile(
+    "illegal memory access|unspecified launch failure|cudaErrorLaunch(Failure|Timeout)|launch timed out"
+    "|misaligned address|illegal (instruction|address)|invalid (program counter|address space)"
+    "|hardware stack error|device-side assert|uncorrectable ECC|CUDA driver error"
+    "|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
+)
+"""Words of errors after which every later CUDA call of the process fails too."""
 
 Row = dict[str, Any]
 Job = tuple[str, Callable[[], Row]]

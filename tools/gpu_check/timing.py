@@ -15,6 +15,7 @@ class Stopwatch:
 
     def __init__(self, context: Context):
         self.gpu, self.seconds = context.gpu, context.sizes.seconds
+        self.tries_code = context.quick and not context.gpu  # whose times nobody reads
         self.sweep: torch.Tensor | None = None
 
     def time(self, run: Callable[[], Any], *, warmup: int = 3, least: int = 5, most: int = 500, cold: bool = False,
@@ -24,6 +25,8 @@ class Stopwatch:
         cold: empty the GPU's cache between iterations by writing 256 MiB; that also keeps the host ahead of the GPU,
         so that a kernel shorter than its launch is timed by itself.
         """
+        if self.tries_code:
+            warmup, least = min(warmup, 1), min(least, 2)
         for _ in range(warmup):
             run()
         limit = time.perf_counter() + (self.seconds if seconds is None else seconds)

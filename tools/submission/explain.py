@@ -39,6 +39,7 @@ _HOUSEKEEPING = re.compile(
     r"resource_tracker|run_and_time\.sh: line \d+: +\d+ |^\w+ += .*\)$"
     r"|^frame #\d+: |^<omitting python frames>|^Exception raised from .* \(most recent call first\):"  # torch's C++
 )
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: ")  # the node's slurmd says so
 _SLURM = re.compile(r"^(srun|slurmstepd|slurmd|pyxis|enroot)\b.*?: ")
 _TORCHRUN_ROOT = re.compile(
     r"Root Cause.*?host\s*: (\S+).*?rank\s*: (\d+) .*?exitcode\s*: (-?\d+)",
@@ -88,6 +89,7 @@ class Trial:
     folder: Path
     ranks: dict[int, Rank]
     slurm: list[str]  # what srun, slurmstepd and Pyxis said
+    answered: set[str] = field(default_factory=set)  # nodes on which a rank came to an end, of its own or killed
 
     def having(self, codes: Iterable[int | None]) -> list[Rank]:
         wanted = set(codes)
@@ -97,8 +99,9 @@ class Trial:
         return any(re.search(pattern, line, re.IGNORECASE) for line in self.slurm)
 
     def lost_nodes(self) -> list[str]:
-        """Nodes none of whose ranks left an exit code, where another node's did."""
+        """Nodes of none of whose ranks anything is known, where another node's left an exit code."""
         alive = {r.node for r in self.ranks.values() if r.code is not None}
+        alive |= self.answered if alive else set()
         return list(dict.fromkeys(r.node for r in self.ranks.values() if r.node not in alive)) if alive else []
 
 
@@ -125,6 +128,7 @@ def read(folder: Path, nodes: list[str], per_node: int) -> Trial:
         for line in tail(folder / "exits.txt"):
             if m := re.fullmatch(r"(\d+) (\S+) (\d+) (\d+)", line.strip()):
                 exits[int(m[1])] = (m[2], int(m[3]), int(m[4]))
+    answered = {node for node, *_ in exits.values()}
     killed = folder / "killed.txt"
     if killed.is_file():  # run.sub killed what did not end by itself; that is nobody's exit code
         since = int(killed.read_text() or 0) - 1  # clocks of nodes differ
@@ -144,7 +148,8 @@ def read(folder: Path, nodes: list[str], per_node: int) -> Trial:
     if through_torchrun:
         for rank in list(ranks.values()):
             _read_torchrun(rank, ranks)
-    return Trial(folder, ranks, slurm)
+    answered |= {m[1] for line in slurm if (m := _TASK_ENDED.match(line))}
+    return Trial(folder, ranks, slurm, answered)
 
 
 def _read_torchrun(launcher: Rank, ranks: dict[int, Rank]) -> None:
@@ -252,16 +257,22 @@ def _blamed(trial: Trial, named: list[Rank], words: str) -> str:
     about = f"{', '.join(dict.fromkeys(_about(r) for r in named))}; {place}"
     said = words[list(_NAMED.finditer(words))[-1].end() :].removeprefix(" and more").strip()
     lost = [r for r in trial.ranks.values() if r.node == named[0].node]
-    if named[0].node in trial.lost_nodes():
+    silent = named[0].node in trial.lost_nodes()
+    if silent and (len(lost) > 1 or trial.slurm_says("node.?fail|not responding")):
         return (
             f"node {named[0].node} is gone ({names(lost, short=True)}; no exit code of any): a watchdog elsewhere "
             f"says that rank {named[0].number} ({place}) {said}"
         )
     if "stood still" in said:
         return f"{names(named)} hung ({about}): {said}"
-    answered = named[0].code is None and any(r.code is not None for r in lost)
-    lives = f". Other ranks of {named[0].node} ended by themselves, so the node lives" if answered else ""
-    return f"{names(named)} {_was(named)} lost ({about}): {said}{lives}"
+    more = ""
+    if silent:
+        more = f". It was alone on {named[0].node}, so that this can be the process or its node (scontrol show node)"
+    elif named[0].code is None and any(r.code is not None for r in lost):
+        more = f". Other ranks of {named[0].node} ended by themselves, so the node lives"
+    elif named[0].code is None and named[0].node in trial.answered:
+        more = f". {named[0].node} answered when what was left was killed, so the node lives"
+    return f"{names(named)} {_was(named)} lost ({about}): {said}{more}"
 
 
 def _about(rank: Rank) -> str:

@@ -21,17 +21,11 @@ HYPERPARAMETERS = (
     "opt_learning_rate_warmup_factor", "opt_learning_rate_decay_factor", "opt_learning_rate_decay_steps",
     "num_image_candidates",
 )  # fmt: skip
-SCRIPTS = {  # of the programs: how the data set and the weights come
-    "single_stage_detector": (
-        "code/public-scripts/download_openimages_mlperf.sh -d {data}/open-images-v6",
-        "code/public-scripts/verify_dataset.py {data}/open-images-v6 --full",
-        "code/public-scripts/download_backbone.sh -d {data}/torch-home",
-    ),
-    "ssd300": (
-        "code/public-scripts/download_coco2017.sh -d {data}/coco",
-        "code/public-scripts/verify_dataset.py {data}/coco --full",
-        "code/public-scripts/download_backbone.sh -d {data}/torch-home resnet50",
-    ),
+DATA = {  # of the programs: script and folder of the data set, what the weights of its backbone are called
+    "single_stage_detector": ("download_openimages_mlperf.sh", "open-images-v6", ""),
+    "ssd300": ("download_coco2017.sh", "coco", "resnet50"),
+    "maskrcnn": ("download_coco2017.sh", "coco", "MSRA/R-50"),
+    "efficientdet": ("download_coco2017.sh", "coco", "efficientnet_b0_rwightman-7f5810bc.pth"),
 }
 
 
@@ -83,13 +77,16 @@ def write_system(folder: Path, staged: Result, logs: list[Log], args: argparse.N
     data = shlex.quote(args.data_dir)
     inside = f'cd "$(dirname "$0")/{place}"'
     _script(folder / "setup.sh", "Builds the image.", [inside, "docker build -t detectors code"])
-    folder_of = _program(staged, args)
-    steps = [line.format(data=data) for line in SCRIPTS.get(folder_of, ())]
+    download, images, weights = _data(_program(staged, args))
+    steps = [
+        f"code/public-scripts/{download} -d {data}/{images}",
+        f"code/public-scripts/verify_dataset.py {data}/{images} --full",
+        f"code/public-scripts/download_backbone.sh -d {data}/torch-home {weights}".rstrip(),
+    ]
     _script(folder / "init_datasets.sh", "Downloads and verifies the data set and the weights.", [inside, *steps])
-    coco = "coco" if folder_of == "ssd300" else "open-images-v6"
     run = [
         inside, "cd code", f"source configs/config_{config}.sh",
-        f"export DATADIR={data}/{coco} BACKBONE_DIR={data}/torch-home",
+        f"export DATADIR={data}/{images} BACKBONE_DIR={data}/torch-home",
         "export LOGDIR=${LOGDIR:-results} CONT=${CONT:-detectors}",
         f"export MLPERF_SUBMISSION_ORG={shlex.quote(args.org)}",
         "NEXP=5 sbatch -N $DGXNNODES -t $WALLTIME run.sub",
@@ -115,6 +112,16 @@ def write_system(folder: Path, staged: Result, logs: list[Log], args: argparse.N
 def _program(staged: Result, args: argparse.Namespace) -> str:
     found = facts(staged.benchmark, args.ruleset)
     return found.program if found else staged.benchmark
+
+
+def _data(program: str) -> tuple[str, str, str]:
+    """The entry of DATA. Raises UserError where a benchmark has none."""
+    if program not in DATA:
+        raise UserError(
+            f"DATA of tools/submission/readme.py does not say where the data set and the weights of {program} are from "
+            f"(it has: {', '.join(sorted(DATA))}): add them, or package without the code: --no-code"
+        )
+    return DATA[program]
 
 
 def _script(path: Path, says: str, lines: list[str]) -> None:

@@ -58,6 +58,9 @@ def metric_chart(run: Run) -> Markup:
     if not run.evals:
         return el("figure", el("h2", "mAP"), el("p", "No evaluation was recorded.", class_="none"))
     names = {"AP": "AP (IoU 0.50 to 0.95)", "AP50": "AP50", "SEGM": "AP of masks", "segm_AP": "AP of masks"}
+    proposals = run.metric.startswith("AR@")
+    if proposals:
+        names = {f"AR@{limit}": f"AR of {limit} proposals" for limit in (1000, 100)}
     series = [
         Series(label, f"c{1 + i}", [max(e["metrics"].get(key, 0.0), 0.0) for e in run.evals])
         for i, (key, label) in enumerate(names.items())
@@ -69,8 +72,10 @@ def metric_chart(run: Run) -> Markup:
     ]
     epochs, public = [e["epoch"] for e in run.evals], public_of(run)
     band = Band("public runs, lowest to highest", [(row["epoch"], row["lowest"], row["highest"]) for row in public])
-    return chart("mAP on the validation images", "AP, 0 to 1", "completed epochs", epochs, series, hovers, run.target,
-                 band if public else None)  # fmt: skip
+    titles = (
+        ("AR on the validation images", "AR, 0 to 1") if proposals else ("mAP on the validation images", "AP, 0 to 1")
+    )
+    return chart(*titles, "completed epochs", epochs, series, hovers, run.target, band if public else None)
 
 
 def public_of(run: Run) -> list[dict[str, Any]]:
@@ -133,7 +138,7 @@ def picture(entry: dict[str, Any], colours: dict[str, str]) -> Markup:
         boxes.append(el("rect", el("title", f"found: {words}"), x=x0, y=y0, width=x1 - x0, height=y1 - y0,
                         stroke=colours[label], class_="found"))  # fmt: skip
         wide = 0.65 * size * len(words)  # a letter of the bold face is about 0.65 of its height wide
-        left = max(min(x0, width - wide), 0)
+        left = max(min(x0, width - wide), 0.2 * size)
         for base in (y0 - 0.3 * size, y1 + size, y0 + size):  # above the box, below it, inside
             free = all(abs(y - base) > size or x > left + wide or x + w < left for x, y, w in taken)
             if size <= base <= height and free:
@@ -144,7 +149,9 @@ def picture(entry: dict[str, Any], colours: dict[str, str]) -> Markup:
     parts += [*reversed(boxes), *texts]
     more = f", the best {MOST_BOXES} drawn" if len(entry["detections"]) > MOST_BOXES else ""
     svg = el("svg", *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label="validation image with boxes")
-    words = f"{len(entry['truth'])} true, {len(entry['detections'])} detections{more}"
+    count, names = len(entry["detections"]), dict.fromkeys(label for *_, label in entry["truth"])
+    classes = f" ({', '.join(names)})" if names else ""
+    words = f"{len(entry['truth'])} true{classes}, {count} detection{'s' * (count != 1)}{more}"
     return el("figure", svg, el("p", words, class_="small"))
 
 
@@ -201,10 +208,15 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     where = f"after epoch {best['epoch']}; {goal}" if best else f"no evaluation yet; {goal}"
     most = run.start["config"].get("epochs", "?")  # 0: so many steps, not epochs
     rate = "-" if run.rate is None else f"{run.rate:,.1f}"
+    name = "mAP" if run.metric == "AP" else run.metric
     return [
         ("Time to train", duration(seconds), between),
         ("Epochs evaluated", f"{done}", f"of at most {most}" if most else "the run's length is in steps"),
-        ("Best mAP", f"{best['metrics']['AP']:.4f}" if best else "-", where),
+        (
+            f"{name} of the best epoch" if len(run.targets) > 1 else f"Best {name}",
+            f"{best['metrics'][run.metric]:.4f}" if best else "-",
+            where,
+        ),
         ("Images/s", rate, "over all training steps, waiting for data included"),
     ]
 
@@ -249,7 +261,8 @@ def summary(run: Run, path: Path) -> str:
     (_, time, between), _, (_, best, where), (_, rate, how) = facts(run)
     notes = " ".join(run.start["notes"]) or "none"
     speed = f"time to train {time} ({between}), {rate} images/s ({how})"
-    return "\n".join([run.verdict()[1], f"best AP {best} {where}", speed, f"notes: {notes}", f"report: {path}"])
+    which = f"{run.metric} of the best epoch" if len(run.targets) > 1 else f"best {run.metric}"
+    return "\n".join([run.verdict()[1], f"{which} {best} {where}", speed, f"notes: {notes}", f"report: {path}"])
 
 
 def write_page(run: Run, path: Path) -> None:
@@ -284,7 +297,7 @@ def main(argv: list[str]) -> int:
         write_page(run, args.out or path)
         for problem in run.problems:
             print(f"note: {problem}", file=sys.stderr)
-        seconds, best = run.time_to_train()[0], run.best["metrics"]["AP"] if run.best else None
+        seconds, best = run.time_to_train()[0], run.best["metrics"][run.metric] if run.best else None
         fields = {"page": args.out or path, "verdict": run.verdict()[1], "best": best, "seconds": seconds}
         found.append(fields | {"images_per_s": run.rate, "public_runs": public_of(run)})
         if not args.json:

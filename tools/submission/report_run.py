@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detcore import UserError
+from detcore.training.progress import merit
 
 from . import logs as mlperf
 from .logs import Log, metrics, number
@@ -18,6 +19,7 @@ REQUIRED = {
     "eval": ("step", "epoch", "time_s", "metrics"),
     "end": ("status", "time_s", "seconds"),
 }
+PRIMARY = {"AP", "AR@1000"}  # one of which every evaluation has
 TIMES = {
     "start_up": "start-up, before the clock starts",
     "train": "training steps",
@@ -66,8 +68,9 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        scored = (e for e in self.evals if e["metrics"][self.metric] >= 0)  # -1: nothing to score
-        return max(scored, key=lambda e: e["metrics"][self.metric], default=None)
+        values = [merit(e["metrics"], self.targets) for e in self.evals]
+        best = max(range(len(values)), key=values.__getitem__, default=None)
+        return None if best is None or values[best] < 0 else self.evals[best]  # -1: nothing to score
 
     @property
     def rate(self) -> float | None:
@@ -172,7 +175,7 @@ def parse(text: str) -> dict[str, Any] | None:
     try:
         record = json.loads(text)
         complete = all(key in record for key in REQUIRED[record["kind"]])
-        return record if complete and (record["kind"] != "eval" or "AP" in record["metrics"]) else None
+        return record if complete and (record["kind"] != "eval" or PRIMARY & record["metrics"].keys()) else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -199,7 +202,10 @@ def read_log_alone(path: Path, ruleset: str) -> Run:
     """A run from its MLPerf log, whoever made it. Raises UserError where the file holds no event."""
     log = mlperf.read_log(path)
     if not log.events:
-        raise UserError(f"{path}: holds no MLPerf event (:::MLLOG ...); name a log, or the --output-dir of a training")
+        with path.open("rb") as file:
+            dllogger = file.read(5) == b"DLLL "
+        kind = "has dllogger's lines, whose numbers its run's folder has too, and" if dllogger else "holds"
+        raise UserError(f"{path}: {kind} no MLPerf event (:::MLLOG ...); name a log, or the --output-dir of a training")
     run = Run(parts=1)
     keep_log(run, log)
     about = facts(log.name("submission_benchmark"), ruleset)

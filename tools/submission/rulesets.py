@@ -38,6 +38,9 @@ MASKRCNN = Facts(
     "Mask R-CNN R50-FPN", {"BBOX": 0.377, "SEGM": 0.339}, frozenset({118287, 117266}), frozenset({5000, 4952}),
     "COCO 2017", "maskrcnn",
 )  # fmt: skip
+EFFICIENTDET = Facts(
+    "EfficientDet-D0", {"mAP": 0.34}, frozenset({118287, 117266}), frozenset({5000, 4952}), "COCO 2017", "efficientdet"
+)
 
 
 def facts(benchmark: str, ruleset: str) -> Facts | None:
@@ -45,7 +48,9 @@ def facts(benchmark: str, ruleset: str) -> Facts | None:
     if benchmark == "ssd":
         return RETINANET if int(ruleset.split(".")[0]) >= 2 else SSD300
     known = {"retinanet": RETINANET, "maskrcnn": MASKRCNN}
-    if benchmark == "ssd300":  # of this project, in no ruleset
+    if benchmark == "efficientdet":  # of this project, in no ruleset
+        return EFFICIENTDET
+    if benchmark == "ssd300":  # likewise
         return SSD300._replace(model="SSD300 v1.1", targets={"mAP": 0.25})
     return known.get(benchmark)
 

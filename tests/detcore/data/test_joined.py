@@ -37,6 +37,11 @@ def test_a_joined_set_is_its_parts_one_after_the_other(thirteen, other):
         facts = (joined.image_ids[i], joined.heights[i], joined.widths[i])
         assert facts == (part.image_ids[at], part.heights[at], part.widths[at])
     assert joined.summary().count("annotations.json: ") == 2
+    images = np.random.default_rng(0).integers(0, 16, 40)
+    of, *found = joined.boxes_of(images)
+    per_image = [joined.boxes(i) for i in images.tolist()]
+    assert of.tolist() == [k for k, (own, _, _) in enumerate(per_image) for _ in own]
+    assert all(np.array_equal(a, np.concatenate(b)) for a, b in zip(found, zip(*per_image, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -102,7 +102,7 @@ def test_cut_off_at_every_byte_of_the_header(place):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about EXIF, which is damaged here
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 60), damage=st.integers(0, 2**32 - 1), count=st.integers(1, 4))
 def test_damaged_bytes_raise_nothing_else_and_agree_with_pillow(place, seed, damage, count):
     data = bytearray(make_openimages.jpeg(seed, 24))

@@ -388,3 +388,14 @@ def assert_gone(processes: list[int]) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+
+
+def test_modules_may_be_imported_while_the_fork_server_starts(monkeypatch):
+    """By another thread: sys.modules grew while it was gone through, and the first evaluation ended the run."""
+
+    class Growing(dict):
+        def __iter__(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(torch_loader.sys, "modules", Growing(sys.modules))
+    assert torch_loader._fork_server().get_start_method() == "forkserver"

@@ -115,6 +115,42 @@ def test_boxes_without_a_mask_and_thin_polygons_are_left_out_and_counted(made):
 
 
 @pytest.mark.parametrize("kind", segmentations.KINDS)
+def test_masks_outside_of_their_image_are_named(made, kind):
+    """Beyond each side, with two parts, touching the border from outside; none that reaches in by any of its parts."""
+    right, left, below, above = ((WIDTH, 0), (-WIDTH, 0), (0, HEIGHT), (0, -HEIGHT))
+    moved = [np.add(np.reshape(SQUARE, (-1, 2)), shift).ravel().tolist() for shift in (right, left, below, above)]
+    for part in moved:
+        add(made, [part])
+    add(made, [moved[0], moved[0]], image_id=8)
+    add(made, [[WIDTH, 0, WIDTH + 9, 0, WIDTH + 9, 9]])
+    add(made, [moved[0], moved[1]])
+    empty = 7
+    add(made, [moved[0], SQUARE])
+    add(made, rle(blobs(1), True))
+    add(made, [[WIDTH - 0.5, 0, WIDTH + 9, 0, WIDTH + 9, 9]])
+    made.write()
+    index = made.open(masks=kind)
+    assert index.counts[segmentations.OUTSIDE] == empty and index.named[segmentations.OUTSIDE] == [1, 2, 3, 4, 5]
+    warning = f"Warning: {made.file}: masks wholly outside of their image 7: annotations 1, 2, 3, 4, 5, ..."
+    assert warning in index.summary() and warning in made.open(masks=kind).summary(), "from the cache too"
+    if kind == segmentations.RLE:
+        areas = [coco_mask.area(mask) for mask in index.masks().dictionaries()]
+        assert areas[:empty] == [0] * empty and all(areas[empty : empty + 2])
+
+
+def test_masks_that_are_left_out_are_named(made):
+    add(made, [[1, 1, 5, 5], STAR])
+    add(made, None)
+    add(made, [], iscrowd=1)
+    add(made, [[4, 1, 4, 9, 4, 5]])  # straight down, without width
+    made.write()
+    assert made.open(masks="edges").named == {segmentations.SHORT: [1], segmentations.BARE["edges"]: [2, 4]}
+    assert made.open(masks="rle").named == {segmentations.SHORT: [1], segmentations.BARE["rle"]: [2, 3]}
+    assert "boxes without a mask left out 2: annotations 2, 4" in made.open(masks="edges").summary()
+    assert made.open().named == {}
+
+
+@pytest.mark.parametrize("kind", segmentations.KINDS)
 @pytest.mark.parametrize(
     ("segmentation", "words"),
     [

@@ -7,7 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from detcore import UserError
 from detcore.data import dali, nvjpeg, torch_loader
 from detcore.data.augment import Augment
 from detcore.data.coco import CocoIndex
@@ -29,6 +31,7 @@ RECIPES = {
     "stretch": stretch((48, 64)),
     "ssd_crop": ssd_crop((60, 60), Augment()),
     "letterbox": letterbox((64, 64), FILL),
+    "letterbox, random": letterbox((64, 64), FILL, interpolation="random", evaluation="bicubic"),
     "shortest_edge": shortest_edge(48, 80, multiple=16),
 }
 
@@ -70,6 +73,11 @@ def test_boxes_and_edges_are_the_mapped_corners_and_invert_undoes_them():
         back = view.invert(k, expected)
         np.testing.assert_allclose(back, boxes, rtol=1e-6, atol=1e-4)
     assert view.boxes(0, np.empty((0, 4), np.float32)).shape == (0, 4)
+    of = rng.integers(0, 300, 500)
+    boxes = rng.uniform(-20, 350, (500, 4)).astype(np.float32)
+    one_by_one = [view.boxes(k, box[None])[0] for k, box in zip(of.tolist(), boxes, strict=True)]
+    assert np.array_equal(view.boxes(of, boxes), one_by_one)
+    assert view.boxes(of[:0], boxes[:0]).shape == (0, 4)
 
 
 def test_extents_end_where_the_scaled_part_or_the_canvas_does():
@@ -78,7 +86,7 @@ def test_extents_end_where_the_scaled_part_or_the_canvas_does():
         np.array([[0, 0], [0, 0], [0, -10], [150, 200]]), (200, 260),
     )  # fmt: skip
     assert view.extents.tolist() == [[200, 260], [100, 50], [100, 260], [200, 260]]
-    assert [view.covers(k) for k in range(4)] == [True, False, False, False]
+    assert [bool(view.covers(k)) for k in range(4)] == view.covers(np.arange(4)).tolist() == [True, *[False] * 3]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -88,7 +96,7 @@ def test_recipes_can_be_pickled_and_draw_by_image_alone(name):
     canvas = recipe.canvases[0]
     together = recipe.view(Draws(3, 1, np.array([7, 2, 5])), sizes, boxes, canvas)
     alone = recipe.view(Draws(3, 1, np.array([2])), sizes[1:2], boxes[1:2], canvas)
-    for field in ("windows", "mirrored", "sizes", "offsets", "colours"):
+    for field in ("windows", "mirrored", "sizes", "offsets", "colours", "cubic"):
         ours, theirs = getattr(together, field), getattr(alone, field)
         assert (ours is None and theirs is None) or np.array_equal(ours[1], theirs[0]), field
     other = recipe.view(Draws(3, 2, np.arange(40)), sizes[[0] * 40], boxes[:1] * 40, canvas)
@@ -134,20 +142,64 @@ def test_pixels_lie_where_the_boxes_do_and_the_rest_is_fill(name):
 
 
 def test_letterbox_keeps_the_aspect_and_crops_what_is_too_large():
+    """As EfficientDet's own, which crops the scaled image, but for at most a pixel of the original."""
     sizes = np.random.default_rng(0).integers(20, 900, (4000, 2))
     recipe = letterbox((512, 512), FILL)
     still = recipe.eval_view(sizes, (512, 512))
     for (height, width), scaled in zip(sizes[:200].tolist(), still.sizes[:200].tolist(), strict=True):
         factor = min(512 / height, 512 / width)  # EfficientDet's resize and pad
         assert scaled == [int(height * factor), int(width * factor)] and max(scaled) in (511, 512)
-    view = recipe.view(Draws(0, 0, np.arange(4000)), sizes, [], (512, 512))
-    scale = (view.sizes / still.sizes).max(1)
-    assert scale.min() < 0.13 and scale.max() > 1.95 and 0.95 < scale.mean() < 1.15
-    room = np.maximum(view.sizes - 512, 0)
-    assert (-view.offsets <= room).all() and (view.offsets <= 0).all()
-    free = room > 50
-    assert abs((-view.offsets[free] / room[free]).mean() - 0.5) < 0.03
-    assert view.fill == FILL and recipe.clip and recipe.places
+    draws = Draws(0, 0, np.arange(4000))
+    view = recipe.view(draws, sizes, [], (512, 512))
+    scale = 0.1 + 1.9 * draws.uniform(0)
+    assert scale.min() < 0.11 and scale.max() > 1.99 and 0.95 < scale.mean() < 1.15
+    factor = scale * (512 / sizes).min(1, keepdims=True)
+    scaled = (sizes * factor).astype(int)
+    assert (view.sizes == np.minimum(scaled, 512)).all() and not view.offsets.any()
+    start, seen = view.windows[:, 1::-1], view.windows[:, :1:-1] - view.windows[:, 1::-1]
+    assert (start >= 0).all() and (start + seen <= sizes).all() and (seen > 0).all()
+    corner = (np.maximum(scaled - 512, 0) * draws.uniform(1, 2)).astype(int)
+    assert np.abs(start - corner * sizes / scaled).max() <= 1
+    assert (np.abs(seen - np.minimum(scaled, 512) * sizes / scaled) <= np.where(scaled > 512, 0.5, 0)).all()
+    free = sizes - seen > 50
+    assert abs((start[free] / (sizes - seen)[free]).mean() - 0.5) < 0.03
+    assert view.fill == FILL and recipe.clip and recipe.cuts and recipe.places
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_letterbox_on_pixels_is_what_pillow_makes_of_the_view(interpolation):
+    rng = np.random.default_rng(5)
+    picture = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).resize((90, 70), Image.Resampling.BICUBIC)
+    recipe = letterbox((64, 64), FILL, interpolation=interpolation)
+    view = recipe.view(Draws(0, 2, np.arange(60)), np.array([[70, 90]] * 60), [], (64, 64))
+    cubic = np.full(60, interpolation == "bicubic") if view.cubic is None else view.cubic
+    for k in range(60):
+        part = picture.crop(view.windows[k].tolist())
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.mirrored[k] else part
+        method = Image.Resampling.BICUBIC if cubic[k] else Image.Resampling.BILINEAR
+        expected = Image.new("RGB", (64, 64), FILL)
+        expected.paste(part.resize(view.sizes[k, ::-1].tolist(), method))
+        got = torch_loader.render(torch.from_numpy(np.array(picture)).permute(2, 0, 1), view, k, antialias=True)
+        difference = np.abs(got.numpy().astype(int) - np.array(expected))
+        assert difference.max() <= 1 + cubic[k] and difference.mean() < 0.3
+    assert 20 < cubic.sum() < 40 if interpolation == "random" else cubic.all() == (interpolation == "bicubic")
+
+
+def test_random_interpolation_is_the_same_after_a_resume(index):
+    recipe = RECIPES["letterbox, random"]
+    plan = TrainPlan(index, recipe, 2, 6, 5)
+    whole = list(itertools.islice(torch_loader.batches(plan, plan.keys(0, 0), torch_loader.Options()), 9))
+    later = torch_loader.batches(plan, plan.keys(0, 4), torch_loader.Options())
+    for a, b in zip(whole[4:], itertools.islice(later, 5), strict=True):
+        assert torch.equal(a.images, b.images)
+    assert len({plan.choose(*key).view.cubic.sum() for key in itertools.islice(plan.keys(0, 0), 9)}) > 1
+    assert recipe.eval_view(np.array([[70, 90]]), (64, 64)).cubic.tolist() == [True]
+
+
+def test_dali_says_what_to_take_for_bicubic_images(index):
+    plan = TrainPlan(index, RECIPES["letterbox, random"], 2, 6, 5)
+    with pytest.raises(UserError, match="--loader torch or nvjpeg"):
+        dali.batches(plan, plan.keys(0, 0), torch_loader.Options())
 
 
 def plain_size(height: int, width: int, short: int, longest: int) -> list[int]:
@@ -200,9 +252,9 @@ def test_boxes_end_where_the_canvas_does_and_small_ones_go(index):
             moved = choice.view.boxes(row, index.boxes(i)[0])
             high = np.tile(choice.view.extents[row, ::-1], 2)
             inside = np.clip(moved, 0, high)
-            inside = inside[(inside[:, 2:] > inside[:, :2]).all(1)]
+            inside = inside[(inside[:, 2:] > inside[:, :2] + 1e-4).all(1)]
             real = targets["labels"][row] >= 0
-            np.testing.assert_array_equal(targets["boxes"][row][real].numpy(), inside)
+            np.testing.assert_allclose(targets["boxes"][row][real].numpy(), inside, atol=1e-4)
             count += len(moved) - len(inside)
     assert count > 10, "some boxes lay outside"
 
@@ -224,7 +276,7 @@ def test_loaders_agree(index, name, by, workers):
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.methods == {"bilinear"}])
 def test_dali_agrees_but_for_a_few_grey_levels(index, name):
     pytest.importorskip("nvidia.dali")
     plans = (TrainPlan(index, RECIPES[name], 2, 6, 4), EvalPlan(index, RECIPES[name], 4))
@@ -290,3 +342,37 @@ def test_only_the_images_that_a_recipe_trains_with(index):
     plan = TrainPlan(index, recipe, 1, 6, 0)
     assert 0 < plan.steps == len(allowed) < len(index)
     assert {plan.choose(3, step).images[0] for step in range(plan.steps)} == allowed
+
+
+SIZES = np.array([[30, 40], [50, 20]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"offsets": np.array([[0, 0], [0, 19]])}, r"offsets \[0, 19\] .*must be 0"),
+        ({"mirrored": np.array([False, True])}, "neither mirrors"),
+        ({"sizes": np.array([[48, 64], [49, 30]])}, "past its canvas"),
+        ({"windows": np.array([[0, 0, 40, 30], [0, 1, 20, 50]])}, "whole images"),
+    ],
+)
+def test_views_that_cannot_be_scaled_back_are_refused(change, words):
+    view = stretch((48, 64)).eval_view(SIZES, (48, 64))
+    assert view.scorable(SIZES) is view
+    with pytest.raises(ValueError, match=words):
+        view._replace(**change).scorable(SIZES)
+
+
+def test_an_evaluation_refuses_a_centred_letterbox(index):
+    fitted = letterbox((64, 64), FILL)
+
+    def centred(sizes: np.ndarray, canvas: tuple[int, int]) -> View:
+        view = fitted.eval_view(sizes, canvas)
+        return view._replace(offsets=(np.array(canvas) - view.sizes) // 2)
+
+    assert EvalPlan(index, fitted, 4).choose(0, 0).view.offsets.max() == 0
+    plan = EvalPlan(index, dataclasses.replace(fitted, eval_view=centred), 4)
+    with pytest.raises(ValueError, match="offsets must be 0"):
+        plan.choose(0, 0)
+    with pytest.raises(ValueError, match="whole images"):
+        EvalPlan(index, dataclasses.replace(fitted, eval_view=central_square), 4).choose(0, 0)

@@ -1,5 +1,6 @@
 """Masks through a detector: trained on edges, pasted, gathered, scored beside the boxes, written and drawn."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -145,6 +146,7 @@ def test_ranks_are_gathered_in_order(config, index, monkeypatch):
     found = detections.gathered(one, True, torch.device("cpu"))
     assert torch.equal(found.rows, one.rows.repeat(2, 1))
     assert found.masks.dictionaries() == 2 * masks.dictionaries()
+    assert found.masks.areas.tolist() == 2 * masks.areas.tolist()
     assert detections.gathered(one._replace(masks=None), False, torch.device("cpu")).masks is None
     empty = Detections(torch.zeros(0, 7, dtype=torch.float64), None)
     assert detections.gathered(empty, True, torch.device("cpu")).masks.dictionaries() == []
@@ -163,6 +165,18 @@ def test_examples_have_the_shapes_of_training(config, index):
     assert {one.edges.shape for one in random} == {(2, detection.SYNTHETIC_EDGES, 4)}
     boxes = examples(DETECTOR._replace(masks=lambda config: False), config, 2, seed=1)
     assert {one.edges.shape for one in boxes} == {(2, 0, 4)}
+
+
+def test_a_prediction_refuses_a_centred_letterbox(config, index):
+    def centred(sizes, canvas):
+        view = DETECTOR.recipe(config).eval_view(sizes, canvas)
+        return view._replace(sizes=view.sizes // 2, offsets=view.sizes // 4)
+
+    recipe = dataclasses.replace(DETECTOR.recipe(config), predict_view=centred)
+    image = torch.zeros(3, 130, 90, dtype=torch.uint8)
+    detector = DETECTOR._replace(recipe=lambda config: recipe)
+    with pytest.raises(ValueError, match="offsets must be 0"):
+        inference.look(config, detector, Truth(index), image, CPU, torch.tensor([4, 9]))
 
 
 def test_one_image_is_looked_at_written_and_drawn(config, index):

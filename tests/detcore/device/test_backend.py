@@ -75,3 +75,9 @@ def test_who_records_steps():
     assert why_eager("cuda", "auto", 1) == "" and why_eager("cuda", "on", 8) == ""
     assert re.search("few images.*waits for the processor.*--graphs on", why_eager("cuda", "auto", 8))
     assert why_eager("cuda", "off", 1)
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--device cuda: torch sees no GPU .*use --device cpu"):
+        select_backend("cuda", "fp32")

@@ -1,4 +1,4 @@
-"""Steps with each of `native.VARIANTS`: recorded as they are written, and written as without the variant.
+"""Steps of RetinaNet with each of its `native.VARIANTS`: recorded as written, and written as without the variant.
 
 On a GPU the recordings are real and it computes in bf16; on the CPU a tape stands in and it is fp32: the same test.
 """
@@ -28,6 +28,7 @@ SIZE, CLASSES = (64, 64), 5
 STEPS = {"cpu": 3, "cuda": 10}
 EPILOGUES = ("conv_epilogues", "frozen_stage")
 """Not there where deterministic algorithms are asked for; so their sums may have another order each time."""
+OF_EFFICIENTDET = ("norm_activations", "pyramid_nodes")
 APART = {"cpu": 1e-3, "cuda": 0.3}
 """How far a weight's momentum may lie apart, relative, by rounding in fp32 and in bf16; without a gradient it is 1.
 On a CPU they are 5e-7 and, with class_bias, which rounds less, 0.11; with fp8_heads 0.25."""
@@ -92,7 +93,7 @@ def furthest(ours: Trained, theirs: Trained) -> tuple[float, str]:
     return max((float((a - theirs[1][n]).norm() / theirs[1][n].norm()), n) for n, a in ours[1].items())
 
 
-@pytest.mark.parametrize("variant", native.VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in native.VARIANTS if name not in OF_EFFICIENTDET])
 def test_a_recorded_step_with_a_variant_is_the_step(device, variant):
     if device == "cuda" and variant == "fp8_heads" and (missing := native._no_fp8(device)):
         pytest.skip(missing)

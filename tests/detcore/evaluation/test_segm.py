@@ -166,6 +166,8 @@ def test_masks_as_arrays():
     assert Rles.of([{**one, "counts": one["counts"].decode()} for one in dictionaries]).dictionaries() == dictionaries
     order = rng.permutation(30)[:12]
     assert rles.take(order).dictionaries() == [dictionaries[k] for k in order]
+    assert rles.areas.tolist() == [coco_mask.decode(one).sum() for one in dictionaries]
+    assert rles.take(order).areas.tolist() == rles.areas[order].tolist()
     chosen = rng.random(30) < 0.4
     assert rles.take(chosen).dictionaries() == [one for one, kept in zip(dictionaries, chosen, strict=True) if kept]
     joined = Rles.joined([rles.take(order), Rles.of([]), rles])

@@ -13,7 +13,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
 from detcore.device import native
-from detcore.nn.resnet import BACKBONES, NORMS, LastStage, ResNet, load_backbone, load_exactly, weights_file_name
+from detcore.nn.resnet import BACKBONES, NORMS, LastStage, ResNet, load_backbone, weights_file_name
+from detcore.nn.weights import load_exactly
 from detcore.ops import conv as conv_module
 from detcore.ops.bias_relu import bias_relu, bias_relu_reference
 
@@ -347,10 +348,9 @@ def test_damaged_and_wrong_files(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         load_backbone(model, "resnet18", path)
     renamed = tmp_path / "weights.pth"
-    for wrong in (content[:-1000], b"", b"<html>not found</html>"):
-        renamed.write_bytes(wrong)
-        with pytest.raises(UserError, match="cannot be read"):
-            load_backbone(model, "resnet18", renamed)
+    renamed.write_bytes(content[:-1000])
+    with pytest.raises(UserError, match=r"weights\.pth .* is cut off"):
+        load_backbone(model, "resnet18", renamed)
     torch.save([1, 2], renamed)
     with pytest.raises(UserError, match="list"):
         load_backbone(model, "resnet18", renamed)
@@ -366,6 +366,19 @@ def test_load_exactly_lists_every_kind_of_difference():
         load_exactly(model, {"weight": torch.zeros(3, 5), "extra": torch.zeros(1), "text": "x"}, "file.pth")
     message = str(error.value)
     assert all(part in message for part in ("file.pth", "missing bias", "unexpected extra", "[3, 5]", "[3, 2]", "str"))
+
+
+def test_load_exactly_shortens_what_does_not_fit_at_all():
+    """A wholly other network is three names of each kind, and how many there are."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+    other = {f"layer{i}": torch.zeros(1) for i in range(300)} | {f"{i}.bias": torch.zeros(3) for i in range(4)}
+    with pytest.raises(UserError) as error:
+        load_exactly(model, other, "file.pth")
+    assert str(error.value) == (
+        "file.pth does not fit this model: missing 0.weight, 1.weight, 2.weight, ... (36 of the model's 40); "
+        "unexpected layer0, layer1, layer2, ... (300 of the file's 304); 0.bias is [3], needs [2], "
+        "1.bias is [3], needs [2], 2.bias is [3], needs [2], ... (4 such)"
+    )
 
 
 def plain(layer: nn.Sequential, x: torch.Tensor, strides: tuple[int, int, int], dilation: int = 1) -> torch.Tensor:

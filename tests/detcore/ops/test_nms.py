@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -39,7 +39,7 @@ def check(device, boxes: Tensor, scores: Tensor, labels: Tensor, threshold: floa
     return found
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     images=st.integers(0, 3),
     candidates=st.integers(1, 700),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detcore import UserError
@@ -45,7 +45,7 @@ def test_edge_shapes(implementation, shape, dtype, layout, flipped):
     check(pictures(shape, layout), dtype, flip, implementation.device)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_shapes(implementation, data):
     shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)))

@@ -84,6 +84,7 @@ def test_images_of_several_sizes_and_other_thresholds(call):
         each = zip(masks, boxes, sizes.tolist(), strict=True)
         assert found.dictionaries() == [encoded(original(m, b, *size, threshold)) for m, b, size in each]
         assert found.sizes.tolist() == sizes.tolist()
+        assert found.areas.tolist() == [coco_mask.area(one) for one in found.dictionaries()]
 
 
 def test_whole_boxes_of_ones_and_the_border(call):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ def test_equals_the_reference(implementation, dtype):
         check(shape, dtype, implementation.device)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_random_shapes(implementation, data):
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from detcore import UserError
@@ -89,9 +89,7 @@ def test_plain_torch_and_zip_read_it_and_the_hash_is_of_the_archive(saved):
     assert comment == b"sha256:" + hashlib.sha256(archive).hexdigest().encode()
 
 
-@settings(
-    max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, derandomize=True
-)
+@settings(max_examples=400)
 @given(where=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255), required=st.booleans())
 def test_any_changed_byte_is_refused(saved, where, bits, required):
     content = bytearray(saved.read_bytes())
@@ -109,9 +107,7 @@ def test_each_byte_of_the_end_record_counts(saved, required):
         assert_refused(saved, content, required)
 
 
-@settings(
-    max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, derandomize=True
-)
+@settings(max_examples=100)
 @given(where=st.floats(0, 1, exclude_max=True), extra=st.binary(max_size=3), required=st.booleans())
 def test_any_cut_is_refused(saved, where, extra, required):
     whole = saved.read_bytes()
@@ -120,9 +116,7 @@ def test_any_cut_is_refused(saved, where, extra, required):
     assert_refused(saved, content, required)
 
 
-@settings(
-    max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, derandomize=True
-)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=300), required=st.booleans())
 def test_any_other_file_is_refused(saved, content, required):
     assert_refused(saved, content, required)

@@ -78,3 +78,13 @@ def test_weights_by_other_names(tmp_path, key, prefix):
 def test_a_prefix_that_not_all_share_stays(tmp_path):
     weights = {"model.a": torch.ones(1), "head.a": torch.ones(1)}
     assert list(loaded(tmp_path, {"state_dict": weights})["model"]) == list(weights)
+
+
+def test_a_checkpoint_of_another_benchmark_is_told_before_its_entries(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": WEIGHTS, "config": {"epochs": 1}, "program": "efficientdet"}, path)
+    with pytest.raises(UserError, match=r"x\.pth is a checkpoint of efficientdet, this is ssd300"):
+        load_checkpoint(path, "ssd300")
+    assert load_checkpoint(path, "efficientdet").keys() == load_checkpoint(path).keys()
+    torch.save({"model": WEIGHTS, "program": "somebody's"}, path)
+    assert load_checkpoint(path, "ssd300")["program"] == "somebody's", "a word of another program, not of this one"

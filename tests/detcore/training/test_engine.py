@@ -214,12 +214,26 @@ def test_all_targets_must_be_reached(tmp_path, capsys):
     metrics = [{"box": b, "mask": m, "other": 0} for b, m in ((0.5, 0.1), (0.3, 0.9), (0.4, 0.2), (0.9, 0.9))]
     task = make_task(metrics=metrics, targets={"box": 0.4, "mask": 0.2})
     outcome, log = run(tmp_path, task, epochs=4)
-    assert (outcome.code, outcome.best, outcome.best_epoch) == (cli.OK, 0.5, 1)
+    assert (outcome.code, outcome.best, outcome.best_epoch) == (cli.OK, 1.0, 3)
+    assert load(tmp_path, "best.pt")["step"] == 3 * STEPS  # though each of the two was higher before
     values = [event["value"] for event in log if event["key"] == "eval_accuracy"]
     assert values == [{"box": m["box"], "mask": m["mask"]} for m in metrics[:3]]
-    said = capsys.readouterr().err
-    assert "after epoch 2: box 0.3000 (target 0.4), mask 0.9000 (target 0.2), best box 0.5000" in said
-    assert "Targets box 0.4, mask 0.2 reached: best box 0.5000 after epoch 1" in said
+    said, best = capsys.readouterr().err, "best mean of box/0.4 and mask/0.2"
+    assert f"after epoch 2: box 0.3000 (target 0.4), mask 0.9000 (target 0.2), {best} 0.8750" in said
+    assert f"Targets box 0.4, mask 0.2 reached: {best} 1.0000 after epoch 3" in said
+
+
+def test_without_targets_the_best_is_the_highest_mean(tmp_path):
+    metrics = [{"box": 0.5, "mask": 0.1}, {"box": 0.4, "mask": 0.3}, {"box": 0.3, "mask": 0.3}]
+    outcome, _ = run(tmp_path, make_task(metrics=metrics, targets={"box": None, "mask": None}), epochs=3)
+    assert (outcome.best, outcome.best_epoch) == (pytest.approx(0.35), 2)
+    assert load(tmp_path, "best.pt")["step"] == 2 * STEPS
+
+
+def test_metrics_that_had_nothing_to_score_do_not_count(tmp_path):
+    metrics = [{"box": -1.0, "mask": -1.0}, {"box": 0.2, "mask": -1.0}, {"box": 0.1, "mask": -1.0}]
+    outcome, _ = run(tmp_path, make_task(metrics=metrics, targets={"box": 0.4, "mask": 0.2}), epochs=3)
+    assert (outcome.best, outcome.best_epoch) == (0.5, 2)
 
 
 def test_metrics_without_a_target_are_followed(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import torch
 
 from detcore.training import progress
 from detcore.training.progress import Meter, Progress
@@ -50,6 +51,42 @@ def test_the_words_are_asked_for_in_every_interval(tmp_path):
     for wait in (0.9, 0.0, 0.9):
         said.advise(1.0, wait, lambda rate, wait: asked.append(wait) or "")
     assert asked == [0.9, 0.0, 0.9]
+
+
+def test_a_slow_run_says_that_it_is_alive(tmp_path, clock):
+    """Where steps take so long that no logging interval ends: the first line after QUIET seconds, and so on."""
+    console = io.StringIO()
+    said = Progress(tmp_path / "progress.jsonl", console=console)
+    said.run_started(100)
+    for step, now, expected in [(101, 29, 0), (102, 40, 1), (103, 60, 1), (104, 80, 2)]:
+        clock[0] = now
+        said.alive(step, 110, lambda: 0)
+        assert console.getvalue().count(" of 110: ") == expected
+    first, second = console.getvalue().splitlines()
+    assert first == "step 102 of 110: 20.00 s a step  ETA 2:40 for all epochs, without evaluation"
+    assert second.startswith("step 104 of 110: 20.00 s a step  ETA 2:00")
+    said.evaluating(3, 5)
+    clock[0] = 111
+    said.evaluating(3, 7)
+    assert console.getvalue().splitlines()[2:] == ["evaluation after epoch 3: 7 batches looked at"]
+    said.say("a line")
+    clock[0] = 140
+    said.alive(105, 110, lambda: 0)
+    assert console.getvalue().splitlines()[3:] == ["a line"]
+
+
+def test_the_size_of_a_model_and_its_step(tmp_path):
+    layers = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5).requires_grad_(False)
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    assert progress.about_model(parameters, 0) == "model: 41 parameters, 16 of them train"
+    assert progress.about_model(parameters, 1200).endswith("16 of them train; goes on after step 1,200")
+
+
+def test_meter_of_what_takes_seconds(clock):
+    meter = Meter("looking", 10)
+    clock[0] = 8
+    meter.add(2)
+    assert meter.text() == "looking: 2 of 10 (20%), 0.25/s, ETA 0:32"
 
 
 def test_meter(clock, capsys):

@@ -7,10 +7,14 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 from detcore import UserError, cli
 from detcore.processes import distributed
-from detcore.training import checkpoint
+from detcore.processes.launcher import World
+from detcore.training import checkpoint, engine
+from detcore.training.config import RunConfig
+from detcore.training.state import State
 from tests.detcore.training.line import STEPS, USUAL, epochs_of, load, loss_at, make_task, run, status, weight
 
 
@@ -30,6 +34,10 @@ def trained(tmp_path_factory):
 
 def no_data():
     raise UserError("nowhere.json: no such file")
+
+
+def no_model(context):
+    raise UserError("there is no file of its weights")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,16 @@ def test_resume_with_other_settings_is_refused(one_epoch):
         run(one_epoch, make_task(target=None, per_epoch=3), epochs=2, resume=True)
 
 
+def test_resume_without_a_run_and_with_another_programs(one_epoch):
+    with pytest.raises(UserError, match=r"--resume: there is no run to go on with in .*nowhere.*--output-dir"):
+        run(one_epoch, make_task(), epochs=2, resume=True, output_dir=one_epoch / "nowhere")
+    assert not (one_epoch / "nowhere").exists()
+    last = one_epoch / "out/last.pt"
+    checkpoint.save(last, checkpoint.load(last) | {"program": "elsewhere"})
+    with pytest.raises(UserError, match=r"last\.pt is a checkpoint of elsewhere, this is detcore"):
+        run(one_epoch, make_task(), epochs=2, resume=True)
+
+
 def test_a_setting_younger_than_the_checkpoint_was_at_its_default(one_epoch):
     saved = checkpoint.load(last := one_epoch / "out/last.pt")
     del saved["config"]["variants"], saved["optimizer"]["param_groups"][0]["initial_lr"]
@@ -135,16 +153,34 @@ def test_an_earlier_run_is_not_lost(one_epoch):
     with pytest.raises(UserError, match=r"nowhere\.json"):
         run(one_epoch, make_task(open_data=no_data), overwrite=True)
     assert (one_epoch / "out/last.pt").read_bytes() == before
-    assert b"success" in (one_epoch / "out/result_0.txt.previous").read_bytes()
+    assert b"success" in (one_epoch / "out/result_0.txt").read_bytes(), "it is put back"
     assert run(one_epoch, make_task(target=None), epochs=1, overwrite=True)[0].code == cli.OK
 
 
-def test_the_log_of_a_run_without_a_checkpoint_is_set_aside(tmp_path):
+def test_a_run_that_is_refused_before_it_trains_leaves_no_record(tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(UserError):
+            run(tmp_path, make_task(open_data=no_data))
+        assert not list(out.iterdir())
+    for name in ("result_0.txt", "progress.jsonl"):  # of a run that ended before its first checkpoint
+        (out / name).write_text(f"earlier {name}")
     with pytest.raises(UserError):
-        run(tmp_path, make_task(open_data=no_data))
-    first = (tmp_path / "out/result_0.txt").read_bytes()
-    with pytest.raises(UserError):
-        run(tmp_path, make_task(open_data=no_data))
-    assert (tmp_path / "out/result_0.txt.previous").read_bytes() == first
+        engine.train(RunConfig(output_dir=out, device="cpu"), "retinanet", no_model)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "result_0.txt": "earlier result_0.txt", "progress.jsonl": "earlier progress.jsonl",
+    }  # fmt: skip
     outcome, _ = run(tmp_path, make_task())
-    assert outcome.code == cli.OK and not list((tmp_path / "out").glob("*.previous"))
+    assert outcome.code == cli.OK and not list(out.glob("*.previous"))
+
+
+def test_a_last_checkpoint_of_another_network_is_told_in_one_sentence(tmp_path):
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(20)))
+    state = State(model, torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler(enabled=False), None)
+    saved = {"model": {f"x{i}": torch.zeros(1) for i in range(90)}}
+    with pytest.raises(UserError) as error:
+        state.restore(saved, RunConfig(output_dir=tmp_path), World(), None)
+    assert str(error.value) == (
+        f"--resume: {tmp_path}/last.pt does not fit this model: missing 0.weight, 0.bias, 1.weight, ... (40 of the "
+        "model's 40); unexpected x0, x1, x2, ... (90 of the file's 90)"
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def check(
     return ours
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     images=st.integers(0, 3),
     levels=st.lists(st.integers(1, 400), min_size=1, max_size=4),
@@ -60,7 +60,7 @@ def test_random_outputs(implementation, images, levels, classes, dtype, topk, fl
     check(implementation.device, logits, deltas, topk, floor)
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(
     images=st.integers(0, 2),
     cells=st.lists(st.integers(1, 40), min_size=1, max_size=3),

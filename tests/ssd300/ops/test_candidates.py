@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def check(device, logits: Tensor, threshold: float, per_class: int) -> tuple[Ten
     return scores, priors
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     images=st.integers(1, 3),
     count=st.sampled_from([1, 7, 64, 300, 700]),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 def run(*words: str | Path, code: int = 0) -> str:
     """tools.gpu_check as a user calls it; its output."""
     command = [sys.executable, "-m", "tools.gpu_check", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -36,15 +36,16 @@ def written_since(moment: float) -> list[str]:
 
 
 @no_gpu
-def test_the_cpu_part_from_end_to_end(tmp_path):
+def test_the_cpu_part_from_end_to_end(tmp_path, capsys):
     began, out = time.time(), tmp_path / "out"
-    work = ("--work", tmp_path / "work")
-    said = run("--out", out, *work, "--quick", "--only", "floor,ops,train,ssd300,efficientdet,maskrcnn")
+    words = ["--out", str(out), "--work", str(tmp_path / "work"), "--quick", "--only"]
+    slow = ("--minutes", "20")  # on processors that have other work, too
+    said = run(*words, "floor,ops,train,ssd300,efficientdet,maskrcnn", *slow)
     assert said.count("no GPU on this machine") == 1
     saved = json.loads((out / "gpu_check.json").read_text())
     assert saved["machine"]["device"] == "cpu" and saved["machine"]["torch"] == torch.__version__ and saved["quick"]
     assert list(saved["parts"]) == ["floor", "efficientdet", "maskrcnn", "ssd300", "train", "ops"]
-    assert all(part["status"] in ("passed", "skipped") for part in saved["parts"].values())
+    assert all(part["status"] in ("passed", "skipped") for part in saved["parts"].values()), said
     assert saved["parts"]["floor"]["rows"]["copy"]["gb_s"] > 0
     assert saved["parts"]["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
     for program in ("ssd300", "efficientdet", "maskrcnn"):
@@ -58,10 +59,9 @@ def test_the_cpu_part_from_end_to_end(tmp_path):
     assert written_since(began) == []
     assert sorted(file.name for file in out.iterdir()) == FILES
 
-    again = run("--out", out, *work, "--quick", "--only", "none")
-    assert printed in again
+    assert check.main([*words, "none"]) == 0 and printed in capsys.readouterr().out
 
-    run("--out", out, *work, "--quick", "--only", "floor", "--case", "c?py")
+    assert check.main([*words, "floor", "--case", "c?py"]) == 0
     before, after = saved["parts"], json.loads((out / "gpu_check.json").read_text())["parts"]
     assert [key for key, row in after["floor"]["rows"].items() if row != before["floor"]["rows"][key]] == ["copy"]
     assert {**after, "floor": None} == {**before, "floor": None}
@@ -73,11 +73,11 @@ def test_a_failing_part_is_reported_and_the_others_run(tmp_path):
     annotations.mkdir(parents=True)
     (annotations / "instances_train.json").write_text("no json")
     words = ("--out", tmp_path / "out", "--work", tmp_path / "work", "--quick", "--data", tmp_path / "data")
-    words += ("--only", "floor,bccd")
+    words += ("--only", "floor,bccd", "--case", "copy", "--case", "graph native")
     said = run(*words, code=1)
     parts = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["parts"]
     assert parts["floor"]["status"] == "passed" and parts["bccd"]["status"] == "failed"
-    assert "FAILED graph native: error: " in said and "instances_train.json" in said
+    assert "FAILED graph native: error:" in said and "instances_train.json" in said
 
 
 def test_parts_say_what_they_lack(tmp_path):
@@ -202,7 +202,10 @@ def test_an_unfinished_row_is_taken_up_again(tmp_path):
     assert row["passed"] == 3 and "unfinished" not in row
 
 
-def test_errors_skips_and_the_end_of_the_time(tmp_path):
+def test_errors_skips_and_the_end_of_the_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+
     def fails():
         raise ValueError("first line\nsecond")
 
@@ -210,11 +213,11 @@ def test_errors_skips_and_the_end_of_the_time(tmp_path):
         raise state.Skip("not here")
 
     def slow():
-        time.sleep(0.2)
+        clock[0] += 20.0
         return {"ms": 1.0}
 
     jobs.run_jobs("one", [("fails", fails), ("skips", skips)], context(tmp_path))
-    jobs.run_jobs("two", [("slow", slow), ("late", slow)], context(tmp_path, budget=0.3))
+    jobs.run_jobs("two", [("slow", slow), ("late", slow)], context(tmp_path, budget=24.0))
     jobs.run_jobs("three", [("skips", skips)], context(tmp_path))
     parts = state.load(tmp_path)["parts"]
     assert parts["one"]["status"] == "failed" and parts["one"]["rows"]["fails"]["error"] == "ValueError: first line"

@@ -149,7 +149,7 @@ def test_every_file_with_gpu_tests_is_in_one_group():
     found = groups.grouped(files)
     assert sorted(file for job in found.values() for own in job.values() for file in own) == sorted(files)
     assert list(found) == ["ops", "steps"]
-    assert set(found["ops"]) == {"triton", "detcore", "single_stage_detector", "ssd300"}
+    assert set(found["ops"]) == {"triton", "detcore", "efficientdet", "single_stage_detector", "ssd300"}
     assert found["ops"]["triton"] == ["tests/detcore/ops/test_conv3x3_kernels.py"], "it compiles for long"
     assert found["steps"]["training"] == ["tests/test_gpu.py"]
     assert found["steps"]["graphs"] == [f"tests/detcore/device/test_graphs_{name}.py" for name in ("gpu", "variants")]

@@ -155,11 +155,11 @@ def test_a_part_that_is_through_may_be_slow_to_end():
 
 
 @no_gpu
-def test_every_part_cut_once_goes_on_in_the_next_call(tmp_path, child, monkeypatch):
+def test_every_kind_of_part_cut_once_goes_on_in_the_next_call(tmp_path, child, monkeypatch):
     monkeypatch.setattr(check, "GRACE", 0.0)
     monkeypatch.setattr(check, "ENDING", 0.0)
     monkeypatch.setattr(check, "LEAST", 0.5)
-    names = [name for name, part in check.PARTS.items() if part.cpu]
+    names = list({part.patience: name for name, part in check.PARTS.items() if part.cpu}.values())  # one of each kind
     monkeypatch.setattr(stages, "STAGES", tuple(check.Stage(name, 1) for name in names))
     child("whole", "cut")
     out = tmp_path / "out"
@@ -180,9 +180,11 @@ def test_every_part_cut_once_goes_on_in_the_next_call(tmp_path, child, monkeypat
 @pytest.mark.slow
 def test_the_real_parts_cut_and_gone_on_with(tmp_path):
     out, words = tmp_path / "out", ("--work", tmp_path / "work", "--quick", "--minutes")
-    for minutes in ("0.3", "0.6", "10"):
+    for minutes in ("0.3", "0.6", "25", "25", "25"):  # on busy processors a part is cut again
         command = [sys.executable, "-m", "tools.gpu_check", "--out", out, *words, minutes]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=620)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1520)
         assert done.returncode == 0, done.stdout + done.stderr
         assert sorted(file.name for file in out.iterdir()) == FILES
-    assert all(part["status"] == "passed" for part in state.load(out)["parts"].values())
+        if passed := all(part["status"] == "passed" for part in state.load(out)["parts"].values()):
+            break
+    assert passed

@@ -25,9 +25,9 @@ def test_keys_are_told_apart_and_the_main_row_is_the_first(tmp_path):
     assert next(iter(ssd.ssd300(here)))[0] == "training bf16 b128 graph native"
     own = [key for key, _ in efficientdet.efficientdet(here)]
     assert own[:2] == ["training bf16 b128 graph native", "inference bf16 b8 graph native"]
-    assert len(own) == len(set(own)) == 9
+    assert len(own) == len(set(own)) == 9 + len(efficientdet.PREDICTED_GAIN_MS)
     assert len(keys) == len(set(keys)) and keys[:2] == ["bf16 b32 graph native", "bf16 b32 compiled+graph native"]
-    assert {f"bf16 b32 graph native +{name}" for name in native.VARIANTS} <= set(keys)
+    assert {f"bf16 b32 graph native +{name}" for name in train.VARIANTS} <= set(keys)
     assert {"bf16 b32 graph native +all but fp8_heads", "bf16 b32 graph native +all",
             "bf16 b32 graph native cudnn_benchmark_limit 0"} <= set(keys)  # fmt: skip
 
@@ -41,7 +41,8 @@ def test_a_short_part_compiles_last(tmp_path):
 
 def test_every_variant_has_a_prediction_in_one_place(tmp_path):
     here = context(tmp_path, gpu=True)
-    assert native.VARIANTS.keys() == train.PREDICTED_GAIN_MS.keys() - {"cudnn_benchmark_limit"}
+    assert not set(train.VARIANTS) & set(efficientdet.PREDICTED_GAIN_MS)
+    assert native.VARIANTS.keys() == {*train.VARIANTS, *efficientdet.PREDICTED_GAIN_MS}
     case = train.CASES[0]
 
     def predicted(*names, **more):
@@ -51,13 +52,18 @@ def test_every_variant_has_a_prediction_in_one_place(tmp_path):
     assert predicted("frozen_stage") == (2.6, 2.6), "alone it has its own"
     assert predicted("frozen_stage", "conv_epilogues") == predicted("conv_epilogues") == (2.9, 2.9)
     assert predicted(*steps.NARROW) == pytest.approx((11.2, 15.9))
-    assert predicted(*native.VARIANTS) == pytest.approx((10.2, 25.9))
+    assert predicted(*train.VARIANTS) == pytest.approx((10.2, 25.9))
     assert predicted("merged_groups", times=2) is None, "they are of 32 images"
 
 
 def test_the_documents_predict_the_same():
-    text = (ROOT / "single_stage_detector/README.md").read_text(encoding="utf-8")
-    told = dict(re.findall(r"^\| `(\w+)` \| .* \| ([-\d. to]+) \|$", text, re.MULTILINE))
+    def told_by(file: str) -> tuple[str, dict[str, str]]:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        return text, dict(re.findall(r"^\| `(\w+)` \| .* \| ([-\d. to]+) \|$", text, re.MULTILINE))
+
+    own = {name: columns.between(limits) for name, limits in efficientdet.PREDICTED_GAIN_MS.items()}
+    assert told_by("efficientdet/README.md")[1] == own
+    text, told = told_by("single_stage_detector/README.md")
     limit = re.search(r"`--cudnn-benchmark-limit 0` .*: ([-\d. to]+) ms", text)
     predicted = {name: columns.between(limits) for name, limits in train.PREDICTED_GAIN_MS.items()}
     assert told | {"cudnn_benchmark_limit": limit[1]} == predicted
@@ -170,6 +176,7 @@ def test_kernels_find_their_families():
         "void detcore::(anonymous namespace)::highest_kernel(float const*, long*)": "matching",
         "void detcore::bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
         "void detcore::pool_bias_relu_kernel<c10::BFloat16>(int)": "batchnorm/elementwise",
+        "void detcore::fuse_gather_kernel<c10::BFloat16, true>(detcore::Node)": "batchnorm/elementwise",
         "void detcore::nms_kernel(float const*)": "other",
         "weight_gradient_kernel": "convolution/gemm",
         "narrow_kernel": "quantise",

@@ -46,6 +46,14 @@ def test_each_obstacle(name):
     assert len(found) == 1 and words in found[0]
 
 
+@pytest.mark.parametrize(("program", "data", "told"), [("maskrcnn", "coco", False), ("maskrcnn", "custom", True),
+                                                       ("single_stage_detector", "openimages-mlperf", False),
+                                                       ("single_stage_detector", "custom", True)])  # fmt: skip
+def test_each_benchmark_has_a_data_set_of_its_own(program, data, told):
+    found = obstacles(SOUND | {"BENCHMARK": program, "EXTRA_PARAMS": f"--dataset {data}"})
+    assert (f"it trains on another data set (--dataset {data})" in found) == told
+
+
 def test_all_of_them_together():
     variables = SOUND | {"MLPERF_SUBMISSION_ORG": "", "SEED": "1", "CLEAR_CACHES": "0", "RESUME": "1", "NEXP": "2"}
     assert len(obstacles(variables | {"BATCHSIZE": "none"})) == 5  # a batch that is no number is another check's affair

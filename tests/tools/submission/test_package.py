@@ -3,12 +3,15 @@
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from detcore import UserError
 from tests.tools.submission import made
-from tools.submission import NOT_CHECKED, OK, REFUSED, code, package, verify
+from tools.submission import NOT_CHECKED, OK, REFUSED, code, package, readme, rulesets, verify
+from tools.submission.logs import read_log
+from tools.submission.tree import Result
 
 EXPECTED = [*(f"us/results/box/retinanet/result_{i}.txt" for i in range(5)), "us/systems/box.json"]
 SCRIPTS = ("README.md", "box_pytorch.json", "init_datasets.sh", "run_and_time.sh", "setup.sh")
@@ -118,10 +121,10 @@ def test_the_whole_package_of_an_open_result(pack, job, clone, tmp_path, capsys)
     files += [f"{place}implementations/pytorch/README.md", *(f"{place}box/{name}" for name in SCRIPTS)]
     assert tree(tmp_path / "out") == sorted([*EXPECTED, *files])
     assert "files left out of the code: .hidden (its name begins with a dot or has a blank)" in said
-    readme = (tmp_path / "out" / place / "implementations/pytorch/README.md").read_text()
-    assert commit in readme and "mAP" in readme and "$" not in readme.replace("$DGXNNODES", "").replace("$WALLTIME", "")
+    text = (tmp_path / "out" / place / "implementations/pytorch/README.md").read_text()
+    assert commit in text and "mAP" in text and "$" not in text.replace("$DGXNNODES", "").replace("$WALLTIME", "")
     for word in ("Problem", "Directions", "Data set", "Model", "Quality"):
-        assert f". {word}\n" in readme
+        assert f". {word}\n" in text
     about = json.loads((tmp_path / "out" / place / "box/box_pytorch.json").read_text())
     assert about["commit"] == commit and about["hyperparameters"]["global_batch_size"] == 8
     assert (tmp_path / "out" / place / "implementations/pytorch/code/run.sub").stat().st_mode & 0o111
@@ -222,9 +225,67 @@ def test_refused_names(pack, job, options):
     assert isinstance(pack(**options)[0], str) and value in pack(**options)[0]
 
 
-def test_a_missing_template_is_named(pack, job, clone, tmp_path):
+def mask_rcnn(job):
     curve = [{"BBOX": 0.3 + 0.006 * i, "SEGM": 0.26 + 0.006 * i} for i in range(1, 17)]
     job(benchmark="maskrcnn", hyper=made.MASKRCNN, batch=96, epochs=14, curve=curve, samples=(117266, 5000))
+
+
+def check_words(place, words):
+    """The five parts of a README, with these words, and the scripts of a system that repeat its commands."""
+    text = (place / "implementations/pytorch/README.md").read_text()
+    parts = [line for line in text.splitlines() if line.startswith("# ")]
+    assert parts == ["# 1. Problem", "# 2. Directions", "# 3. Data set", "# 4. Model", "# 5. Quality"]
+    assert all(word in text for word in words) and "$" not in text.replace("$DGXNNODES", "").replace("$WALLTIME", "")
+    init, run = ((place / "box" / name).read_text() for name in ("init_datasets.sh", "run_and_time.sh"))
+    assert "download_coco2017.sh -d" in init and f"torch-home {words[-1]}" in init and "/coco BACKBONE_DIR=" in run
+    fetched = [line for line in init.splitlines() if line.startswith("code/public-scripts/download")]
+    assert len(fetched) == 2 and all(line.partition(" -d ")[0] in text for line in fetched)
+
+
+def test_mask_rcnn_has_its_own_readme(pack, job, clone, tmp_path):
+    mask_rcnn(job)
+    ended, said = pack(**{"--code": clone, "--ruleset": "3.1.0"})
+    assert ended == OK, said
+    words = ["Mask R-CNN R50-FPN on COCO 2017", "BBOX 0.377, SEGM 0.339", "MSRA/R-50"]
+    check_words(tmp_path / "out/us/benchmarks/maskrcnn", words)
+
+
+def test_efficientdet_has_one_too_though_no_ruleset_takes_it(pack, job, tmp_path):
+    hyper = {"opt_name": "momentum", "opt_base_learning_rate": 0.01, "opt_weight_decay": 4e-5,
+             "opt_learning_rate_warmup_epochs": 5}  # fmt: skip
+    paths = job(benchmark="efficientdet", division="open", samples=(117266, 5000), hyper=hyper,
+                fields={"division": "open"})  # fmt: skip
+    ended, said = pack()
+    assert ended == REFUSED and "no benchmark efficientdet; nor has another" in said and tree(tmp_path / "out") == []
+    staged = Result(tmp_path / "x/us", "box", "efficientdet")
+    staged.description.parent.mkdir(parents=True)
+    staged.description.write_text((tmp_path / "s_system.json").read_text())
+    args = SimpleNamespace(ruleset="5.1.0", org="us", system="box", implementation="pytorch", data_dir="/data")
+    place, about = staged.org / "benchmarks/efficientdet", rulesets.facts("efficientdet", "5.1.0")
+    (place / "implementations/pytorch").mkdir(parents=True)
+    readme.write_implementation(place / "implementations/pytorch", staged, args, "c0ffee", about)
+    readme.write_system(place / "box", staged, [read_log(path) for path in paths], args, "c0ffee")
+    words = ["EfficientDet-D0 on COCO 2017", "No MLPerf ruleset", "c0ffee", "mAP 0.34", "efficientnet_b0_rwightman"]
+    check_words(place, words)
+
+
+def test_every_benchmark_has_a_readme_and_scripts_that_exist():
+    folders = {path.parent.parent.name for path in rulesets.ROOT.glob("*/recipes/*.sh")}
+    assert {path.stem for path in readme.TEMPLATES.glob("*.md")} == set(readme.DATA) == folders
+    assert all((rulesets.ROOT / "public-scripts" / script).is_file() for script, _, _ in readme.DATA.values())
+
+
+def test_a_missing_data_set_is_named(pack, job, clone, tmp_path, monkeypatch):
+    monkeypatch.delitem(readme.DATA, "maskrcnn")
+    mask_rcnn(job)
+    ended, _ = pack(**{"--code": clone, "--ruleset": "3.1.0"})
+    assert "readme.py does not say where the data set and the weights of maskrcnn" in ended
+    assert tree(tmp_path / "out") == []
+
+
+def test_a_missing_template_is_named(pack, job, clone, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "TEMPLATES", rulesets.ROOT / "tools/submission/none")
+    mask_rcnn(job)
     ended, _ = pack(**{"--code": clone, "--ruleset": "3.1.0"})
     assert "there is no README template of maskrcnn" in ended and tree(tmp_path / "out") == []
     assert pack(**{"--ruleset": "3.1.0"})[0] == OK

@@ -116,6 +116,31 @@ def test_the_charts_show_the_numbers(tool, tmp_path):
     assert values_of(text, "AP50") == pytest.approx([m + 0.2 for m in METRICS], abs=0.01)
 
 
+def test_the_best_of_two_metrics_is_nearest_to_both_targets(tool, tmp_path, capsys):
+    """As best.pt is: not the one with the higher AP of boxes alone."""
+    found = lines(target=0.4)
+    found[0]["targets"] = {"AP": 0.4, "segm_AP": 0.3}
+    evaluations = [line for line in found if line["kind"] == "eval"]
+    for line, (box, mask) in zip(evaluations, ((0.39, 0.1), (0.38, 0.29)), strict=True):
+        line["metrics"] |= {"AP": box, "segm_AP": mask}
+    said = console(tool, make(tmp_path, found), capsys)
+    assert "AP of the best epoch 0.3800 after epoch 2" in said
+
+
+def test_a_run_of_proposals_shows_their_recall(tool, tmp_path):
+    found = lines(target=None)
+    found[0]["targets"] = {"AR@1000": None}
+    for line in found:
+        if line["kind"] == "eval":
+            ap = line["metrics"]["AP"]
+            line["metrics"] = {"AR@100": ap / 2, "AR@1000": ap, "per_class": {}}
+    text = page(tool, make(tmp_path, found))
+    assert values_of(text, "AR of 1000 proposals") == pytest.approx(METRICS, abs=0.01)
+    assert values_of(text, "AR of 100 proposals") == pytest.approx([m / 2 for m in METRICS], abs=0.01)
+    said = parse(text).text
+    assert "Best AR@10000.5000after epoch 2" in said.replace("\n", "") and "AR on the validation images" in said
+
+
 def test_points_stand_over_their_steps(tool, tmp_path):
     text = page(tool, make(tmp_path, lines()))
     figure = re.search(r"<figure><h2>Loss.*?</figure>", text, re.S)[0]
@@ -150,6 +175,16 @@ def test_words_in_a_crowd_do_not_lie_on_each_other(tool):
     heights = sorted(float(y) for y in re.findall(r'<text x="[^"]+" y="([^"]+)"', drawn))
     assert drawn.count('class="found"') == 20 and "star 0.90</text>" in drawn
     assert len(heights) > 1 and all(b - a > 4.2 for a, b in itertools.pairwise(heights))
+
+
+def test_the_words_of_a_picture_name_its_true_classes_and_stay_inside(tool):
+    truth = [(0.0, 0.0, 9.0, 9.0, label) for label in ("star", "ring", "star")]
+    entry = {"image": "0.jpg", "data": "", "size": (100.0, 100.0), "truth": truth,
+             "detections": [(0.0, 20.0, 60.0, 80.0, "ring", 0.9)]}  # fmt: skip
+    drawn = tool.picture(entry, {"ring": "#fff"})
+    assert "3 true (star, ring), 1 detection</p>" in drawn
+    assert float(re.search(r'<text x="([^"]+)"', drawn)[1]) >= 0.5, "its outline would be cut at the edge"
+    assert "0 true, 0 detections</p>" in tool.picture(entry | {"truth": [], "detections": []}, {})
 
 
 def test_the_page_is_whole_and_needs_nothing_else(tool, tmp_path, capsys):
@@ -225,6 +260,15 @@ def test_a_gallery_of_another_run_or_cut_is_left_out(tool, tmp_path):
     (tmp_path / "gallery.json").write_text((tmp_path / "gallery.json").read_text()[:50])
     text = page(tool, tmp_path)
     assert "the gallery can&#x27;t be read and is left out" in text and "data:image" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [('DLLL {"data": {}}\n', "has dllogger's lines"), ("Hello\n", "holds no MLPerf")]
+)
+def test_a_file_without_events_is_refused(tool, tmp_path, content, said):
+    (tmp_path / "log.json").write_text(content)
+    with pytest.raises(UserError, match=rf"log\.json: {said}.*name a log, or the --output-dir of a training"):
+        tool.main([str(tmp_path / "log.json")])
 
 
 def test_a_folder_that_is_not_there_is_refused(tool, tmp_path):
@@ -326,3 +370,15 @@ def test_pages_in_a_real_browser(tool, tmp_path, capsys):
         assert found["wide"] <= found["view"] and len(found["boxes"]) > 10
         curves = [box for box in found["boxes"] if box[0] and box[0].startswith("line")]
         assert curves and all(width > 100 and height > 5 for _, width, height, _ in curves)
+
+
+def test_the_best_is_of_the_metric_that_has_the_target(tool, tmp_path, capsys):
+    found = lines()
+    found[0]["targets"] = {"L2_ALL_NS": 0.4}
+    for value, line in zip((0.625, 0.25), (line for line in found if line["kind"] == "eval"), strict=True):
+        line["metrics"]["L2_ALL_NS"] = value
+    make(tmp_path, found)
+    assert tool.main([str(tmp_path)]) == 0
+    assert "best L2_ALL_NS 0.6250 after epoch 1" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "Best L2_ALL_NS" in page and "Best mAP" not in page

@@ -134,6 +134,21 @@ def test_check_of_a_log_of_efficientdet(tool, tmp_path, write_log, before, after
     assert "rules_efficientdet.yaml" in line and word in line, line
 
 
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ('{"BBOX": 0.4, "SEGM": 0.3}', "SUCCESS"), ('{"BBOX": 0.4, "SEGM": 1.5}', "FAILED"),
+        ('{"BBOX": 0.4, "SEGM": null}', "FAILED"), ("{}", "FAILED"), ("-0.1", "FAILED"), ("1", "SUCCESS"),
+    ],
+)  # fmt: skip
+def test_check_of_scores_of_several_targets(tool, tmp_path, write_log, value, word):
+    log = write_log(tmp_path / "log", benchmark="efficientdet", division="open", metric=0.25)
+    text, count = re.subn(r'("key": "eval_accuracy", "value": )0\.25', rf"\g<1>{value}", log.read_text())
+    log.write_text(text)
+    line = tool.check(log, "5.1.0").line
+    assert count and "rules_efficientdet.yaml" in line and word in line, line
+
+
 def test_check_of_a_benchmark_that_only_this_project_has_rules_for(tool, tmp_path, write_log):
     log = write_log(tmp_path / "log", benchmark="ssd300", division="open", metric=0.25)
     more = {"opt_momentum": 0.9, "opt_learning_rate_warmup_steps": 300, "opt_learning_rate_decay_factor": 0.1}
@@ -232,6 +247,31 @@ def test_stopped_process_on_a_living_node(trial, explain):
         "rank 2 on node n2 was lost (no exit code; step 40, phase training step): gave no sign of life" in first
         and "so the node lives" in first
     )
+
+
+ALONE = DEAD.replace("rank 2", "rank 1")  # where each node has one rank
+
+
+def test_a_stopped_process_that_is_alone_on_its_node(trial, explain):
+    """Nothing tells the process from its node; nobody says that the node is gone."""
+    trial.put({0: 6}, {0: watchdog(0, ALONE), 1: "step 40\n"})
+    first, _ = explain(6, ranks=1)
+    assert "rank 1 on node n2 was lost (no exit code; step 40, phase training step): gave no sign of life" in first
+    assert "is gone" not in first and "alone on n2, so that this can be the process or its node" in first
+    (trial.path / "srun.log").write_text("srun: error: n2: task 1: Killed\n")
+    first, _ = explain(6, ranks=1)
+    assert "rank 1 on node n2 was lost" in first and "n2 answered when what was left was killed" in first
+    (trial.path / "srun.log").write_text("slurmstepd: error: *** STEP 3.0 ON n1 CANCELLED DUE TO NODE FAILURE ***\n")
+    assert "node n2 is gone (rank 1; no exit code of any)" in explain(6, ranks=1)[0]
+
+
+def test_a_stopped_process_alone_on_its_node_that_run_sub_killed(trial, explain):
+    trial.put({0: 6}, {0: watchdog(0, ALONE), 1: "step 40\n"})
+    with (trial.path / "exits.txt").open("a") as file:
+        file.write("1 n2 137 1015\n")
+    (trial.path / "killed.txt").write_text("1015\n")
+    first, _ = explain(6, ranks=1)
+    assert "rank 1 on node n2 was lost (no exit code" in first and "so the node lives" in first and "gone" not in first
 
 
 def test_whom_run_sub_killed_is_not_said_to_have_been_killed(trial, explain):
