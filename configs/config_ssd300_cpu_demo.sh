@@ -7,8 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/systems/cpu.sh"
 export BENCHMARK=ssd300 DGXNNODES=1 WALLTIME_RUNANDTIME=20
 export DATASET_DIR=${DATASET_DIR:-build/demo-data-ssd300} BATCHSIZE=${BATCHSIZE:-8} EVALBATCHSIZE=${EVALBATCHSIZE:-20}
 export NUMEPOCHS=${NUMEPOCHS:-8} LR=${LR:-0.004} WARMUP_STEPS=${WARMUP_STEPS:-20} LOG_INTERVAL=${LOG_INTERVAL:-10}
-export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18 --no-pretrained --optimizer adam --weight-decay 0 \
---multistep 6 --ema-decay 0.98 --augmentation flip --max-boxes 32 --evaluation 0 1 2 3 4 5 6 7 --target-map 0.25 --workers 1 \
+export EXTRA_PARAMS=${EXTRA_PARAMS:-"--dataset custom --backbone resnet18_x0_25 --no-pretrained --optimizer adam --weight-decay 0 \
+--multistep 6 --ema-decay 0.98 --augmentation flip --max-boxes 32 --evaluation 0 1 2 3 4 5 6 7 --target-map 0.2 --workers 1 \
 --drop-file-cache --gallery 12 --overwrite --device cpu \
 --precision $(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)"} # bf16 where it is fast
 export MLPERF_SUBMISSION_ORG=${MLPERF_SUBMISSION_ORG:-demonstration}

@@ -11,7 +11,7 @@ from detcore.detection.config import DetectionConfig
 
 BENCHMARK = "ssd300"  # submission_benchmark of the log; no ruleset of 5.1 has it
 AUGMENTATIONS = ("ssd", "flip", "none")
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet18_x0_25")
 OPTIMIZERS = ("sgd", "adam")
 IMAGE_SIZE = (300, 300)
 SCORE_THRESHOLD, TOPK_PER_CLASS, NMS_THRESHOLD, DETECTIONS_PER_IMAGE = 0.05, 200, 0.5, 200

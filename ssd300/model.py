@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detcore import UserError
-from detcore.nn.resnet import ResNet
+from detcore.nn.resnet import NARROW, ResNet
 from detcore.nn.weights import load_with_classes
 from detcore.ops.normalize import normalize
 from ssd300.anchors import IMAGE_SIZE, PER_CELL, priors
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet18_x0_25")
 CUT_LAYERS = ("layer4.", "fc.")
 """What torchvision's files hold and this network doesn't: `without` of `detcore.nn.resnet.load_backbone`."""
 
@@ -74,7 +74,7 @@ class SSD300(nn.Module):
             raise UserError(f"num_classes is {num_classes}; a detector needs at least one class")
         self.num_classes = num_classes
         self.backbone = Body(backbone)
-        last = 128 if backbone == "resnet18" else 256
+        last = 128 if backbone in ("resnet18", "resnet18_x0_25") else 256
         channels = (self.backbone.channels, 512, 512, 256, 256, last)
         shapes = zip(channels, _MIDDLE, channels[1:], strict=False)
         self.additional_blocks = nn.ModuleList(_added_block(*shape, i < 3) for i, shape in enumerate(shapes))
@@ -141,11 +141,13 @@ _DEPTHS = {
 
 
 def known_backbone(state: Mapping) -> str | None:
-    """The backbone of a state dictionary of SSD300, told by its third stage: blocks, and whether they have three
-    convolutions. None if it is none."""
+    """The backbone of a state dictionary of SSD300, told by its third stage: blocks, whether they have three
+    convolutions, and channels. None if it is none."""
     pattern = re.compile(r"(?:backbone\.layer3|feature_extractor\.6)\.(\d+)\.conv(\d)\.")
-    found = [match.groups() for match in map(pattern.search, map(str, state)) if match]
-    return _DEPTHS.get((len({block for block, _ in found}), any(conv == "3" for _, conv in found)))
+    found = [(*match.groups(), state[key]) for key in state if (match := pattern.search(str(key)))]
+    name = _DEPTHS.get((len({block for block, *_ in found}), any(conv == "3" for _, conv, _ in found)))
+    widths = {weight.shape[:1] for block, conv, weight in found if (block, conv) == ("0", "1")}
+    return next((n for n, (wide, divisor) in NARROW.items() if (wide, {(256 // divisor,)}) == (name, widths)), name)
 
 
 def load_original_state(

@@ -149,6 +149,9 @@ _NETWORKS = {
     "resnext101_32x8d": (_Bottleneck, (3, 4, 23, 3), 32, 8, zoo.ResNeXt101_32X8D_Weights),
 }
 BACKBONES = tuple(_NETWORKS)
+NARROW = {"resnet18_x0_25": ("resnet18", 4)}
+"""Quick networks for processors, without weights: a backbone whose stages have their channels divided by a number. The
+name is made as torchvision makes those of its narrow networks."""
 NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
 
 
@@ -158,7 +161,7 @@ class ResNet(resnet.ResNet):
     forward: float [N, image_channels, H, W] -> (C3, C4, C5), each [N, channels[i], ceil(H / s), ceil(W / s)] with
     s = 8, 16, 32; or other `levels` of 2..5, rising. What comes after the last one is not built.
 
-    name: one of `BACKBONES`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
+    name: one of `BACKBONES` or `NARROW`. norm: "frozen" (FrozenNorm: fixed statistics and affine values, no
     parameters) or "batch" (BatchNorm2d), or what makes a module of a number of channels. trainable_layers: how many of
     layer4, layer3, layer2, layer1 and conv1 learn, counted from the output; at 5 the first normalisation learns too,
     where it can. With "batch", a frozen layer keeps its weights but its running statistics still follow the data, as in
@@ -177,18 +180,19 @@ class ResNet(resnet.ResNet):
         levels: Sequence[int] = (3, 4, 5),
         stride_in_1x1: bool = False,
     ):
-        if name not in _NETWORKS:
-            raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join(BACKBONES)}")
+        if name not in (*BACKBONES, *NARROW):
+            raise UserError(f"backbone {name!r} is unknown; choose one of {', '.join((*BACKBONES, *NARROW))}")
         if isinstance(norm, str) and norm not in NORMS:
             raise UserError(f"norm {norm!r} is unknown; choose one of {', '.join(NORMS)}")
         if not 0 <= trainable_layers <= 5:
             raise UserError(f"trainable_layers is {trainable_layers}; it must lie in 0..5")
-        block, depths, groups, width, _ = _NETWORKS[name]
+        wide, self.divisor = NARROW.get(name, (name, 1))
+        block, depths, groups, width, _ = _NETWORKS[wide]
         norm_layer = NORMS[norm] if isinstance(norm, str) else norm
         super().__init__(block, list(depths), groups=groups, width_per_group=width, norm_layer=norm_layer)
         del self.avgpool, self.fc
         self.levels = tuple(levels)
-        self.channels = tuple(2 ** (4 + level) * block.expansion for level in levels)
+        self.channels = tuple(2 ** (4 + level) * block.expansion // self.divisor for level in levels)
         learns = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable_layers]
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable_layers == 5 or parameter_name.startswith(learns))
@@ -197,6 +201,9 @@ class ResNet(resnet.ResNet):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
         for level in range(max(levels) + 1, 6):
             delattr(self, f"layer{level - 1}")
+
+    def _make_layer(self, block: type[nn.Module], planes: int, *arguments, **options) -> nn.Sequential:
+        return super()._make_layer(block, planes // self.divisor, *arguments, **options)
 
     @property
     def image_channels(self) -> int:
@@ -261,6 +268,8 @@ def weights_file_name(name: str, version: str = "IMAGENET1K_V1") -> str:
     version: IMAGENET1K_V1, IMAGENET1K_V2 or DEFAULT, torchvision's choice. Raises UserError for one that the backbone
     doesn't have.
     """
+    if name in NARROW:
+        raise UserError(f"nobody has ImageNet weights of {name}: begin with random weights by --no-pretrained")
     versions = _NETWORKS[name][4].__members__
     if version not in versions:
         raise UserError(f"{name} has no weights {version!r}; choose one of {', '.join(versions)}")

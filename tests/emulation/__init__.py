@@ -152,17 +152,43 @@ def load(name: str, sources: tuple[Path, ...]) -> str:
 def compiled(name: str, source: Path) -> Path:
     """The object file of one source, made if there is none of just these contents."""
     include = [HERE, source.parent, ROOT / "detcore" / "csrc"]
-    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(" ".join([name, source.name, torch.__version__, *FLAGS]).encode() + version)
-    for file in [source, *headers(source, include)]:
-        key.update(file.read_bytes())
-    result = BUILD / f"{name}-{source.name}-{key.hexdigest()[:16]}.o"
+    key = content_key(name, source, *headers(source, include))
+    result = BUILD / f"{name}-{source.name}-{key}.o"
     if not result.is_file():
-        from torch.utils.cpp_extension import include_paths
-
-        paths = [f"-I{path}" for path in include] + [word for path in include_paths() for word in ("-isystem", path)]
-        call(*FLAGS, f"-DOPS={name}", *paths, "-x", "c++", "-c", source, out=result)
+        ops = BUILD / f"{name}.ops.h"  # not by -D, which would make the precompiled header invalid
+        ops.write_text(f"#define OPS {name}\n")
+        forced = ["-include", precompiled().with_suffix(""), "-include", ops, "-Winvalid-pch"]
+        call(*FLAGS, *search_paths(include), *forced, "-x", "c++", "-c", source, out=result)
     return result
+
+
+def precompiled() -> Path:
+    """kernel.h as g++ has read it, with torch's headers: these are most of what it takes to compile a kernel."""
+    include = [HERE, ROOT / "detcore" / "csrc"]
+    kernel = ROOT / "detcore" / "csrc" / "kernel.h"
+    result = BUILD / f"kernel-{content_key('kernel', kernel, *headers(kernel, include))}.h.gch"
+    with locked(BUILD / "kernel.lock"):
+        if not result.is_file():
+            source = BUILD / "kernel_alone.h"
+            source.write_text('#include "kernel.h"\n')
+            call(*FLAGS, *search_paths(include), "-x", "c++-header", source, out=result)
+    return result
+
+
+def content_key(name: str, *files: Path) -> str:
+    """Other for other contents of the files, flags, torch or compiler."""
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(" ".join([name, torch.__version__, *FLAGS]).encode() + version)
+    for file in files:
+        key.update(file.name.encode() + file.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def search_paths(include: list[Path]) -> list[str]:
+    """The options by which the compiler finds our headers and torch's."""
+    from torch.utils.cpp_extension import include_paths
+
+    return [f"-I{path}" for path in include] + [word for path in include_paths() for word in ("-isystem", path)]
 
 
 def headers(source: Path, include: list[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detcore import UserError
 from detcore.device import native
-from detcore.nn.resnet import BACKBONES, NORMS, LastStage, ResNet, load_backbone, weights_file_name
+from detcore.nn.resnet import BACKBONES, NARROW, NORMS, LastStage, ResNet, load_backbone, weights_file_name
 from detcore.nn.weights import load_exactly
 from detcore.ops import conv as conv_module
 from detcore.ops.bias_relu import bias_relu, bias_relu_reference
@@ -256,6 +256,22 @@ def test_parameter_names_and_shapes_are_torchvisions(name):
     expected = {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
     assert {k: v.shape for k, v in ours.state_dict().items()} == expected
     assert theirs.fc.in_features == ours.channels[-1]
+
+
+@pytest.mark.parametrize(("name", "wide", "divisor"), [(name, *of) for name, of in NARROW.items()])
+def test_a_narrow_network_has_a_share_of_the_channels(name, wide, divisor):
+    ours, theirs = ResNet(name, "batch"), ResNet(wide, "batch")
+    assert ours.channels == tuple(channels // divisor for channels in theirs.channels)
+    for key, value in theirs.state_dict().items():
+        of_the_stem = key.split(".")[0] in ("conv1", "bn1")
+        expected = [size // divisor for size in value.shape[:2]] if not of_the_stem else list(value.shape[:2])
+        if key == "layer1.0.conv1.weight":
+            expected[1] = 64  # what the stem gives
+        assert list(ours.state_dict()[key].shape) == [*expected, *value.shape[2:]], key
+    maps = ours(torch.rand(1, 3, 64, 96))
+    assert [tuple(x.shape[1:]) for x in maps] == [(c, 64 // s, 96 // s) for c, s in zip(ours.channels, (8, 16, 32))]
+    with pytest.raises(UserError, match=f"weights of {name}.*--no-pretrained"):
+        load_backbone(ours, name)
 
 
 def trainable(model: nn.Module) -> set[str]:

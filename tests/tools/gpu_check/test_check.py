@@ -39,18 +39,13 @@ def written_since(moment: float) -> list[str]:
 def test_the_cpu_part_from_end_to_end(tmp_path, capsys):
     began, out = time.time(), tmp_path / "out"
     words = ["--out", str(out), "--work", str(tmp_path / "work"), "--quick", "--only"]
-    slow = ("--minutes", "20")  # on processors that have other work, too
-    said = run(*words, "floor,ops,train,ssd300,efficientdet,maskrcnn", *slow)
+    said = run(*words, "floor,ops", "--minutes", "20")  # on processors that have other work, too
     assert said.count("no GPU on this machine") == 1
     saved = json.loads((out / "gpu_check.json").read_text())
     assert saved["machine"]["device"] == "cpu" and saved["machine"]["torch"] == torch.__version__ and saved["quick"]
-    assert list(saved["parts"]) == ["floor", "efficientdet", "maskrcnn", "ssd300", "train", "ops"]
-    assert all(part["status"] in ("passed", "skipped") for part in saved["parts"].values()), said
+    assert list(saved["parts"]) == ["floor", "ops"]
+    assert all(part["status"] == "passed" for part in saved["parts"].values()), said
     assert saved["parts"]["floor"]["rows"]["copy"]["gb_s"] > 0
-    assert saved["parts"]["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
-    for program in ("ssd300", "efficientdet", "maskrcnn"):
-        rows = saved["parts"][program]["rows"]
-        assert all(rows[f"{part} fp32 b2 eager reference"]["images_per_s"] > 0 for part in ("training", "inference"))
     for row in saved["parts"]["ops"]["rows"].values():
         assert "skipped" in row or (row["difference"] <= row["tolerance"] and row["repeats_equal"])
     printed = (out / "table.txt").read_text()

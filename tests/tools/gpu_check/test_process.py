@@ -185,6 +185,11 @@ def test_the_real_parts_cut_and_gone_on_with(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1520)
         assert done.returncode == 0, done.stdout + done.stderr
         assert sorted(file.name for file in out.iterdir()) == FILES
-        if passed := all(part["status"] == "passed" for part in state.load(out)["parts"].values()):
+        parts = state.load(out)["parts"]
+        if passed := all(part["status"] == "passed" for part in parts.values()):
             break
     assert passed
+    assert parts["train"]["rows"]["fp32 b2 eager reference"]["images_per_s"] > 0
+    for program in ("ssd300", "efficientdet", "maskrcnn"):
+        rows = parts[program]["rows"]
+        assert all(rows[f"{part} fp32 b2 eager reference"]["images_per_s"] > 0 for part in ("training", "inference"))
