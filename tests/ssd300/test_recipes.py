@@ -85,5 +85,5 @@ def test_demo_is_small_and_open():
     exported = exports(FOLDER / "config_ssd300_cpu_demo.sh")
     config = settings(exported)
     assert exported["DGXNNODES"] == exported["DGXNGPU"] == "1" and config.device == "cpu" and not config.pretrained
-    assert config.backbone == "resnet18" and config.dataset == "custom" and config.target_map
+    assert config.backbone == "resnet18_x0_25" and config.dataset == "custom" and config.target_map
     assert config.mlperf_org == "demonstration" and config.overwrite and config.gallery > 0 and config.departures()

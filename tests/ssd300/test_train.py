@@ -221,7 +221,7 @@ def test_a_config_starts_the_program():
     done = subprocess.run(["bash", "-euc", command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = dict(re.findall(r"^(\w+) += (\S+)", done.stdout, re.MULTILINE))
-    assert said["backbone"] == "resnet18" and said["save"] == "models" and said["device"] == "cpu"
+    assert said["backbone"] == "resnet18_x0_25" and said["save"] == "models" and said["device"] == "cpu"
 
 
 def test_the_gallery_shows_images_as_validation_does(tmp_path, monkeypatch):
