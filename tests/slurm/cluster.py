@@ -172,11 +172,11 @@ class Cluster:
         (pid,) = [pid for pid, words in self.processes(node).items() if words[:1] == ["slurmd"]]
         os.kill(pid, signal.SIGKILL)
 
-    def _wait_idle(self, timeout: float = 20) -> None:
+    def _wait_idle(self, timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and all(daemon.poll() is None for daemon in self.daemons.values()):
             with contextlib.suppress(subprocess.TimeoutExpired):  # sinfo is patient with a controller that is gone
-                answer = self.run("sinfo", "-ht", "idle", "-o%D", check=False, timeout=1)
+                answer = self.run("sinfo", "-ht", "idle", "-o%D", check=False, timeout=5)
                 if answer.stdout.strip() == str(len(self.nodes)):
                     return
             time.sleep(0.05)
@@ -202,7 +202,7 @@ class Cluster:
                 values[name] = str(value)
         return values
 
-    def run(self, *command, check=True, timeout=60, env=None, cwd=None, **identity) -> subprocess.CompletedProcess:
+    def run(self, *command, check=True, timeout=240, env=None, cwd=None, **identity) -> subprocess.CompletedProcess:
         """Runs a command such as sinfo, srun or scontrol to its end, as root unless told otherwise (`self.identity`).
 
         A failure raises with what it said.
@@ -224,7 +224,7 @@ class Cluster:
         """The fields of `scontrol show job`."""
         return parse_job(self.run("scontrol", "show", "job", job).stdout)
 
-    def wait(self, job: int, timeout: float = 60, states: set[str] | None = None) -> dict[str, str]:
+    def wait(self, job: int, timeout: float = 240, states: set[str] | None = None) -> dict[str, str]:
         """Waits (seconds) until the job has ended, or is in one of `states`; its fields.
 
         After the time: an AssertionError with the job's output and the daemons' logs.
@@ -245,7 +245,7 @@ class Cluster:
         files = dict.fromkeys(fields[name] for name in ("StdOut", "StdErr") if name in fields)
         return "".join(Path(file).read_text(errors="replace") for file in files if Path(file).is_file())
 
-    def requeue_now(self, job: int, timeout: float = 30) -> None:
+    def requeue_now(self, job: int, timeout: float = 120) -> None:
         """After a requeue: waits until the job is pending, then takes its waiting time (6 to 120 s) away."""
         self.wait(job, timeout, {"PENDING"})
         time.sleep(2)  # slurmd counts whole seconds and refuses a job that starts in the second in which it was ended
@@ -277,7 +277,7 @@ class Cluster:
                 found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
         return found
 
-    def task(self, job: int, rank: int, timeout: float = 30) -> int:
+    def task(self, job: int, rank: int, timeout: float = 120) -> int:
         """Process id (for os.kill) of the main process of one task of the job's newest step; waits until it runs."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self.job(job)["JobState"] in UNFINISHED:

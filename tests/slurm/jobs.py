@@ -45,7 +45,7 @@ class Submission:
         script = f'{config} && exec sbatch --parsable -N 2 "$@" run.sub'
         done = subprocess.run(
             ["bash", "-euc", script, "bash", f"--output={folder}/slurm %j.out", *words],
-            env=cluster.env(**environ), cwd=folder / "work tree", capture_output=True, text=True, timeout=60,
+            env=cluster.env(**environ), cwd=folder / "work tree", capture_output=True, text=True, timeout=240,
             **cluster.identity,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
