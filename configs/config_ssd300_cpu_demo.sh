@@ -1,6 +1,6 @@
 # A demonstration on two CPU cores: a small SSD300 from random weights on generated scenes of six shapes (make demo-ssd300).
-# Measured with bf16: AP 0.289 after 4 epochs, 2:06 minutes, 20 images/s (docs/LOG.md). All 8 epochs, AP 0.37, take twice that.
-# Beside other work OMP_NUM_THREADS=1 is faster: at load 5 two threads made 2 images/s, one made 9.
+# Measured in fp32 without AVX-512, one thread beside other work: AP 0.242 after 3 epochs, 9:37 minutes (docs/LOG.md).
+# Beside other work OMP_NUM_THREADS=1 is faster: two threads wait for each other.
 # No published result to compare it with.
 
 source "$(dirname "${BASH_SOURCE[0]}")/systems/cpu.sh"
