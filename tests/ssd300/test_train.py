@@ -21,8 +21,8 @@ from tests import programs
 from tests.programs import ROOT
 
 SMALL = [
-    "--dataset", "custom", "--backbone", "resnet18", "--no-pretrained", "--no-cuda", "--bs", "3", "--num-workers", "0",
-    "--seed", "3", "--log-interval", "1", "--max-boxes", "16",
+    "--dataset", "custom", "--backbone", "resnet18_x0_25", "--no-pretrained", "--no-cuda", "--bs", "3",
+    "--num-workers", "0", "--seed", "3", "--log-interval", "1", "--max-boxes", "16",
 ]  # fmt: skip
 
 
@@ -121,8 +121,9 @@ def test_four_images_are_learned_by_heart(scenes, tmp_path):
     few = tmp_path / "few.json"
     few.write_text(json.dumps(coco))
     both = [word for split in ("train", "val") for word in (f"--{split}-annotations-file", str(few))]
-    options = ["--optimizer", "adam", "--lr", "8e-3", "--augmentation", "none", "--weight-decay", "0", "--warmup", "10"]
-    options += ["--bs", "4", "--epochs", "40", "--multistep", "32", "--val-data-path", str(scenes / "train")]
+    options = ["--optimizer", "adam", "--lr", "8e-3", "--augmentation", "none"]
+    options += ["--weight-decay", "0", "--warmup", "10", "--bs", "4", "--epochs", "40", "--multistep", "32"]
+    options += ["--val-data-path", str(scenes / "train")]
     done = run(scenes, tmp_path / "out", *both, *options, "--evaluation", "39")
     assert done.returncode == 0, done.stderr[-3000:]
     result = [record for record in lines(tmp_path / "out/progress.jsonl") if record["kind"] == "eval"][-1]
@@ -171,7 +172,7 @@ def test_benchmarks_count_each_image_once(scenes, tmp_path):
 
 
 def test_missing_imagenet_weights_name_the_script(scenes, tmp_path):
-    small = [word for word in SMALL if word != "--no-pretrained"]
+    small = [word for word in SMALL if word != "--no-pretrained"] + ["--backbone", "resnet18"]
     done = run(scenes, tmp_path / "out", "--backbone-path", str(tmp_path / "none.pth"), small=small)
     assert done.returncode == 2 and "download_backbone.sh" in done.stderr and "Traceback" not in done.stderr
 
