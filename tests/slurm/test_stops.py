@@ -83,7 +83,7 @@ def preempt(cluster) -> int:
 
 
 def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
-    environ = {"EXTRA_PARAMS": SUCCESS.replace("-map 0", "-map none"), "NUMEPOCHS": 8, "SEED": 3}
+    environ = {"EXTRA_PARAMS": SUCCESS.replace("-map 0", "-map none"), "NUMEPOCHS": 14, "SEED": 3}
     whole = submit("-p", "urgent", *SHARED, config=ONE_RANK, **environ)  # nothing preempts it
     job = submit(*WIDE, config=ONE_RANK, REQUEUE=1, **environ)
     job.until_step(steps=9)
@@ -104,7 +104,7 @@ def test_after_requeue_and_preemption_the_weights_are_the_same(submit, cluster):
     assert cluster.job(job.id)["Restarts"] == "2" and job.said().count("_1.log --resume") == 2
     assert "1 of 1 trials ended with success" in job.said()
     steps = [json.loads(line)["step"] for line in (job.trial() / "progress.jsonl").open() if '"step"' in line]
-    assert max(steps) == 8 * 8
+    assert max(steps) == 14 * 8
     ours, theirs = weights(job.trial()), weights(whole.trial())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
