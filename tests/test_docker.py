@@ -225,10 +225,10 @@ def test_nothing_of_this_machine_is_inside(container):
 
 def test_the_demo_runs_inside(container):
     """All of it, to its target, the official checker and the report. No network, a user without a name."""
-    said = container.run("env", "OMP_NUM_THREADS=1", "tools/demo.sh")  # other tests may run beside it
-    assert re.search(r"^compliance .*result_0\.txt.*: SUCCESS$", said, re.MULTILINE), said[-3000:]
-    assert "Target AP 0.42 reached" in said, said[-3000:]
-    assert (container.root / "workspace/ssd/results/demo/report.html").stat().st_size > 100_000
+    said = container.run("env", "OMP_NUM_THREADS=1", "tools/demo.sh", "ssd300")  # other tests may run beside it
+    assert re.search(r"^events of .*result_0\.txt.*: SUCCESS$", said, re.MULTILINE), said[-3000:]
+    assert "Target AP 0.2 reached" in said, said[-3000:]
+    assert (container.root / "workspace/ssd/results/demo-ssd300/report.html").stat().st_size > 100_000
 
 
 AS_DOCKER = """#!{python}
