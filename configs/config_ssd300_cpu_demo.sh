@@ -1,5 +1,5 @@
 # A demonstration on two CPU cores: a small SSD300 from random weights on generated scenes of six shapes (make demo-ssd300).
-# Measured in fp32 without AVX-512, one thread beside other work: AP 0.242 after 3 epochs, 9:37 minutes (docs/LOG.md).
+# Measured in fp32 without AVX-512: AP 0.280 after 3 epochs, 4:04 minutes; one thread beside other work 9:37 (docs/LOG.md).
 # Beside other work OMP_NUM_THREADS=1 is faster: two threads wait for each other.
 # No published result to compare it with.
 
