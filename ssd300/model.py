@@ -12,10 +12,10 @@ from detcore.nn.resnet import NARROW, ResNet
 from detcore.nn.weights import load_with_classes
 from detcore.ops.normalize import normalize
 from ssd300.anchors import IMAGE_SIZE, PER_CELL, priors
+from ssd300.config import BACKBONES
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet18_x0_25")
 CUT_LAYERS = ("layer4.", "fc.")
 """What torchvision's files hold and this network doesn't: `without` of `detcore.nn.resnet.load_backbone`."""
 
@@ -146,7 +146,7 @@ def known_backbone(state: Mapping) -> str | None:
     pattern = re.compile(r"(?:backbone\.layer3|feature_extractor\.6)\.(\d+)\.conv(\d)\.")
     found = [(*match.groups(), state[key]) for key in state if (match := pattern.search(str(key)))]
     name = _DEPTHS.get((len({block for block, *_ in found}), any(conv == "3" for _, conv, _ in found)))
-    widths = {weight.shape[:1] for block, conv, weight in found if (block, conv) == ("0", "1")}
+    widths = {getattr(weight, "shape", ())[:1] for block, conv, weight in found if (block, conv) == ("0", "1")}
     return next((n for n, (wide, divisor) in NARROW.items() if (wide, {(256 // divisor,)}) == (name, widths)), name)
 
 

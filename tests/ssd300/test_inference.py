@@ -19,8 +19,8 @@ from detcore.data import transforms
 from detcore.data.transforms import read_image
 from detcore.training import checkpoint
 from ssd300 import inference, train
-from ssd300.config import IMAGE_SIZE, Config
-from ssd300.model import BACKBONES, MEAN, SSD300, STD, Body, known_backbone, scale_as_the_originals_inference
+from ssd300.config import BACKBONES, IMAGE_SIZE, Config
+from ssd300.model import MEAN, SSD300, STD, Body, known_backbone, scale_as_the_originals_inference
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,7 @@ def test_backbones_are_told_by_their_weights(backbone):
     with torch.device("meta"):
         assert known_backbone(Body(backbone).state_dict(prefix="backbone.")) == backbone
     assert known_backbone({}) is None
+    assert known_backbone({f"backbone.layer3.{block}.conv1.weight": "text" for block in range(2)}) == "resnet18"
 
 
 def test_classes_of_the_originals_files(tmp_path):

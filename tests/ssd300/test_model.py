@@ -16,9 +16,9 @@ from detcore.nn.resnet import NARROW, load_backbone
 from detcore.processes.launcher import World
 from detcore.training.task import Context
 from ssd300.anchors import priors
-from ssd300.config import Config
+from ssd300.config import BACKBONES, Config
 from ssd300.loss import losses
-from ssd300.model import BACKBONES, CUT_LAYERS, MEAN, SSD300, STD, load_original_state
+from ssd300.model import CUT_LAYERS, MEAN, SSD300, STD, load_original_state
 from ssd300.train import build_model, build_task
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ssd300.json").read_text())
